@@ -1,0 +1,35 @@
+# `make demo` and `make test` do all the set-up that they need, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test install lint weights benchmark clean
+
+demo: install
+	$(BIN)/python examples/generate.py --figure examples/answer.png
+
+test: install lint
+	$(BIN)/python -m pytest
+
+install: .venv/installed
+
+# torch first and by itself: an unpinned requirement of another package must not choose the version.
+.venv/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Draws the pictures, trains the embedded model on them and writes weights/tiny: about an hour on two cores.
+weights: install
+	$(BIN)/python weights/train_tiny.py
+
+benchmark: install
+	$(BIN)/python benchmarks/end_to_end.py --json
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

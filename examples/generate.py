@@ -1,0 +1,136 @@
+"""Ask a LLaVA-1.5 or LLaVA-NeXT model a question about a picture, with FocusLLaVA's samplers at work.
+
+python examples/generate.py                                   # the embedded model and picture
+python examples/generate.py --model DIR --image photo.jpg --prompt "What is written on the sign?"
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import minifocus
+from minifocus.image import open_image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "weights/tiny"), help="folder in Hugging Face's layout")
+    parser.add_argument("--image", action="append", help="picture; several for several <image> places in the prompt")
+    parser.add_argument("--prompt", default="What number is on the red card?", help="the question")
+    parser.add_argument("--template", help="vicuna, mistral, llama3, chatml or raw; default: the model's")
+    parser.add_argument("--sampler", default="focus", choices=minifocus.samplers.names())
+    parser.add_argument("--gamma", type=float, help="text-guided: share of the importance to keep (0.85)")
+    parser.add_argument("--keep", type=int, help="text-guided: keep this many tokens per picture instead")
+    parser.add_argument("--layer", type=int, help="text-guided: act before this layer (a quarter of the depth)")
+    parser.add_argument(
+        "--selector", help="vision-guided: a selector file, or 'variance' for the training-free stand-in"
+    )
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.add_argument(
+        "--figure", help="write a PNG with the scale of each region and the importance of each kept token"
+    )
+    return parser.parse_args()
+
+
+def load_model(arguments: argparse.Namespace) -> minifocus.Llava:
+    """Load with a progress bar (on a terminal only); sampler options are passed on only where they were given."""
+    names = ("gamma", "keep", "layer", "selector")
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return minifocus.load(
+            arguments.model, arguments.sampler, arguments.device, arguments.dtype, progress=progress, **options
+        )
+
+
+def report(arguments: argparse.Namespace, answer: minifocus.Answer) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "prompt": arguments.prompt,
+        "images": arguments.image,
+        "answer": answer.text,
+        "token_ids": answer.token_ids,
+        "finish": answer.finish,
+        "sampler": arguments.sampler,
+        "visual_tokens": vars(answer.tokens),
+        "seconds": {"prefill": round(answer.prefill_seconds, 4), "decode": round(answer.decode_seconds, 4)},
+    }
+
+
+def print_accounts(answer: minifocus.Answer) -> None:
+    tokens, seconds = answer.tokens, answer.decode_seconds
+    print(
+        f"\nvisual tokens  {tokens.full} in the picture, {tokens.after_vision} after the vision-guided sampler, "
+        f"{tokens.after_text} after the text-guided one; equivalent to {tokens.equivalent:.1%}"
+    )
+    rate = f" ({len(answer.token_ids) / seconds:.0f} tokens/s)" if seconds else ""
+    print(f"time           {answer.prefill_seconds:.3f} s to read, {seconds:.3f} s to answer{rate}")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    model = load_model(arguments)
+    pictures = [open_image(file) for file in arguments.image]
+    stream = model.stream(
+        pictures,
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+        template=arguments.template,
+    )
+    if not arguments.json:
+        print(f"question  {arguments.prompt}\nanswer    ", end="", flush=True)
+    for piece in stream:
+        if not arguments.json:
+            print(piece, end="", flush=True)
+    answer = stream.answer
+    assert answer is not None  # the stream has ended
+    if arguments.json:
+        print(json.dumps(report(arguments, answer)))
+    else:
+        print_accounts(answer)
+    if arguments.figure:
+        from minifocus.figure import draw_answer
+
+        try:
+            draw_answer(pictures, arguments.prompt, answer, model.config.anyres).save(arguments.figure)
+        except (OSError, ValueError) as error:
+            raise minifocus.InputError(f"--figure: {arguments.figure}: {error}") from error
+        if not arguments.json:
+            print(f"figure         {arguments.figure}")
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    arguments.image = arguments.image or [str(ROOT / "examples/cards.png")]
+    try:
+        run(arguments)
+    except (minifocus.CheckpointError, minifocus.InputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,354 @@
+"""config.json of a LLaVA-1.5 or LLaVA-NeXT folder, read strictly.
+
+Absent fields take the defaults that transformers gives them, which differ between an absent and a partial
+`vision_config`. Anything that this package would compute differently from what the file asks for is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .activations import ACTIVATIONS
+from .errors import CheckpointError
+
+MODEL_TYPES = ("llava", "llava_next")
+TEXT_MODEL_TYPES = ("llama", "mistral")
+ROPE_TYPES = ("default", "linear", "llama3")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_LARGEST = 2**26  # of any size in the file: keeps a product of two, in bytes, within 64 bits
+
+_LLAMA = dict(intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048)
+_MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)
+_CLIP_L_336 = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+_CLIP_B_32 = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32
+)
+_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision transformer. `image_size` is one tile's side, in pixels."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: str
+    layer_norm_eps: float
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding; the last four fields belong to `linear` (factor) and `llama3` (all)."""
+
+    rope_type: str
+    rope_theta: float
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A Llama-shaped decoder (Llama, Vicuna, Mistral)."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    max_position_embeddings: int
+    attention_bias: bool
+    mlp_bias: bool
+    rope: RopeConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole model. `feature_layers` indexes [pre_layrnorm output, block 0's output, …] as transformers does."""
+
+    model_type: str
+    vision: VisionConfig
+    text: TextConfig
+    image_token_id: int
+    feature_layers: tuple[int, ...]
+    keep_cls: bool
+    projector_act: str
+    projector_bias: bool
+    tie_word_embeddings: bool
+    grid_pinpoints: tuple[tuple[int, int], ...]
+    dtype: torch.dtype | None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    @property
+    def anyres(self) -> bool:
+        """True for LLaVA-NeXT: a thumbnail and the tiles of the best-fitting resolution."""
+        return self.model_type == "llava_next"
+
+
+class _Section:
+    """One JSON object of the file, read field by field; errors name the file and the key's path."""
+
+    def __init__(self, file: Path, path: str, fields: dict[str, Any]):
+        self.file, self.path, self.fields = file, path, fields
+
+    def error(self, key: str, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self.file}: {self.path}{key}: expected {expected}, got {self.fields.get(key)!r}")
+
+    def section(self, key: str) -> _Section:
+        value = self.fields.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(key, "an object")
+        return _Section(self.file, f"{self.path}{key}.", value or {})
+
+    def integer(self, key: str, default: int | None, minimum: int = 1) -> int:
+        value = self.fields.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not minimum <= value <= _LARGEST:
+            raise self.error(key, f"a whole number from {minimum} to {_LARGEST}")
+        return value
+
+    def number(self, key: str, default: float | None) -> float:
+        value = self.fields.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise self.error(key, "a positive number")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.fields.get(key)
+        value = default if value is None else value
+        if type(value) is not bool:
+            raise self.error(key, "true or false")
+        return value
+
+    def choice(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
+        value = self.fields.get(key)
+        value = default if value is None else value
+        if value not in allowed:
+            raise self.error(key, "one of " + ", ".join(allowed))
+        return value
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`, or a CheckpointError that names it."""
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: there is no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def _read_vision(top: _Section) -> VisionConfig:
+    section = top.section("vision_config")
+    section.choice("model_type", "clip_vision_model", ("clip_vision_model",))
+    section.integer("num_channels", 3)
+    if section.fields.get("num_channels", 3) != 3:
+        raise section.error("num_channels", "3")
+    # transformers starts from ViT-L/14-336 when the section is absent, and from CLIP's own defaults when it is partial.
+    defaults = _CLIP_B_32 if top.fields.get("vision_config") is not None else _CLIP_L_336
+    sizes = {key: section.integer(key, value) for key, value in defaults.items()}
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise section.error("hidden_size", f"a multiple of num_attention_heads ({sizes['num_attention_heads']})")
+    if sizes["image_size"] < sizes["patch_size"]:
+        raise section.error("image_size", f"at least one patch ({sizes['patch_size']})")
+    return VisionConfig(
+        **sizes,
+        hidden_act=section.choice("hidden_act", "quick_gelu", tuple(ACTIVATIONS)),
+        layer_norm_eps=section.number("layer_norm_eps", 1e-5),
+    )
+
+
+def _read_rope(section: _Section, max_position_embeddings: int) -> RopeConfig:
+    # A non-null rope_scaling (the older name) replaces rope_parameters; a rope_theta inside either beats the one beside it.
+    key = "rope_scaling" if section.fields.get("rope_scaling") is not None else "rope_parameters"
+    rope = section.section(key)
+    if "type" in rope.fields and "rope_type" not in rope.fields:
+        rope.fields = {**rope.fields, "rope_type": rope.fields["type"]}
+    rope_type = rope.choice("rope_type", "default", ROPE_TYPES)
+    if rope.fields.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise rope.error("partial_rotary_factor", "1 (partial rotation is not supported)")
+    theta = rope.number("rope_theta", section.number("rope_theta", 10000.0))
+    if rope_type == "default":
+        return RopeConfig(rope_type, theta)
+    factor = rope.number("factor", None)
+    if rope_type == "linear":
+        return RopeConfig(rope_type, theta, factor)
+    low, high = rope.number("low_freq_factor", None), rope.number("high_freq_factor", None)
+    if high <= low:
+        raise rope.error("high_freq_factor", f"more than low_freq_factor ({low})")
+    original = rope.integer("original_max_position_embeddings", max_position_embeddings)
+    return RopeConfig(rope_type, theta, factor, low, high, original)
+
+
+def _read_text(top: _Section) -> TextConfig:
+    section = top.section("text_config")
+    model_type = section.choice("model_type", "llama", TEXT_MODEL_TYPES)
+    defaults = _MISTRAL if model_type == "mistral" else _LLAMA
+    hidden_size = section.integer("hidden_size", 4096)
+    heads = section.integer("num_attention_heads", 32)
+    kv_heads = section.integer("num_key_value_heads", defaults["num_key_value_heads"] or heads)
+    if heads % kv_heads:
+        raise section.error("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
+    head_dim = section.integer("head_dim", hidden_size // heads or None)
+    if head_dim % 2:
+        raise section.error("head_dim", "an even number, as rotary embedding needs")
+    positions = section.integer("max_position_embeddings", defaults["max_position_embeddings"])
+    if model_type == "mistral":
+        # The window changes nothing until a sequence outgrows it; an absent key means 4096.
+        window = section.fields.get("sliding_window", 4096)
+        if window is not None and not (type(window) is int and window >= positions):
+            raise section.error(
+                "sliding_window", f"null or at least max_position_embeddings ({positions}); an absent key means 4096"
+            )
+    return TextConfig(
+        model_type=model_type,
+        vocab_size=section.integer("vocab_size", 32000),
+        hidden_size=hidden_size,
+        intermediate_size=section.integer("intermediate_size", defaults["intermediate_size"]),
+        num_hidden_layers=section.integer("num_hidden_layers", 32),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_act=section.choice("hidden_act", "silu", tuple(ACTIVATIONS)),
+        rms_norm_eps=section.number("rms_norm_eps", 1e-6),
+        max_position_embeddings=positions,
+        # transformers' Mistral has no biases, whatever its file says.
+        attention_bias=section.boolean("attention_bias", False) and model_type == "llama",
+        mlp_bias=section.boolean("mlp_bias", False) and model_type == "llama",
+        rope=_read_rope(section, positions),
+    )
+
+
+def _read_feature_layers(top: _Section, vision: VisionConfig) -> tuple[int, ...]:
+    value = top.fields.get("vision_feature_layer", -2)
+    layers = value if isinstance(value, list) else [value]
+    states = vision.num_hidden_layers + 1
+    if not layers or any(type(layer) is not int or not -states <= layer < states for layer in layers):
+        raise top.error("vision_feature_layer", f"whole numbers from {-states} to {states - 1}")
+    return tuple(layer % states for layer in layers)
+
+
+def _read_pinpoints(top: _Section, tile: int) -> tuple[tuple[int, int], ...]:
+    value = top.fields.get("image_grid_pinpoints")
+    value = _PINPOINTS if value is None else value
+    valid = isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 for p in value)
+    if not valid or any(type(side) is not int or side < tile or side % tile for p in value for side in p):
+        raise top.error("image_grid_pinpoints", f"a list of [height, width], multiples of the tile size {tile}")
+    return tuple((height, width) for height, width in value)
+
+
+def _read_dtype(top: _Section) -> torch.dtype | None:
+    name = top.fields.get("dtype") or top.fields.get("torch_dtype")
+    if name is None:
+        return None
+    name = str(name).removeprefix("torch.")
+    if name not in DTYPES:
+        key = "dtype" if top.fields.get("dtype") else "torch_dtype"
+        raise top.error(key, "one of " + ", ".join(DTYPES))
+    return DTYPES[name]
+
+
+def _read_token_ids(value: Any, file: Path, key: str) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token) is not int for token in ids):
+        raise CheckpointError(f"{file}: {key}: expected a token number or a list of them, got {value!r}")
+    return tuple(ids)
+
+
+def load_config(folder: Path) -> Config:
+    """Read `folder`/config.json, and generation_config.json for the stop tokens where there is one.
+
+    Raises CheckpointError, naming file and key, for anything missing, malformed or not supported.
+    """
+    file = folder / "config.json"
+    top = _Section(file, "", read_json(file))
+    if top.fields.get("model_type") not in MODEL_TYPES:
+        raise top.error("model_type", "one of " + ", ".join(MODEL_TYPES) + " (a LLaVA folder in Hugging Face's format)")
+    if top.fields.get("quantization_config") is not None:
+        raise top.error("quantization_config", "none: quantised weights are not supported")
+    model_type = top.fields["model_type"]
+    vision, text = _read_vision(top), _read_text(top)
+    strategy = top.choice("vision_feature_select_strategy", "default", ("default", "full"))
+    if strategy == "full" and model_type == "llava_next":
+        raise top.error(
+            "vision_feature_select_strategy", "'default': LLaVA-NeXT's tiles cannot be joined with a CLS token"
+        )
+    token_key = "image_token_id" if top.fields.get("image_token_id") is not None else "image_token_index"
+    image_token_id = top.integer(token_key, 32000, minimum=0)
+    if image_token_id >= text.vocab_size:
+        raise top.error(token_key, f"less than text_config.vocab_size ({text.vocab_size})")
+    tied = top.boolean("tie_word_embeddings", False)
+    if model_type == "llava":
+        tied = tied or top.section("text_config").boolean("tie_word_embeddings", False)
+
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.exists() else {}
+    sources = (
+        (generation_file, generation),
+        (file, top.fields),
+        (file, top.section("text_config").fields),
+    )
+    eos = next(
+        (
+            _read_token_ids(s["eos_token_id"], f, "eos_token_id")
+            for f, s in sources
+            if s.get("eos_token_id") is not None
+        ),
+        (),
+    )
+    pad = next(
+        (
+            _read_token_ids(s["pad_token_id"], f, "pad_token_id")
+            for f, s in sources
+            if s.get("pad_token_id") is not None
+        ),
+        (),
+    )
+    return Config(
+        model_type=model_type,
+        vision=vision,
+        text=text,
+        image_token_id=image_token_id,
+        feature_layers=_read_feature_layers(top, vision),
+        keep_cls=strategy == "full",
+        projector_act=top.choice("projector_hidden_act", "gelu", tuple(ACTIVATIONS)),
+        projector_bias=top.boolean("multimodal_projector_bias", True),
+        tie_word_embeddings=tied,
+        grid_pinpoints=_read_pinpoints(top, vision.image_size) if model_type == "llava_next" else (),
+        dtype=_read_dtype(top),
+        eos_token_ids=eos,
+        pad_token_id=pad[0] if pad else None,
+    )

@@ -1,0 +1,120 @@
+"""Draws what the samplers did to a picture: the scale chosen for each region, and which tokens the question kept."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from .generate import Answer, PictureTrace
+
+PANEL = 448  # pixels, the longer side of a panel
+MARGIN = 16
+INK, PAPER = (30, 30, 30), (255, 255, 255)
+
+
+def draw_answer(pictures: Sequence[Image.Image], question: str, answer: Answer, anyres: bool = True) -> Image.Image:
+    """One row per picture: left the scales, right the importance of the tokens that reached the last layer.
+
+    pictures  as they were asked about (RGB)
+    anyres    False for LLaVA-1.5, which sees the centre square of a picture only
+    """
+    panels = []
+    for picture, trace in zip(pictures, answer.pictures, strict=True):
+        shown = _fit(picture if anyres else _centre_square(picture))
+        panels.append((_draw_scales(shown, trace), _draw_importance(shown, trace)))
+    width = max(left.width for left, _ in panels) * 2 + 3 * MARGIN
+    captions = [*textwrap.wrap(f"Q: {question}", width // 10), *textwrap.wrap(f"A: {answer.text}", width // 10)]
+    tokens = answer.tokens
+    captions.append(
+        f"visual tokens: {tokens.full} > {tokens.after_vision} > {tokens.after_text}, equivalent {tokens.equivalent:.0%}"
+    )
+    top = MARGIN + 24 * len(captions) + MARGIN
+    height = top + sum(left.height + 24 + MARGIN for left, _ in panels)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for line, caption in enumerate(captions):
+        draw.text((MARGIN, MARGIN + 24 * line), caption, fill=INK, font=ImageFont.load_default(18))
+    for left, right in panels:
+        for x, panel, title in (
+            (MARGIN, left, "scale of each token"),
+            (width - MARGIN - right.width, right, "importance"),
+        ):
+            draw.text((x, top), title, fill=INK, font=ImageFont.load_default(15))
+            sheet.paste(panel, (x, top + 24))
+        top += left.height + 24 + MARGIN
+    return sheet
+
+
+def _fit(picture: Image.Image) -> Image.Image:
+    scale = PANEL / max(picture.size)
+    return picture.resize(
+        (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.BICUBIC
+    )
+
+
+def _centre_square(picture: Image.Image) -> Image.Image:
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side))
+
+
+def _boxes(size: tuple[int, int], trace: PictureTrace) -> list[tuple[int, tuple[int, int, int, int]]]:
+    """(number of the token among those that entered, its box in pixels) for each token of the map."""
+    height, width = trace.layout.height, trace.layout.width
+    boxes = []
+    for number, cell in enumerate(trace.layout.cells(trace.entered).tolist()):
+        if cell < 0:
+            continue
+        row, column = divmod(cell, width)
+        down, across = trace.extent[number].tolist()
+        bottom, right = min(row + down, height), min(column + across, width)
+        boxes.append(
+            (
+                number,
+                (
+                    column * size[0] // width,
+                    row * size[1] // height,
+                    right * size[0] // width - 1,
+                    bottom * size[1] // height - 1,
+                ),
+            )
+        )
+    return boxes
+
+
+def _draw_scales(picture: Image.Image, trace: PictureTrace) -> Image.Image:
+    """Every token's box outlined; the coarser it is, the paler the picture inside, as less of it is left."""
+    sheet = picture.copy()
+    veil = Image.new("L", picture.size, 0)
+    boxes = _boxes(picture.size, trace)
+    for number, box in boxes:
+        area = int(trace.extent[number].prod())
+        ImageDraw.Draw(veil).rectangle(box, fill={1: 0}.get(area, 70 if area <= 4 else 170))
+    sheet.paste(Image.new("RGB", picture.size, PAPER), mask=veil)
+    draw = ImageDraw.Draw(sheet)
+    for number, box in boxes:
+        area = int(trace.extent[number].prod())
+        draw.rectangle(box, outline=(220, 40, 40) if area == 1 else (40, 90, 220) if area <= 4 else (150, 150, 150))
+    return sheet
+
+
+def _draw_importance(picture: Image.Image, trace: PictureTrace) -> Image.Image:
+    """Dropped tokens dark; kept ones tinted by their importance, relative to the largest (no tint where none was scored)."""
+    boxes = _boxes(picture.size, trace)
+    kept = set(trace.kept.tolist())
+    light = Image.new("L", picture.size, 255)
+    heat = Image.new("L", picture.size, 0)
+    scores = trace.importance.nan_to_num(0.0)
+    cells = torch.tensor([number for number, _ in boxes], dtype=torch.int64)
+    largest = float(scores[cells].max()) if len(cells) else 0.0
+    for number, box in boxes:
+        if int(trace.entered[number]) not in kept:
+            ImageDraw.Draw(light).rectangle(box, fill=60)
+        elif largest > 0:
+            ImageDraw.Draw(heat).rectangle(box, fill=round(190 * (float(scores[number]) / largest) ** 0.5))
+    sheet = Image.composite(picture, Image.new("RGB", picture.size, INK), light)
+    sheet.paste(Image.new("RGB", picture.size, (255, 90, 0)), mask=heat)
+    return sheet

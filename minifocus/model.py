@@ -1,0 +1,383 @@
+"""The multimodal model: vision tower, projector and decoder joined, with the samplers' two hooks between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from . import generate as generation
+from . import samplers
+from .config import DTYPES, Config, load_config
+from .errors import CheckpointError, InputError
+from .image import ImageProcessor, num_visual_tokens, select_best_resolution, stitch
+from .llama import DecoderLayer, LayerCache, Llama
+from .projector import Projector
+from .prompt import detect_template
+from .rows import Rows, stack_rows
+from .samplers import PictureFeatures, Selection, VisualTokens
+from .tokenizer import Tokenizer
+from .vision import VisionTower
+from .weights import Progress, load_model
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What became of a batch on its way through the model.
+
+    rows        the decoder's normed last hidden states, of the tokens that reached its end
+    pictures    per row, per picture: its tokens as they entered the decoder
+    selections  (layer, the rows before it, what the inside-LLM sampler kept of them), in order of layers
+    first       per row, per picture: the column of its first placeholder
+    visual      [L, B] int64, how many visual tokens each layer saw in each row
+    full        [B] int64, how many there were before any sampler
+    """
+
+    rows: Rows
+    pictures: list[list[VisualTokens]]
+    selections: list[tuple[int, Rows, Selection]]
+    first: list[list[int]]
+    visual: torch.Tensor
+    full: torch.Tensor
+
+
+class Llava(nn.Module):
+    """LLaVA-1.5 or LLaVA-NeXT with a sampler before its decoder, one inside it, both or none. See `minifocus.load`.
+
+    Parameter names are those of a Hugging Face checkpoint; the samplers' own are under `before_llm`.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.vision_tower = VisionTower(config)
+        self.multi_modal_projector = Projector(config)
+        if config.anyres:
+            self.image_newline = nn.Parameter(torch.empty(config.text.hidden_size))
+        self.language_model = Llama(config.text)
+        self.before_llm: samplers.BeforeLLM | None = None
+        self.inside_llm: samplers.InsideLLM | None = None
+        self.image_processor: ImageProcessor | None = None
+        self.tokenizer: Tokenizer | None = None
+        self.template = "vicuna"
+        self.folder = Path()
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.lm_head.weight.dtype
+
+    # ---- pictures → feature maps → visual tokens ----
+
+    def num_tiles(self, size: tuple[int, int]) -> int:
+        """Tiles of a picture of (h, w), the thumbnail included."""
+        if not self.config.anyres:
+            return 1
+        height, width = select_best_resolution(size, self.config.grid_pinpoints)
+        return 1 + (height // self.config.vision.image_size) * (width // self.config.vision.image_size)
+
+    def num_visual_tokens(self, size: tuple[int, int]) -> int:
+        """Uncompressed visual tokens, and so placeholders, of a picture of (h, w)."""
+        vision = self.config.vision
+        if not self.config.anyres:
+            return vision.grid**2 + self.config.keep_cls
+        return num_visual_tokens(size, self.config.grid_pinpoints, vision.image_size, vision.patch_size)
+
+    def encode_pictures(self, tiles: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[PictureFeatures]:
+        """Tiles of each picture [T_i, 3, S, S] and its (h, w) → its projected feature maps (paper §3.1)."""
+        if not tiles:
+            return []
+        pixels = torch.cat(list(tiles)).to(self.device, self.dtype)
+        features = self.multi_modal_projector(self.vision_tower(pixels))  # [all tiles, grid² (+1), C]
+        grid = self.config.vision.grid
+        pictures = []
+        for own, size in zip(features.split([len(t) for t in tiles]), sizes, strict=True):
+            if self.config.anyres:
+                leading, cells = stitch(own, size, self.config.grid_pinpoints, self.config.vision.image_size)
+                pictures.append(PictureFeatures(cells, leading.unflatten(0, (grid, grid)), leading, self.image_newline))
+            else:
+                leading = own[0, : own.shape[1] - grid**2]  # the CLS token, if it is kept
+                cells = own[0, len(leading) :].unflatten(0, (grid, grid))
+                pictures.append(PictureFeatures(cells, cells, leading, None))
+        return pictures
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        pictures: Sequence[PictureFeatures],
+        attention_mask: torch.Tensor | None = None,
+        instruction_mask: torch.Tensor | None = None,
+    ) -> tuple[Rows, list[list[VisualTokens]]]:
+        """Put each picture's tokens, shortened by the before-LLM sampler, in place of its placeholders.
+
+        input_ids [B, S] with one `image_token_id` per uncompressed visual token; pictures in the order of their
+        placeholders. `instruction_mask` [B, S] marks the user's question; by default all text after the row's first
+        picture. Returns left-padded rows, and each row's pictures.
+        """
+        rows, row_pictures = [], []
+        remaining = list(pictures)
+        for row, ids in enumerate(input_ids):
+            columns = torch.arange(len(ids), device=self.device)
+            if attention_mask is not None:
+                columns = columns[attention_mask[row].bool()]
+            ids = ids[columns]
+            placeholder = ids == self.config.image_token_id
+            if instruction_mask is None:
+                instruction = ~placeholder & (placeholder.cumsum(0) > 0)
+            else:
+                instruction = instruction_mask[row, columns].bool() & ~placeholder
+            # The placeholder's own embedding is never used, and need not exist in the table's trained part.
+            embeddings = self.language_model.model.embed_tokens(ids.where(~placeholder, 0))
+
+            places = placeholder.nonzero().squeeze(1)
+            pieces: list[Rows] = []
+            own: list[VisualTokens] = []
+            done = used = 0
+            while used < len(places):
+                picture, begin = self._next_picture(remaining, places[used:], row, len(own))
+                if self.before_llm is None:
+                    visual = samplers.uncompressed(picture)
+                else:
+                    visual = self.before_llm(picture, embeddings[instruction])
+                text = slice(done, begin)
+                pieces.append(_text_piece(embeddings[text], columns[text], instruction[text]))
+                pieces.append(_visual_piece(visual, columns[begin + visual.source], len(own)))
+                own.append(visual)
+                used += picture.layout.num_tokens
+                done = begin + picture.layout.num_tokens
+            pieces.append(_text_piece(embeddings[done:], columns[done:], instruction[done:]))
+            rows.append(_join(pieces))
+            row_pictures.append(own)
+        if remaining:
+            raise InputError(f"pixel_values: {len(remaining)} pictures more than input_ids has placeholders for")
+        longest, limit = max(row.hidden.shape[1] for row in rows), self.config.text.max_position_embeddings
+        if longest > limit:
+            raise InputError(
+                f"the prompt with its pictures takes {longest} tokens, more than the context length of {limit}"
+            )
+        return stack_rows(rows), row_pictures
+
+    def _next_picture(
+        self, remaining: list[PictureFeatures], places: torch.Tensor, row: int, number: int
+    ) -> tuple[PictureFeatures, int]:
+        """The next picture and the place of its first placeholder, after checking that it fits the placeholders."""
+        if not remaining:
+            raise InputError(f"input_ids: row {row} has {len(places)} image placeholders more than the pictures fill")
+        picture = remaining.pop(0)
+        needed = picture.layout.num_tokens
+        block = places[:needed]
+        begin = int(block[0])
+        if len(block) < needed or int(block[-1]) - begin != needed - 1:
+            run = int((block == begin + torch.arange(len(block), device=block.device)).sum())
+            raise InputError(
+                f"input_ids: row {row}: picture {number} takes {needed} image placeholders in a run, got {run}"
+            )
+        return picture, begin
+
+    # ---- rows through the decoder ----
+
+    def prefill(
+        self, rows: Rows, pictures: list[list[VisualTokens]], caches: list[LayerCache] | None = None
+    ) -> Prefill:
+        """Run the decoder over whole rows; the inside-LLM sampler drops tokens on the way.
+
+        In training mode they are hidden by a mask instead of removed, so that shapes stay fixed.
+        """
+        selections: list[tuple[int, Rows, Selection]] = []
+        visual = []
+
+        def before_layer(index: int, layer: DecoderLayer, rows: Rows) -> Rows:
+            selection = self.inside_llm(index, layer, rows) if self.inside_llm is not None else None
+            if selection is not None:
+                # Without the hidden states, which would stay in memory for as long as the answer's trace.
+                selections.append((index, rows.with_hidden(rows.hidden.new_empty(*rows.valid.shape, 0)), selection))
+                rows = rows.mask(selection.kept) if self.training else rows.keep(selection.kept)
+            visual.append(((rows.picture >= 0) & rows.valid).sum(dim=1))
+            return rows
+
+        full = torch.tensor([sum(v.layout.num_tokens for v in own) for own in pictures])
+        first = [[_first_column(rows, row, n, v) for n, v in enumerate(own)] for row, own in enumerate(pictures)]
+        rows = self.language_model.model.prefill(rows, caches, before_layer)
+        return Prefill(rows, pictures, selections, first, torch.stack(visual), full)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        image_sizes: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        instruction_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, S, vocabulary], inputs as transformers takes them.
+
+        input_ids       [B, S] int64, with one placeholder per uncompressed visual token
+        pixel_values    LLaVA-NeXT: [pictures, tiles, 3, side, side], zero tiles as padding; LLaVA-1.5:
+                        [pictures, 3, side, side]
+        image_sizes     [pictures, 2], (h, w) in pixels; LLaVA-NeXT only
+        attention_mask  [B, S], 1 for tokens and 0 for padding, at either end of a row
+        instruction_mask [B, S], 1 for the user's question, which guides the text-guided sampler; by default all text
+                        after the row's first picture
+
+        Rows of the result that stand for padding, or for visual tokens that a sampler took out, are NaN: no token is
+        predicted there. A pooled token's logits are in the row of its window's first cell. Raises InputError.
+        """
+        self._check_ids(input_ids, attention_mask, instruction_mask)
+        tiles, sizes = self._split_pixels(pixel_values, image_sizes)
+        input_ids = input_ids.to(self.device)
+        attention_mask = None if attention_mask is None else attention_mask.to(self.device)
+        instruction_mask = None if instruction_mask is None else instruction_mask.to(self.device)
+        rows, pictures = self.embed(input_ids, self.encode_pictures(tiles, sizes), attention_mask, instruction_mask)
+        rows = self.prefill(rows, pictures).rows
+        logits = self.language_model.lm_head(rows.hidden)
+        if torch.equal(rows.source, torch.arange(input_ids.shape[1], device=self.device).expand_as(input_ids)):
+            return logits
+        placed = logits.new_full((*input_ids.shape, logits.shape[-1]), float("nan"))
+        row, column = rows.valid.nonzero(as_tuple=True)
+        placed[row, rows.source[row, column]] = logits[row, column]
+        return placed
+
+    def _check_ids(self, ids: torch.Tensor, mask: torch.Tensor | None, instruction: torch.Tensor | None) -> None:
+        if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
+            raise InputError(f"input_ids: expected int64 [rows, tokens], got {ids.dtype} {list(ids.shape)}")
+        vocabulary = self.config.text.vocab_size
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocabulary:
+            raise InputError(f"input_ids: expected numbers from 0 to {vocabulary - 1}, got {low} to {high}")
+        for name, value in (("attention_mask", mask), ("instruction_mask", instruction)):
+            if value is not None and value.shape != ids.shape:
+                raise InputError(f"{name}: expected the shape of input_ids {list(ids.shape)}, got {list(value.shape)}")
+        if mask is not None:
+            steps = mask.bool().int().diff(dim=1, prepend=mask.new_zeros(len(mask), 1).int())
+            if not bool(mask.bool().any(dim=1).all()) or bool(((steps == 1).sum(dim=1) != 1).any()):
+                raise InputError(
+                    "attention_mask: expected every row to have one run of ones, with padding at its ends only"
+                )
+
+    def _split_pixels(
+        self, pixel_values: torch.Tensor | Sequence[torch.Tensor] | None, image_sizes: torch.Tensor | None
+    ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+        """Each picture's own tiles, without the zero tiles that pad a batch, and its (h, w)."""
+        if pixel_values is None:
+            return [], []
+        side = self.config.vision.image_size
+        dims = 4 if self.config.anyres else 3
+        shapes = [list(p.shape) for p in pixel_values]
+        if any(len(shape) != dims or shape[-3:] != [3, side, side] for shape in shapes):
+            wanted = f"[pictures, {'tiles, ' if self.config.anyres else ''}3, {side}, {side}]"
+            raise InputError(f"pixel_values: expected {wanted}, got {[len(shapes), *shapes[0]]}")
+        if not self.config.anyres:
+            return [p[None] for p in pixel_values], [(side, side)] * len(shapes)
+        if image_sizes is None or list(image_sizes.shape) != [len(shapes), 2] or bool((image_sizes < 1).any()):
+            got = None if image_sizes is None else list(image_sizes.shape)
+            raise InputError(f"image_sizes: expected positive (h, w) for each of {len(shapes)} pictures, got {got}")
+        sizes = [(int(h), int(w)) for h, w in image_sizes.tolist()]
+        tiles = []
+        for number, (own, size) in enumerate(zip(pixel_values, sizes, strict=True)):
+            needed = self.num_tiles(size)
+            if len(own) < needed:
+                raise InputError(f"pixel_values: picture {number} of {size} needs {needed} tiles, got {len(own)}")
+            tiles.append(own[:needed])
+        return tiles, sizes
+
+    # ---- questions and answers (generate.py) ----
+
+    def generate(self, image: generation.Images, prompt: str, **options: Any) -> generation.Answer:
+        """Answer one question about a picture, or about several; see `minifocus.generate.answer_batch` for options."""
+        return generation.answer_batch(self, [image], [prompt], **options)[0]
+
+    def generate_batch(
+        self, images: Sequence[generation.Images], prompts: Sequence[str], **options: Any
+    ) -> list[generation.Answer]:
+        """Answer prompts[i] about images[i], all in one batch; the answers are those of `generate` one by one."""
+        return generation.answer_batch(self, images, prompts, **options)
+
+    def stream(self, image: generation.Images, prompt: str, **options: Any) -> generation.Stream:
+        """Like `generate`, but iterate over the text as it is made; the whole answer is then in `.answer`."""
+        return generation.Stream(self, image, prompt, **options)
+
+
+def _first_column(rows: Rows, row: int, number: int, visual: VisualTokens) -> int:
+    """Where a picture's placeholders begin in input_ids, from the first of its tokens in rows just embedded."""
+    columns = rows.source[row][rows.picture[row] == number]
+    return int(columns[0] - visual.source[0]) if len(columns) else 0
+
+
+def _text_piece(hidden: torch.Tensor, source: torch.Tensor, instruction: torch.Tensor) -> Rows:
+    none = torch.zeros_like(instruction)
+    return Rows(hidden, ~none, source, source, torch.full_like(source, -1), none, instruction)
+
+
+def _visual_piece(visual: VisualTokens, source: torch.Tensor, number: int) -> Rows:
+    none = torch.zeros_like(visual.newline)
+    return Rows(visual.tokens, ~none, source, source, torch.full_like(source, number), visual.newline, none)
+
+
+def _join(pieces: list[Rows]) -> Rows:
+    """Pieces of one sequence, without their batch axis → one row, with positions counted through."""
+    columns = {f.name: torch.cat([getattr(piece, f.name) for piece in pieces])[None] for f in fields(Rows)}
+    columns["positions"] = torch.arange(columns["source"].shape[1], device=columns["source"].device)[None]
+    return Rows(**columns)
+
+
+def load(
+    folder: str | PathLike[str],
+    sampler: str = "focus",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    check_finite: bool = True,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Llava:
+    """Load a LLaVA-1.5 or LLaVA-NeXT folder in Hugging Face's layout.
+
+    sampler       "focus" (both of FocusLLaVA's), "vision", "text" or "none"; `options` are the sampler's own, such as
+                  gamma, layer, keep, window, selector (see minifocus.samplers)
+    dtype         "float32", "bfloat16", "float16" or the torch dtype; None: the checkpoint's
+    check_finite  refuse weights with NaN or infinity (one pass over them)
+    progress      called with (bytes read, bytes in all)
+
+    A folder without a tokenizer loads; only text asks for it. Raises CheckpointError for a bad folder and InputError for
+    a bad argument.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: expected the folder of a model, found {'a file' if folder.exists() else 'nothing'}"
+        )
+    resolved_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and resolved_dtype not in DTYPES.values():
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    target = _device(device)
+    config = load_config(folder)
+    method = samplers.build(sampler, config, folder, options)
+    processor = ImageProcessor.from_folder(
+        folder, model_type=config.model_type, image_size=config.vision.image_size, grid_pinpoints=config.grid_pinpoints
+    )
+    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
+
+    model = load_model(lambda: Llava(config), config, folder, target, resolved_dtype, check_finite, progress)
+    model = cast(Llava, model)
+    model.before_llm = None if method.before is None else method.before.to(target).eval()
+    model.inside_llm = method.inside
+    model.image_processor, model.tokenizer, model.folder = processor, tokenizer, folder
+    model.template = detect_template(tokenizer, config.text.model_type)
+    return model
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device: {str(name)!r} is not usable here: {str(error).splitlines()[0]}") from error
+    return device

@@ -1,0 +1,73 @@
+"""The user's question → the text that each family of models was trained to answer.
+
+No template holds a BOS token: the tokenizer puts it in front.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+IMAGE = "<image>"
+
+TEMPLATES = {
+    "vicuna": "USER: {question} ASSISTANT:",
+    "mistral": "[INST] {question} [/INST]",
+    "llama3": (
+        "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ),
+    "chatml": (
+        "<|im_start|>system\nAnswer the questions.<|im_end|>"
+        "<|im_start|>user\n{question}<|im_end|><|im_start|>assistant\n"
+    ),
+    "raw": "{question}",
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`instruction` is the span of the user's own words in `text`: without white space and `<image>` at either end.
+
+    An `<image>` between the words stays inside the span. It is empty when a raw text has no words.
+    """
+
+    text: str
+    instruction: tuple[int, int]
+
+
+def detect_template(tokenizer: Tokenizer | None, text_model_type: str) -> str:
+    """The name of the template that a folder's vocabulary, or else its `text_config.model_type`, stands for."""
+    if tokenizer is not None and tokenizer.token_id("<|start_header_id|>") is not None:
+        return "llama3"
+    if tokenizer is not None and tokenizer.token_id("<|im_start|>") is not None:
+        return "chatml"
+    return "mistral" if text_model_type == "mistral" else "vicuna"
+
+
+def build_prompt(question: str, num_images: int, template: str) -> Prompt:
+    """Put `question` into TEMPLATES[template], with one `<image>` for each picture.
+
+    A question without `<image>` gets "<image>\\n" for each picture in front; one that has some keeps its own places.
+    The template "raw" takes the text as it stands and adds nothing. Raises InputError for an unknown template, for a
+    question without words and when the places are not as many as the pictures.
+    """
+    if template not in TEMPLATES:
+        raise InputError(f"template: expected one of {', '.join(TEMPLATES)}, got {template!r}")
+    words = question.replace(IMAGE, " " * len(IMAGE))
+    if not question or not (words.strip() or template == "raw"):
+        raise InputError(f"prompt: expected a question, got {question!r}")
+    places = question.count(IMAGE)
+    added = f"{IMAGE}\n" * num_images if places == 0 and template != "raw" else ""
+    if not added and places != num_images:
+        raise InputError(f"prompt: expected one {IMAGE} for each of {num_images} pictures, got {places} of them")
+    before, _, after = TEMPLATES[template].partition("{question}")
+    start = len(before) + len(added)
+    last = len(words.rstrip())
+    first = min(len(words) - len(words.lstrip()), last)
+    return Prompt(before + added + question + after, (start + first, start + last))

@@ -1,0 +1,67 @@
+"""A batch of token rows on their way through the decoder, and what each of their tokens is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """B rows of S tokens, padded on the left, so that the last column is every row's last token.
+
+    hidden       [B, S, C]  embeddings or hidden states
+    valid        [B, S]     bool, False for padding (and, in training, for tokens dropped by mask)
+    positions    [B, S]     int64, for rotary embedding; a token keeps its position when others are dropped
+    source       [B, S]     int64, the column of `input_ids` that the token stands for (a pooled visual token:
+                            the placeholder of its window's first cell); -1 for padding
+    picture      [B, S]     int64, which picture of its row a visual token belongs to; -1 for text
+    newline      [B, S]     bool, the tokens that end a row of a picture's feature map
+    instruction  [B, S]     bool, the tokens of the user's question
+    """
+
+    hidden: torch.Tensor
+    valid: torch.Tensor
+    positions: torch.Tensor
+    source: torch.Tensor
+    picture: torch.Tensor
+    newline: torch.Tensor
+    instruction: torch.Tensor
+
+    def keep(self, kept: torch.Tensor) -> Rows:
+        """Only the tokens where `kept` [B, S] is True, in their order, padded on the left again."""
+        kept = kept & self.valid
+        counts = kept.sum(dim=1)
+        longest = int(counts.max()) if len(counts) else 0
+        if bool((counts == kept.shape[1]).all()):
+            return self
+        # A stable sort of False before True moves every kept token to the right without changing their order.
+        order = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, kept.shape[1] - longest :]
+        columns = {f.name: torch.gather(getattr(self, f.name), 1, order) for f in fields(self) if f.name != "hidden"}
+        columns["valid"] = torch.arange(longest, device=kept.device) >= longest - counts[:, None]
+        columns["source"] = columns["source"].where(columns["valid"], -1)
+        hidden = torch.gather(self.hidden, 1, order[..., None].expand(-1, -1, self.hidden.shape[-1]))
+        return Rows(hidden=hidden, **columns)
+
+    def mask(self, kept: torch.Tensor) -> Rows:
+        """The same rows with the other tokens hidden from attention: what `keep` does, differentiable and of fixed shape."""
+        return replace(self, valid=self.valid & kept)
+
+    def with_hidden(self, hidden: torch.Tensor) -> Rows:
+        return replace(self, hidden=hidden)
+
+
+def stack_rows(rows: list[Rows]) -> Rows:
+    """Rows of one sequence each ([1, S_i, …]) → one batch, padded on the left."""
+    longest = max(row.hidden.shape[1] for row in rows)
+    if all(row.hidden.shape[1] == longest for row in rows):
+        return Rows(**{f.name: torch.cat([getattr(row, f.name) for row in rows]) for f in fields(Rows)})
+    padding = {"source": -1, "picture": -1}
+
+    def pad(row: Rows, name: str) -> torch.Tensor:
+        value = getattr(row, name)
+        missing = longest - value.shape[1]
+        return torch.cat([value.new_full((1, missing, *value.shape[2:]), padding.get(name, 0)), value], dim=1)
+
+    return Rows(**{f.name: torch.cat([pad(row, f.name) for row in rows]) for f in fields(Rows)})

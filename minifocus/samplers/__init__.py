@@ -1,0 +1,82 @@
+"""Methods that shorten what the language model reads of a picture, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..config import Config
+from ..errors import CheckpointError, InputError
+from .hooks import BeforeLLM, InsideLLM, PictureFeatures, Samplers, Selection, VisualTokens, uncompressed
+from .text_guided import TextGuidedOptions, TextGuidedSampler
+from .vision_guided import (
+    VarianceSelector,
+    VisionGuidedOptions,
+    VisionGuidedSampler,
+    load_selector,
+    pools_for,
+)
+
+__all__ = [
+    "BeforeLLM",
+    "InsideLLM",
+    "PictureFeatures",
+    "Samplers",
+    "Selection",
+    "VisualTokens",
+    "build",
+    "names",
+    "uncompressed",
+]
+
+SELECTOR_FILE = "selector.safetensors"
+_VISION = {field.name for field in dataclasses.fields(VisionGuidedOptions)} | {"selector"}
+_TEXT = {field.name for field in dataclasses.fields(TextGuidedOptions)}
+_OPTIONS = {"focus": _VISION | _TEXT, "vision": _VISION, "text": _TEXT, "none": set()}
+
+_log = logging.getLogger("minifocus")
+
+
+def names() -> list[str]:
+    """The methods that `build` (and so `minifocus.load`) knows."""
+    return list(_OPTIONS)
+
+
+def build(name: str, config: Config, folder: Path, options: Mapping[str, object]) -> Samplers:
+    """The samplers of method `name` for a model, with `options` by keyword.
+
+    `selector` is "variance", a file's path, or None for `folder`/selector.safetensors. Raises InputError for an unknown
+    name or option or a value out of range, and CheckpointError where a trained selector is wanted and not there.
+    """
+    if name not in _OPTIONS:
+        raise InputError(f"sampler: expected one of {', '.join(names())}, got {name!r}")
+    for key in options:
+        if key not in _OPTIONS[name]:
+            known = ", ".join(sorted(_OPTIONS[name])) or "none"
+            raise InputError(f"{key}: not an option of sampler {name!r}; its options: {known}")
+    before = _vision_guided(config, folder, options) if name in ("focus", "vision") else None
+    text = {key: value for key, value in options.items() if key in _TEXT}
+    inside = TextGuidedSampler(TextGuidedOptions(**text), config.text) if name in ("focus", "text") else None  # type: ignore[arg-type]
+    return Samplers(before, inside)
+
+
+def _vision_guided(config: Config, folder: Path, given: Mapping[str, object]) -> VisionGuidedSampler:
+    options = {key: value for key, value in given.items() if key in _VISION and key != "selector"}
+    selector = given.get("selector")
+    if not config.anyres and options.get("thumbnail", "keep") != "keep":
+        raise InputError(f"thumbnail: LLaVA-1.5 has no thumbnail to {options['thumbnail']}")
+    if selector == "variance":
+        full = VisionGuidedOptions(**options)  # type: ignore[arg-type]
+        _log.warning("selector='variance' is a training-free stand-in for FocusLLaVA's learned selector")
+        return VisionGuidedSampler(VarianceSelector(len(pools_for(full.window, full.branches))), full)
+    if selector is not None and not isinstance(selector, str | Path):
+        raise InputError(f"selector: expected 'variance' or a file's path, got {selector!r}")
+    file = Path(selector) if selector is not None else folder / SELECTOR_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file}: this folder has no trained selector. Pass selector='variance' for a training-free stand-in, "
+            "selector=FILE for a trained one, or use sampler='text' or 'none', which need none"
+        )
+    return VisionGuidedSampler(*load_selector(file, config.vision.grid**2, options))

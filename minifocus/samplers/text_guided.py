@@ -1,0 +1,117 @@
+"""FocusLLaVA's text-guided sampler (paper §3.3): before decoder layer i, keep the visual tokens that the text looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..config import TextConfig
+from ..errors import InputError
+from ..llama import DecoderLayer, rope_tables, rotate
+from ..reference import importance, select_top_p
+from ..rows import Rows
+from .hooks import Selection
+
+
+@dataclass(frozen=True)
+class TextGuidedOptions:
+    """
+    gamma  share of the total importance that the kept tokens must exceed (Eq. 9), in (0, 1]; 0.85 in the paper
+    keep   keep this many tokens of each picture instead (static shapes); None: by `gamma`
+    layer  act before this decoder layer, from 0; None: a quarter of the depth (the paper's 8 of 32)
+    text   whose attention counts: "instruction" (the user's words after the picture, without the template's; the last
+           prompt token where there are none), "all" (every text token of the prompt) or "last" (the last prompt token)
+    rope   score with rotary positions; as printed (Eq. 6) there are none
+    """
+
+    gamma: float = 0.85
+    keep: int | None = None
+    layer: int | None = None
+    text: Literal["instruction", "all", "last"] = "instruction"
+    rope: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float) or not 0 < self.gamma <= 1:
+            raise InputError(f"gamma: expected a number above 0 and at most 1, got {self.gamma!r}")
+        if self.keep is not None and (type(self.keep) is not int or self.keep < 1):
+            raise InputError(f"keep: expected a whole number of at least 1, got {self.keep!r}")
+        if self.text not in ("instruction", "all", "last"):
+            raise InputError(f"text: expected 'instruction', 'all' or 'last', got {self.text!r}")
+        if not isinstance(self.rope, bool):
+            raise InputError(f"rope: expected True or False, got {self.rope!r}")
+
+
+class TextGuidedSampler:
+    """Scores each picture's tokens at one layer and keeps the most important; newlines always stay, unscored."""
+
+    def __init__(self, options: TextGuidedOptions, config: TextConfig):
+        self.options, self.config = options, config
+        depth = config.num_hidden_layers
+        self.layer = depth // 4 if options.layer is None else options.layer
+        if type(self.layer) is not int or not 0 <= self.layer < depth:
+            raise InputError(f"layer: expected a whole number from 0 to {depth - 1}, got {options.layer!r}")
+
+    def text_tokens(self, rows: Rows, row: int, picture_end: int) -> torch.Tensor:
+        """The columns of `row` whose attention counts for a picture that ends before column `picture_end`."""
+        last = rows.valid.new_zeros(rows.valid.shape[1])
+        last[-1] = True
+        if self.options.text == "last":
+            chosen = last
+        elif self.options.text == "all":
+            chosen = (rows.picture[row] < 0) & rows.valid[row]
+        else:
+            chosen = rows.instruction[row].clone()
+            chosen[:picture_end] = False
+            if not bool(chosen.any()):
+                chosen = last
+        return chosen.nonzero().squeeze(1)
+
+    @torch.no_grad()
+    def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
+        """Eq. 6 to 9 before layer `index`, if it is the sampler's; several pictures are scored each for itself."""
+        if index != self.layer:
+            return None
+        scored = (rows.picture >= 0) & ~rows.newline & rows.valid
+        width = rows.valid.shape[1]
+        text, visual, cu_text, cu_visual = [], [], [0], [0]  # flat places in [B × S], one item per picture
+        for row in range(len(rows.valid)):
+            for picture in rows.picture[row].unique().tolist():
+                if picture < 0:
+                    continue
+                tokens = (scored[row] & (rows.picture[row] == picture)).nonzero().squeeze(1)
+                if not len(tokens):
+                    continue
+                words = self.text_tokens(rows, row, int(tokens[-1]) + 1)
+                text.append(row * width + words)
+                visual.append(row * width + tokens)
+                cu_text.append(cu_text[-1] + len(words))
+                cu_visual.append(cu_visual[-1] + len(tokens))
+        if not visual:
+            return None
+        q_places, k_places = torch.cat(text), torch.cat(visual)
+
+        attention = layer.self_attn
+        hidden = rows.hidden.flatten(0, 1)
+        q = attention.split_heads(attention.q_proj(layer.input_layernorm(hidden[q_places]))[None])
+        k = attention.split_heads(attention.k_proj(layer.input_layernorm(hidden[k_places]))[None])
+        if self.options.rope:
+            positions = rows.positions.flatten()
+            tables = (
+                rope_tables(self.config.rope, self.config.head_dim, positions[p][None], q.dtype)
+                for p in (q_places, k_places)
+            )
+            (q_cos, q_sin), (k_cos, k_sin) = tables
+            q, k = rotate(q, q_cos, q_sin), rotate(k, k_cos, k_sin)
+        offsets = torch.tensor(cu_visual)
+        scores = importance(
+            q[0].transpose(0, 1), k[0].transpose(0, 1), torch.tensor(cu_text), offsets, self.config.head_dim**-0.5
+        )
+        index_kept, _ = select_top_p(scores, offsets, self.options.gamma, self.options.keep)
+
+        kept = (rows.valid & ~scored).flatten()
+        kept[k_places[index_kept]] = True
+        all_scores = torch.full_like(kept, float("nan"), dtype=torch.float32)
+        all_scores[k_places] = scores
+        return Selection(kept.view_as(rows.valid), all_scores.view_as(rows.valid))

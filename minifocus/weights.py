@@ -1,0 +1,232 @@
+"""Strict loading of safetensors: every key accounted for, every shape and dtype checked, before a model exists.
+
+Checkpoints of the same model come with four sets of names (`RENAMES`); contents are taken from the shards themselves,
+of which the index only gives the list.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from .config import Config, read_json
+from .errors import CheckpointError
+
+# Names on disk → this package's, which are those of a fresh `save_pretrained` of transformers 5. First match wins.
+RENAMES = [
+    ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),  # the original LLaVA repository
+    ("model.vision_tower.", "vision_tower."),  # transformers 5, in memory
+    ("vision_tower.vision_model.", "vision_tower."),  # transformers 4, most of the hub
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.image_newline", "image_newline"),
+    ("model.language_model.", "language_model.model."),
+    ("model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+]
+IGNORED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")  # buffers that older versions wrote
+HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint: where it is and what it is."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def canonical_name(key: str) -> str:
+    for prefix, replacement in RENAMES:
+        if key.startswith(prefix):
+            return replacement + key[len(prefix) :]
+    return key
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The checkpoint's files: model.safetensors, or what model.safetensors.index.json lists.
+
+    A listed file must lie in the folder. (In a hub cache, where `snapshots/REVISION` holds links into `blobs` of the same
+    repository, those links are followed.)
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        others = sorted(p.name for p in folder.glob("*.bin"))
+        hint = f" ({', '.join(others[:3])}: convert it to safetensors first)" if others else ""
+        raise CheckpointError(f"{folder}: found neither {single.name} nor {index.name}{hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map: expected an object from tensor names to files, got {weight_map!r}")
+    roots = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        roots.append(folder.resolve().parent.parent / "blobs")
+    files = []
+    for name in sorted(set(map(str, weight_map.values()))):
+        file = folder / name
+        try:
+            target = file.resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{index}: weight_map: {name!r} is not a usable file name: {error}") from error
+        if Path(name).name != name or target.parent not in roots:
+            raise CheckpointError(
+                f"{index}: weight_map: expected files in {folder}, got {name!r}, which leads out of it"
+            )
+        if not target.is_file():
+            raise CheckpointError(f"{file}: listed in {index.name} but not there")
+        files.append(file)
+    return files
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint by this package's name for it; no tensor data is read."""
+    found: dict[str, StoredTensor] = {}
+    for file in shard_files(folder):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for key in stored.keys():  # noqa: SIM118 (not a mapping)
+                    if IGNORED.search(key):
+                        continue
+                    piece = stored.get_slice(key)
+                    tensor = StoredTensor(file, key, tuple(piece.get_shape()), str(piece.get_dtype()))
+                    name = canonical_name(key)
+                    if name in found:
+                        other = found[name]
+                        raise CheckpointError(f"{file}: {key}: the same tensor as {other.key} in {other.file.name}")
+                    found[name] = tensor
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not readable as safetensors: {error}") from error
+    return found
+
+
+def check_layer_counts(found: dict[str, StoredTensor], config: Config, folder: Path) -> None:
+    """Compare depths before a model is built, so that a wrong number cannot ask for a billion layers."""
+    for prefix, key, expected in (
+        ("language_model.model.layers.", "text_config.num_hidden_layers", config.text.num_hidden_layers),
+        ("vision_tower.encoder.layers.", "vision_config.num_hidden_layers", config.vision.num_hidden_layers),
+    ):
+        numbers = {name[len(prefix) :].split(".")[0] for name in found if name.startswith(prefix)}
+        if len(numbers) != expected:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {key}: {expected} layers, but the weights hold {len(numbers)} ({prefix}*)"
+            )
+
+
+def check_names_and_shapes(found: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """One error for all missing, unexpected, misshapen and wrongly typed tensors."""
+    problems = []
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        problems.append(f"missing: {_listing(missing)}")
+    unexpected = sorted(found.keys() - expected.keys())
+    if unexpected:
+        problems.append(f"unexpected: {_listing([found[name].key for name in unexpected])}")
+    shared = sorted(expected.keys() & found.keys())
+    misshapen = [
+        f"{n}: expected {expected[n]}, found {found[n].shape}" for n in shared if expected[n] != found[n].shape
+    ]
+    if misshapen:
+        problems.append(f"wrong shape: {_listing(misshapen)}")
+    mistyped = [f"{n} ({found[n].dtype})" for n in shared if found[n].dtype not in STORED_DTYPES]
+    if mistyped:
+        problems.append(f"not of dtype {', '.join(STORED_DTYPES)} (quantised?): {_listing(mistyped)}")
+    if problems:
+        raise CheckpointError(f"{folder}: the weights do not fit config.json\n  " + "\n  ".join(problems))
+
+
+def _listing(names: list[str], limit: int = 20) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def read_tensors(
+    found: dict[str, StoredTensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    check_finite: bool,
+    progress: Progress | None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor with its name, on `device` and in `dtype`; NaN and infinity are refused unless told otherwise."""
+    total = sum(_num_bytes(tensor) for tensor in found.values())
+    done = 0
+    for file in sorted({tensor.file for tensor in found.values()}):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name, tensor in found.items():
+                    if tensor.file != file:
+                        continue
+                    value = stored.get_tensor(tensor.key).to(device=device, dtype=dtype)
+                    if check_finite and not _finite(value):
+                        raise CheckpointError(f"{file}: {tensor.key}: holds NaN or infinite values (as {dtype})")
+                    done += _num_bytes(tensor)
+                    if progress is not None:
+                        progress(done, total)
+                    yield name, value
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file}: not readable as safetensors: {error}") from error
+
+
+def _num_bytes(tensor: StoredTensor) -> int:
+    count = 1
+    for side in tensor.shape:
+        count *= side
+    return count * (4 if tensor.dtype == "F32" else 2)
+
+
+def _finite(value: torch.Tensor) -> bool:
+    """One pass over memory: both ends of the range are finite exactly when everything between is."""
+    if not value.numel():
+        return True
+    low, high = value.aminmax()
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def load_model(
+    build: Callable[[], nn.Module],
+    config: Config,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    check_finite: bool = True,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """The model that `build` makes (on the meta device), with the folder's weights.
+
+    `dtype` None takes config.json's, or else that of the stored embeddings. Raises CheckpointError with every mismatch in
+    one message; nothing half-loaded is ever returned.
+    """
+    found = read_headers(folder)
+    check_layer_counts(found, config, folder)
+    with torch.device("meta"):
+        model = build()
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    tied = config.tie_word_embeddings
+    if tied and HEAD not in found:
+        del expected[HEAD]
+    check_names_and_shapes(found, expected, folder)
+
+    dtype = dtype or config.dtype or STORED_DTYPES[found[EMBEDDINGS].dtype]
+    state = dict(read_tensors(found, device, dtype, check_finite, progress))
+    if tied:
+        head = state.setdefault(HEAD, state[EMBEDDINGS])
+        if head is not state[EMBEDDINGS] and not torch.equal(head, state[EMBEDDINGS]):
+            raise CheckpointError(
+                f"{folder}: tie_word_embeddings is true, but {found[HEAD].key} differs from the embeddings"
+            )
+    model.load_state_dict(state, strict=True, assign=True)
+    if tied:
+        model.get_submodule("language_model.lm_head").weight = model.get_parameter(EMBEDDINGS)
+    return model.eval()
