@@ -211,7 +211,8 @@ class ImageProcessor:
         fields.check("resample", type(resample) is int and 0 <= resample <= 5, "a Pillow filter from 0 to 5")
         mean, std = fields.numbers("image_mean", CLIP_MEAN), fields.numbers("image_std", CLIP_STD)
         fields.check("image_std", min(std) > 0, "positive numbers")
-        factor = fields.numbers("rescale_factor", 1 / 255)[0]
+        factor = fields.get("rescale_factor", 1 / 255)
+        fields.check("rescale_factor", type(factor) in (int, float) and 0 < factor < math.inf, "a positive number")
 
         pinpoints = tuple((height, width) for height, width in grid_pinpoints) if anyres else ()
         expected = [list(pinpoint) for pinpoint in pinpoints]

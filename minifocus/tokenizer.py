@@ -123,16 +123,17 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, An
     file = folder / "tokenizer_config.json"
     settings = read_json(file) if file.exists() else {}
     added = {}
-    if "added_tokens_decoder" in settings:
-        entries = settings["added_tokens_decoder"]
-    else:
-        if (folder / "special_tokens_map.json").exists():
-            settings.update(read_json(folder / "special_tokens_map.json"))
-        file = folder / "added_tokens.json"
-        special = {_content(value) for value in settings.values()} | set(_extra(settings))
-        tokens = read_json(file).items() if file.exists() else ()
-        entries = {token_id: {"content": token, "special": token in special} for token, token_id in tokens}
+    if "added_tokens_decoder" not in settings and (folder / "special_tokens_map.json").exists():
+        file = folder / "special_tokens_map.json"
+        settings.update(read_json(file))
     try:
+        special = {_content(value) for value in settings.values()} | set(_extra(settings))
+        if "added_tokens_decoder" in settings:
+            entries = settings["added_tokens_decoder"]
+        else:
+            file = folder / "added_tokens.json"
+            tokens = read_json(file).items() if file.exists() else ()
+            entries = {token_id: {"content": token, "special": token in special} for token, token_id in tokens}
         for token_id, token in entries.items():
             flags = {flag: bool(token.get(flag)) for flag in ("lstrip", "rstrip", "single_word", "special")}
             flags["normalized"] = bool(token.get("normalized", not flags["special"]))
@@ -140,7 +141,9 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, An
                 raise ValueError(f"no content or a negative id: {token}")
             added[int(token_id)] = {"content": str(token["content"]), **flags}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: the added tokens are not a map of id and token: {error!r}") from error
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: added or special tokens of an unknown form: {error!r}") from error
     return settings, added
 
 
@@ -153,6 +156,8 @@ def _content(value: Any) -> str | None:
 def _extra(settings: dict[str, Any]) -> list[str]:
     """Special tokens without a role, under their new or their old name."""
     tokens = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if not isinstance(tokens, list | dict):
+        raise TypeError(f"expected a list of special tokens, got {tokens!r}")
     contents = map(_content, tokens.values() if isinstance(tokens, dict) else tokens)
     return [content for content in contents if content]
 

@@ -26,7 +26,7 @@ from minifocus.samplers.vision_guided import (
     save_selector,
 )
 
-SIZES = [[(57, 91)], [(30, 90), (100, 31)], [(50, 50)]]
+SIZES = [[(57, 91)], [(30, 90), (100, 31)], [(50, 50), (1, 400)]]  # the last leaves a map without rows
 VISION = [dict(window=w) for w in (1, 2, 4, 8, 12)] + [
     dict(branches=7),
     dict(thumbnail="compress"),
@@ -361,8 +361,8 @@ def test_batch_equals_single_rows(folder: Path, sampler: str, options: dict[str,
         sizes = inputs.image_sizes[picture : picture + len(own)] if inputs.image_sizes is not None else None
         picture += len(own)
         single = model(inputs.input_ids[row : row + 1, :length], pixels, sizes)
-        # 1e-5 at a logit of 1: other shapes make the matrix products round otherwise, in proportion to the logit.
-        assert torch.allclose(single[0], batch[row, :length], rtol=1e-6, atol=1e-5, equal_nan=True)
+        # Matrix products of other shapes round otherwise: by up to 1.05e-5 here, where logits reach 10.
+        assert torch.allclose(single[0], batch[row, :length], rtol=0, atol=2e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("sampler", ["text", "focus"])

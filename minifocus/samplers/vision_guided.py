@@ -212,16 +212,12 @@ class VisionGuidedSampler(BeforeLLM):
         sampled = self.sample_map(picture.map, picture.thumbnail)
         source, logits = layout.of_cells(sampled.cells), sampled.logits
 
-        places = torch.arange(layout.leading, device=source.device)
-        pieces = [(picture.leading, places, torch.ones_like(places).expand(2, -1).T)]
-        if self.options.thumbnail == "drop":
-            pieces = []
-        elif self.options.thumbnail == "compress":
-            thumbnail = self.sample_map(picture.thumbnail, picture.thumbnail)
-            pieces, logits = (
-                [(thumbnail.tokens, thumbnail.cells, thumbnail.extent)],
-                torch.cat([logits, thumbnail.logits]),
-            )
+        leading = 0 if self.options.thumbnail == "drop" else layout.leading
+        places = torch.arange(leading, device=source.device)
+        pieces = [(picture.leading[:leading], places, places.new_ones(leading, 2))]
+        if self.options.thumbnail == "compress":
+            small = self.sample_map(picture.thumbnail, picture.thumbnail)
+            pieces, logits = [(small.tokens, small.cells, small.extent)], torch.cat([logits, small.logits])
 
         lengths = [len(tokens) for tokens, _, _ in pieces]
         newlines = []  # their places in the compressed sequence

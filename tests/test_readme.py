@@ -1,0 +1,77 @@
+"""What the README says is run: its links, its commands on the embedded model, its Python, its make targets."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minifocus
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "weights/README.md"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in link]
+    for link in links:
+        assert (page.parent / link).exists(), link
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"\bmake (\w+)", "".join(page.read_text() for page in PAGES)))
+    assert {"demo", "test"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_commands_on_the_embedded_model(tmp_path: Path) -> None:
+    commands = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    ours = [shlex.split(line)[1:] for line in commands if line.startswith("python examples/") and "--model" not in line]
+    assert ours
+    for arguments in ours:
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+
+
+def test_options_of_the_commands_on_your_own_model() -> None:
+    """Those need a checkpoint that is not here: their options at least are those of --help."""
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "examples/generate.py"), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    commands = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines() if "--model" in line]
+    options = {word for line in commands for word in shlex.split(line) if word.startswith("--")}
+    assert options
+    for option in options:
+        assert option in shown
+
+
+def test_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    (code,) = blocks("python")
+    model = minifocus.load("weights/tiny", sampler="none")
+    assert model.image_processor is not None and model.tokenizer is not None
+    import torch
+
+    from minifocus.image import open_image
+
+    pixels, size = model.image_processor(open_image("examples/cards.png"))
+    names = {
+        "input_ids": torch.tensor([[1] + [model.config.image_token_id] * model.num_visual_tokens(size) + [5, 6]]),
+        "pixel_values": pixels[None],
+        "image_sizes": torch.tensor([size]),
+        "attention_mask": None,
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    assert "TokenCounts(full=" in capsys.readouterr().out
+    assert len(names["answers"]) == 2 and names["logits"].shape[:2] == names["input_ids"].shape  # type: ignore[arg-type,union-attr]
