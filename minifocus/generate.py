@@ -123,9 +123,13 @@ class Stream:
 
     def __init__(self, model: Llava, image: Images, prompt: str, **options: object):
         self._run = _Run(model, [image], [prompt], options)
+        self._pieces = self._generate()
         self.answer: Answer | None = None
 
     def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def _generate(self) -> Iterator[str]:
         decoder = StreamDecoder(self._run.tokenizer)
         for (token,) in self._run.steps():
             if token is not None and (piece := decoder.push(token)):
@@ -160,9 +164,10 @@ class _Run:
                 generator.seed()
             else:
                 generator.manual_seed(self.options.seed)
-        self.prefill_seconds = self.decode_seconds = 0.0
-        self._started = time.perf_counter()
+        self.decode_seconds = 0.0
+        started = time.perf_counter()
         self._inputs = [self._prepare(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        self.prefill_seconds = time.perf_counter() - started
 
     def _prepare(self, image: Images, prompt: str) -> _Input:
         """Open the pictures, fill the template, and put one placeholder per visual token into the token ids."""
@@ -178,6 +183,16 @@ class _Run:
             tiles.append(pixels)
             sizes.append(size)
         encoding = self.tokenizer.encode(built.text)
+        limit = config.text.max_position_embeddings
+        if not encoding.ids:
+            raise InputError(f"prompt: {prompt!r} has no tokens")
+        if len(encoding.ids) > limit:
+            raise InputError(f"prompt: takes {len(encoding.ids)} tokens, more than the context length of {limit}")
+        if max(encoding.ids) >= config.text.vocab_size:
+            raise CheckpointError(
+                f"{self.model.folder}: the tokenizer gives token {max(encoding.ids)}, but config.json's vocab_size is "
+                f"{config.text.vocab_size}"
+            )
         if sources and encoding.ids.count(config.image_token_id) != len(sources):
             raise CheckpointError(
                 f"{self.model.folder}: the tokenizer's <image> is not config.json's image token {config.image_token_id}"
@@ -205,6 +220,7 @@ class _Run:
 
     @torch.inference_mode()
     def _prefill(self) -> torch.Tensor:
+        started = time.perf_counter()
         model, inputs = self.model, self._inputs
         longest = max(len(i.ids) for i in inputs)
         ids = torch.zeros(len(inputs), longest, dtype=torch.int64)
@@ -220,7 +236,7 @@ class _Run:
         self.prefill: Prefill = model.prefill(rows, visual, self.caches)
         self.positions = self.prefill.rows.positions[:, -1]
         logits = model.language_model.lm_head(self.prefill.rows.hidden[:, -1]).float().cpu()
-        self.prefill_seconds = time.perf_counter() - self._started
+        self.prefill_seconds += time.perf_counter() - started
         return logits
 
     @torch.inference_mode()
@@ -241,7 +257,9 @@ class _Run:
         if self.options.temperature == 0:
             token = int(logits.argmax())
         else:
-            token = sample(logits / self.options.temperature, self.options.top_p, self.generators[row])
+            # Relative to the largest, and in double precision: no temperature, however small, gives NaN.
+            scaled = (logits - logits.max()).double() / self.options.temperature
+            token = sample(scaled, self.options.top_p, self.generators[row])
         if token in self.stop_ids:
             self.finish[row] = "stop"
             return None

@@ -205,6 +205,12 @@ def test_seed_repeats_and_no_seed_varies(folder: Path) -> None:
     assert len(same) == 1 and len(varied) > 1
 
 
+def test_a_tiny_temperature_is_greedy(folder: Path) -> None:
+    model = load(folder)
+    cold = model.generate(picture(), "What?", max_new_tokens=8, temperature=5e-324)
+    assert cold.token_ids == model.generate(picture(), "What?", max_new_tokens=8).token_ids
+
+
 # ---- refusals ----
 
 
@@ -271,6 +277,22 @@ def test_tokenizer_of_another_model(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, key: 91}))
     with pytest.raises(minifocus.CheckpointError, match="image token 91"):
         load(tmp_path).generate(picture(), "What?")
+
+
+def test_tokenizer_with_more_tokens_than_the_model(tmp_path: Path) -> None:
+    folder = save(build(seed=11), tmp_path)
+    add_tokenizer(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["W"] = 1000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(minifocus.CheckpointError, match="token 1000, but config.json's vocab_size is 96"):
+        load(folder).generate(picture(), "What?")
+
+
+@pytest.mark.parametrize("size", [(60000, 2), (2, 60000), (1, 1)])
+@pytest.mark.parametrize("sampler", ["none", "focus"])
+def test_extreme_pictures_are_answered_about(folder: Path, size: tuple[int, int], sampler: str) -> None:
+    assert load(folder, sampler).generate(picture(*size), "What?", max_new_tokens=2).tokens.full >= 16
 
 
 @pytest.mark.parametrize(
