@@ -132,7 +132,7 @@ def select_best_resolution(size: tuple[int, int], pinpoints: Iterable[tuple[int,
 def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
     height, width = size
     if width > image.width and width * image.height > MAX_PIXELS:
-        # Pillow widens every row before it drops any. For a sliver millions of rows tall, drop first.
+        # Pillow before 13 widens every row before it drops any. For a sliver millions of rows tall, drop first.
         image = image.resize((image.width, height), resample)
     return image.resize((width, height), resample)
 

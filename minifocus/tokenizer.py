@@ -91,7 +91,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._ids: list[int] = []  # what is not out yet, after the token before it: a first token decodes differently
+        self._ids: list[int] = []  # what is not out yet, after the token before it: a first token loses its space
         self._out = ""  # how much of the text of _ids is out
 
     def push(self, token_id: int) -> str:
@@ -106,9 +106,7 @@ class StreamDecoder:
         if text.endswith("\ufffd"):
             return ""
         final = text[len(self._out) :]
-        alone = self._tokenizer.decode([token_id], self._skip)
-        # A lone "▁" decodes to nothing and would cost the next token its space: keep what comes before it, too.
-        self._ids, self._out = ([token_id], alone) if alone else (self._ids, text)
+        self._ids, self._out = [token_id], self._tokenizer.decode([token_id], self._skip)
         return final
 
     def flush(self) -> str:
