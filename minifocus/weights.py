@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -195,15 +196,15 @@ def _finite(value: torch.Tensor) -> bool:
 @contextmanager
 def _without_initialisation() -> Iterator[None]:
     """Modules made inside get no random values: on the meta device those cost more than a second of imports alone."""
-    kinds = (nn.Linear, nn.Embedding, nn.Conv2d, nn.LayerNorm)
+    kinds: tuple[Any, ...] = (nn.Linear, nn.Embedding, nn.Conv2d, nn.LayerNorm)
     originals = [kind.reset_parameters for kind in kinds]
     try:
         for kind in kinds:
-            kind.reset_parameters = lambda self: None  # type: ignore[method-assign]
+            kind.reset_parameters = lambda self: None
         yield
     finally:
         for kind, original in zip(kinds, originals, strict=True):
-            kind.reset_parameters = original  # type: ignore[method-assign]
+            kind.reset_parameters = original
 
 
 def load_model(
