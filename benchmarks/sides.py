@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import resource
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -116,7 +117,7 @@ def make_checkpoint(settings: Settings) -> None:
     (settings.folder / "recipe.json").write_text(json.dumps(settings.recipe()), encoding="utf-8")
 
 
-class Side:
+class Side(ABC):
     """One of the compared programs. Its methods are called by name from the parent."""
 
     def __init__(self, settings: Settings):
@@ -176,13 +177,14 @@ class Side:
     def threads(self) -> int:
         return self.torch.get_num_threads()
 
+    @abstractmethod
     def _load(self, **options: Any) -> Any:
-        raise NotImplementedError
+        """→ the model, on the device."""
 
+    @abstractmethod
     def _prefill(self) -> tuple[Any, Callable[[Any], Any], float, list[int]]:
         """→ logits [1, V]; the function from a token [1] to the next logits; when the decoder began; visual tokens per
         layer."""
-        raise NotImplementedError
 
 
 class Transformers(Side):

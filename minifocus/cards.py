@@ -28,6 +28,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .image import select_best_resolution
+
 FAMILIES = ("read", "perceive", "reason", "relate")
 COLOURS = {
     "red": (215, 40, 40),
@@ -97,21 +99,9 @@ class Scene:
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
-def best_resolution(width: int, height: int) -> tuple[int, int]:
-    """The (height, width) of ``PINPOINTS`` that LLaVA-NeXT picks: most pixels kept, then least padding."""
-
-    def fit(pinpoint: tuple[int, int]) -> tuple[int, int]:
-        h, w = pinpoint
-        scale = min(w / width, h / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, kept - h * w
-
-    return max(PINPOINTS, key=fit)
-
-
 def _seams(width: int, height: int) -> tuple[list[float], list[float]]:
     """Columns and rows of a canvas at which its resized, centred copy is cut into tiles."""
-    h, w = best_resolution(width, height)
+    h, w = select_best_resolution((height, width), PINPOINTS)
     scale = min(w / width, h / height)
     left, top = (w - width * scale) / 2, (h - height * scale) / 2
     return (
