@@ -10,13 +10,18 @@ demo: install
 test: install lint
 	$(BIN)/python -m pytest
 
-install: .venv/installed
+install: .venv/operators
 
 # torch first and by itself: an unpinned requirement of another package must not choose the version.
 .venv/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+# C++ and CUDA that changed since. The script's own head says what it needs and takes.
+.venv/operators: .venv/installed scripts/build_operators.py $(shell find csrc -type f)
+	$(BIN)/python scripts/build_operators.py
 	touch $@
 
 lint: install
@@ -32,4 +37,4 @@ benchmark: install
 	$(BIN)/python benchmarks/end_to_end.py --json
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist *.egg-info minifocus/_build.txt minifocus/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

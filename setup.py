@@ -1,5 +1,36 @@
-"""Everything is in pyproject.toml; the C++ and CUDA operators of csrc/ will be built from here."""
+"""Lets pip build the operators of csrc/; everything else is in pyproject.toml."""
 
-from setuptools import setup
+import sys
+from pathlib import Path
 
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import build_operators  # noqa: E402
+
+
+class BuildOperators(build_ext):
+    """scripts/build_operators.py in the place of setuptools' own compiling."""
+
+    def run(self) -> None:
+        package = ROOT if self.inplace else Path(self.build_lib)
+        (package / "minifocus").mkdir(parents=True, exist_ok=True)
+        build_operators.build(package / "minifocus")
+
+
+# For setuptools an extension only marks the wheel as compiled and lists what a source distribution needs.
+csrc = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]
+needed = [*csrc, "scripts/build_operators.py"]
+
+setup(
+    cmdclass={"build_ext": BuildOperators},
+    ext_modules=[
+        Extension(f"minifocus._{half}", needed, py_limited_api=True, optional=True) for half in build_operators.HALVES
+    ],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    # pip installs this into the isolated environment that it builds in, and only if no torch with headers is at hand.
+    setup_requires=["torch==2.13.0"] if build_operators.needs_torch() else [],
+)

@@ -6,6 +6,10 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from .ops import gather_tokens
+
+_PADDING = {"source": -1, "picture": -1}  # where it is not 0
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -38,11 +42,15 @@ class Rows:
             return self
         # A stable sort of False before True moves every kept token to the right without changing their order.
         order = kept.to(torch.uint8).argsort(dim=1, stable=True)[:, kept.shape[1] - longest :]
-        columns = {f.name: torch.gather(getattr(self, f.name), 1, order) for f in fields(self) if f.name != "hidden"}
-        columns["valid"] = torch.arange(longest, device=kept.device) >= longest - counts[:, None]
-        columns["source"] = columns["source"].where(columns["valid"], -1)
-        hidden = torch.gather(self.hidden, 1, order[..., None].expand(-1, -1, self.hidden.shape[-1]))
-        return Rows(hidden=hidden, **columns)
+        valid = torch.arange(longest, device=kept.device) >= longest - counts[:, None]
+        first = torch.arange(len(kept), device=kept.device)[:, None] * kept.shape[1]
+        names = [f.name for f in fields(self) if f.name != "valid"]
+        columns = [getattr(self, name).flatten(0, 1) for name in names]
+        gathered = gather_tokens(columns, (first + order).where(valid, -1).flatten())
+        moved = {name: column.unflatten(0, valid.shape) for name, column in zip(names, gathered, strict=True)}
+        for name, value in _PADDING.items():
+            moved[name] = moved[name].where(valid, value)
+        return Rows(valid=valid, **moved)
 
     def mask(self, kept: torch.Tensor) -> Rows:
         """The same rows with the other tokens hidden from attention: what `keep` does, differentiable and of fixed shape."""
@@ -57,11 +65,10 @@ def stack_rows(rows: list[Rows]) -> Rows:
     longest = max(row.hidden.shape[1] for row in rows)
     if all(row.hidden.shape[1] == longest for row in rows):
         return Rows(**{f.name: torch.cat([getattr(row, f.name) for row in rows]) for f in fields(Rows)})
-    padding = {"source": -1, "picture": -1}
 
     def pad(row: Rows, name: str) -> torch.Tensor:
         value = getattr(row, name)
         missing = longest - value.shape[1]
-        return torch.cat([value.new_full((1, missing, *value.shape[2:]), padding.get(name, 0)), value], dim=1)
+        return torch.cat([value.new_full((1, missing, *value.shape[2:]), _PADDING.get(name, 0)), value], dim=1)
 
     return Rows(**{f.name: torch.cat([pad(row, f.name) for row in rows]) for f in fields(Rows)})

@@ -1,92 +1,155 @@
-"""The operators in plain PyTorch against loops over scalars that say what the paper says."""
+"""The operators in plain PyTorch against loops over scalars that say what the paper and the operators' specification say."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from minifocus.reference import importance, num_regions, region_pool, select_top_p
+from minifocus import reference
+from minifocus.reference import Pool
 from minifocus.samplers.vision_guided import pools_for
+from minifocus.testing import Attention, Gather, Regions, Selection, attentions, gathers, regions, selections
 
-WINDOWS_AND_BRANCHES = [(1, 3), (2, 3), (2, 7), (4, 3), (4, 7), (8, 3), (8, 7), (12, 3), (12, 7)]
-
-
-def brute_force_pool(x, grid, choice, window, pools):
-    """x [H, W, C] as nested loops: region by region, window by window, over the cells that exist."""
-    height, width = grid
-    tokens, source, counts = [], [], []
-    regions = [(r, c) for r in range(0, height, window) for c in range(0, width, window)]
-    for (top, left), branch in zip(regions, choice, strict=True):
-        ph, pw = pools[branch]
-        before = len(tokens)
-        for r in range(top, top + window, ph) if ph else []:
-            for c in range(left, left + window, pw):
-                cells = [(i, j) for i in range(r, r + ph) for j in range(c, c + pw) if i < height and j < width]
-                if cells:
-                    tokens.append([max_or_nan(x[i][j][k] for i, j in cells) for k in range(len(x[0][0]))])
-                    source.append(cells[0][0] * width + cells[0][1])
-        counts.append(len(tokens) - before)
-    return tokens, source, counts
+FINITE = ["random", "few", "equal", "uniform", "zeros", "denormal"]
 
 
-def max_or_nan(values):
-    values = list(values)
-    return math.nan if any(math.isnan(v) for v in values) else max(values)
+def is_larger(value: float, than: float) -> bool:
+    """The rule of every maximum: the first of equal ones stays, the first NaN wins."""
+    return value > than or (math.isnan(value) and not math.isnan(than))
 
 
-@settings(deadline=None, max_examples=150)
-@given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=0, max_size=3),
-    st.integers(1, 3),
-    st.sampled_from(WINDOWS_AND_BRANCHES),
-    st.integers(0, 2**31),
-    st.sampled_from(["random", "few values", "infinite", "nan"]),
-)
-def test_region_pool_is_the_maximum_over_existing_cells(grids, channels, setting, seed, pattern):
-    window, branches = setting
-    pools = pools_for(window, branches)
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(sum(h * w for h, w in grids), channels, generator=generator)
-    if pattern == "few values":
-        x = x.round()
-    if pattern == "infinite":
-        x[torch.rand(x.shape, generator=generator) < 0.3] = -math.inf
-    if pattern == "nan":
-        x[torch.rand(x.shape, generator=generator) < 0.2] = math.nan
-    regions = [math.prod(num_regions(grid, window)) for grid in grids]
-    choice = torch.randint(len(pools), (sum(regions),), generator=generator)
+def rounded(value: float, dtype: torch.dtype) -> float:
+    return torch.tensor(value, dtype=torch.float64).to(dtype).item()
 
-    tokens, source, offsets = region_pool(x, torch.tensor(grids).view(-1, 2), choice, window, pools)
 
-    expected_tokens, expected_source, expected_counts, cell, region = [], [], [], 0, 0
-    for (height, width), count in zip(grids, regions, strict=True):
-        nested = x[cell : cell + height * width].view(height, width, channels).tolist()
-        t, s, c = brute_force_pool(nested, (height, width), choice[region : region + count].tolist(), window, pools)
-        expected_tokens, expected_source, expected_counts = (
-            expected_tokens + t,
-            expected_source + s,
-            expected_counts + c,
-        )
-        cell, region = cell + height * width, region + count
-    assert source.tolist() == expected_source
-    assert offsets.diff().tolist() == expected_counts
-    assert torch.equal(tokens.nan_to_num(nan=1e9), torch.tensor(expected_tokens).view(-1, channels).nan_to_num(nan=1e9))
+def bits(value: float) -> str:
+    """Tells -0 from 0, and not one NaN from another."""
+    return "nan" if math.isnan(value) else value.hex()
+
+
+def windows_of(drawn: Regions, choice: list[int]):
+    """Each token's window as (region, cell of its picture where it begins, its existing cells among all cells)."""
+    first_cell = region = 0
+    for height, width in drawn.grids:
+        for top in range(0, height, drawn.window):
+            for left in range(0, width, drawn.window):
+                ph, pw = drawn.pools[choice[region]]
+                for r in range(top, top + drawn.window, ph) if ph else []:
+                    for c in range(left, left + drawn.window, pw):
+                        inside = [(i, j) for i in range(r, r + ph) for j in range(c, c + pw) if i < height and j < width]
+                        if inside:
+                            yield region, r * width + c, [first_cell + i * width + j for i, j in inside]
+                region += 1
+        first_cell += height * width
+
+
+def winner_of(cells: list[int], channel: int, x: list[list[float]]) -> int:
+    best = cells[0]
+    for cell in cells[1:]:
+        if is_larger(x[cell][channel], x[best][channel]):
+            best = cell
+    return best
+
+
+@given(regions(most=200))
+def test_region_pool_is_the_maximum_over_existing_cells(drawn: Regions) -> None:
+    x, grid_hw, choice, window, _, weight = drawn.arguments()
+    tokens, source, offsets = reference.region_pool(x, grid_hw, choice, window, list(drawn.pools), weight)
+
+    numbers, expected, begins, counts = x.tolist(), [], [], [0] * drawn.regions
+    for region, begin, cells in windows_of(drawn, choice.tolist()):
+        factor = 1.0 if weight is None else rounded(weight[region].item(), x.dtype)
+        for channel in range(drawn.channels):
+            largest = numbers[winner_of(cells, channel, numbers)][channel]
+            expected.append(bits(rounded(largest * factor, x.dtype)))
+        begins.append(begin)
+        counts[region] += 1
+    assert source.tolist() == begins
+    assert offsets.tolist() == [sum(counts[:region]) for region in range(drawn.regions + 1)]
+    assert tokens.dtype == x.dtype
+    assert [bits(value) for value in tokens.flatten().tolist()] == expected
+
+
+@given(regions(most=200))
+def test_the_gradient_goes_to_the_first_maximum_of_each_window(drawn: Regions) -> None:
+    grad_tokens, x, grid_hw, choice, offsets, window, _, weight = drawn.backward_arguments()
+    grad_tokens = grad_tokens[: int(offsets[-1])]
+    grad_x, grad_weight = reference.region_pool_backward(
+        grad_tokens, x, grid_hw, choice, window, list(drawn.pools), weight
+    )
+
+    numbers, grads = x.tolist(), grad_tokens.tolist()
+    expected = [[0.0] * drawn.channels for _ in range(drawn.cells)]
+    expected_weight = [0.0] * drawn.regions
+    for token, (region, _, cells) in enumerate(windows_of(drawn, choice.tolist())):
+        factor = 1.0 if weight is None else rounded(weight[region].item(), x.dtype)
+        for channel in range(drawn.channels):
+            cell = winner_of(cells, channel, numbers)
+            expected[cell][channel] = rounded(grads[token][channel] * factor, x.dtype)
+            expected_weight[region] += grads[token][channel] * numbers[cell][channel]
+    assert [[bits(v) for v in row] for row in grad_x.tolist()] == [[bits(v) for v in row] for row in expected]
+    if weight is None:
+        assert grad_weight is None
+    elif drawn.pattern != "huge":  # whose sums may cancel or overflow
+        exact = torch.tensor(expected_weight, dtype=torch.float64)
+        torch.testing.assert_close(grad_weight.double(), exact, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def brute_force_choice(drawn: Regions) -> list[int]:
+    x, _, context, bias, *_ = drawn.route_arguments()
+    numbers, contexts, biases, choices = x.tolist(), context.tolist(), bias.tolist(), []
+    whole = replace(drawn, pools=((drawn.window, drawn.window),))
+    pictures = [i for i, (h, w) in enumerate(drawn.grids) for _ in range(-(-h // drawn.window) * -(-w // drawn.window))]
+    for region, _, cells in windows_of(whole, [0] * drawn.regions):
+        pooled = [numbers[winner_of(cells, channel, numbers)][channel] for channel in range(drawn.channels)]
+        best, best_logit = 0, math.nan
+        for branch, own_bias in enumerate(biases):
+            own = contexts[pictures[region]][branch]
+            logit = sum((p * c for p, c in zip(pooled, own, strict=True)), start=0.0) + own_bias
+            if branch == 0 or is_larger(logit, best_logit):
+                best, best_logit = branch, logit
+        choices.append(best)
+    return choices
+
+
+# "equal": whether equal logits are equal to the bit depends on the order of the additions.
+@given(regions(dtypes=[torch.float64], most=200).filter(lambda drawn: drawn.pattern != "equal"))
+def test_region_route_chooses_the_largest_logit(drawn: Regions) -> None:
+    x, grid_hw, context, bias, window, _ = drawn.route_arguments()
+    *pooled, choice = reference.region_route(x, grid_hw, context, bias, window, list(drawn.pools))
+    assert choice.tolist() == brute_force_choice(drawn)
+    expected = reference.region_pool(x, grid_hw, choice, window, list(drawn.pools))
+    for got, own in zip(pooled, expected, strict=True):
+        assert torch.equal(got.nan_to_num(), own.nan_to_num())
+
+
+@given(regions(most=200), st.sampled_from(["few", "zeros"]))
+def test_region_route_takes_the_first_of_equal_logits(drawn: Regions, pattern: str) -> None:
+    """Sums of such numbers are exact in every dtype."""
+    drawn = replace(drawn, pattern=pattern)
+    x, grid_hw, context, bias, window, _ = drawn.route_arguments()
+    assert reference.region_route(x, grid_hw, context, bias, window, list(drawn.pools))[3].tolist() == brute_force_choice(
+        drawn
+    )
 
 
 @pytest.mark.parametrize(
     "window, branches, most", [(4, 3, 16), (4, 7, 16), (8, 3, 64), (12, 7, 144), (2, 3, 4), (1, 3, 1)]
 )
-def test_tokens_of_a_full_region(window, branches, most):
+def test_tokens_of_a_full_region(window: int, branches: int, most: int) -> None:
     """1, 4, 16 tokens of a 4×4 region with three branches; 1, 2, 2, 4, 8, 8, 16 with seven (spec's table)."""
     pools = pools_for(window, branches)
     counts = []
     for branch in range(len(pools)):
         choice = torch.tensor([branch])
-        tokens, _, _ = region_pool(torch.randn(window**2, 2), torch.tensor([[window, window]]), choice, window, pools)
+        tokens, _, _ = reference.region_pool(
+            torch.randn(window**2, 2), torch.tensor([[window, window]]), choice, window, pools
+        )
         counts.append(len(tokens))
     assert counts[-1] == most
     if window == 4:
@@ -95,66 +158,69 @@ def test_tokens_of_a_full_region(window, branches, most):
         assert counts == [0, 1]
 
 
-@settings(deadline=None, max_examples=100)
-@given(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 7)), min_size=1, max_size=3),
-    st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 2)]),
-    st.integers(0, 2**31),
-)
-def test_importance_is_eq_7_and_8(items, heads, seed):
-    num_heads, num_kv_heads = heads
-    generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(sum(t for t, _ in items), num_heads, 3, generator=generator)
-    k = torch.randn(sum(n for _, n in items), num_kv_heads, 3, generator=generator)
-    cu_text = torch.tensor([0, *(t for t, _ in items)]).cumsum(0)
-    cu_visual = torch.tensor([0, *(n for _, n in items)]).cumsum(0)
-    scale = 0.7
-
-    expected = []
-    for item, (texts, visuals) in enumerate(items):
-        own_q, own_k = q[cu_text[item] :][:texts].tolist(), k[cu_visual[item] :][:visuals].tolist()
-        for n in range(visuals):
-            total = 0.0
-            for t in range(texts):
-                best = 0.0
-                for h in range(num_heads):
-
-                    def dot(m, t=t, h=h, own_q=own_q, own_k=own_k):
-                        keys = own_k[m][h // (num_heads // num_kv_heads)]
-                        return scale * sum(a * b for a, b in zip(own_q[t][h], keys, strict=True))
-
-                    best = max(best, math.exp(dot(n)) / sum(math.exp(dot(m)) for m in range(visuals)))
-                total += best
-            expected.append(total / texts if texts else 0.0)
-    got = importance(q, k, cu_text, cu_visual, scale)
-    assert got.dtype == torch.float32
-    assert torch.allclose(got, torch.tensor(expected, dtype=torch.float32), atol=1e-5)
+@given(attentions(most=3000))
+def test_importance_is_eq_7_and_8(drawn: Attention) -> None:
+    assume(drawn.pattern in FINITE)
+    q, k, cu_text, cu_visual, scale = drawn.arguments()
+    queries, keys, per_key, expected = q.tolist(), k.tolist(), drawn.heads // drawn.kv_heads, []
+    t0 = v0 = 0
+    for texts, visuals in drawn.lengths:
+        total = [0.0] * visuals
+        for t in range(t0, t0 + texts):
+            largest = [0.0] * visuals
+            for head in range(drawn.heads):
+                own = [keys[v][head // per_key] for v in range(v0, v0 + visuals)]
+                logits = [scale * sum(a * b for a, b in zip(queries[t][head], key, strict=True)) for key in own]
+                powers = [math.exp(logit - max(logits)) for logit in logits]
+                largest = [max(m, power / sum(powers)) for m, power in zip(largest, powers, strict=True)]
+            total = [a + b for a, b in zip(total, largest, strict=True)]
+        expected += [score / texts if texts else 0.0 for score in total]
+        t0, v0 = t0 + texts, v0 + visuals
+    got = reference.importance(q, k, cu_text, cu_visual, scale)
+    assert got.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    tolerance = 1e-13 if q.dtype == torch.float64 else 1e-5
+    exact = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(got.double(), exact, rtol=10 * tolerance, atol=tolerance)
 
 
-def brute_force_select(scores, gamma, keep):
-    """Eq. 9 for one item of plain numbers without NaN."""
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+def test_a_nan_makes_its_whole_item_nan_and_no_other() -> None:
+    q, k = torch.randn(2, 2, 4), torch.randn(5, 1, 4)
+    k[3, 0, 1] = math.nan
+    scores = reference.importance(q, k, torch.tensor([0, 1, 2]), torch.tensor([0, 2, 5]), 1.0)
+    assert scores.isnan().tolist() == [False, False, True, True, True]
+
+
+def brute_force_select(scores: list[float], gamma: float, keep: int | None) -> list[int]:
+    """Eq. 9 for one item, on whole numbers: scores over the largest in steps of 2^(bit length of N − 52)."""
+    order = sorted(range(len(scores)), key=lambda i: (0, 0, i) if math.isnan(scores[i]) else (1, -scores[i], i))
     if keep is not None:
         return sorted(order[:keep])
-    for count in range(1, len(scores) + 1):
-        if sum(scores[i] for i in order[:count]) > gamma * sum(scores):
+    if gamma <= 0:
+        return order[:1]
+    shares = [score if math.isnan(score) else max(score, 0.0) for score in scores]  # a negative score has none
+    if not all(map(math.isfinite, shares)) or not any(shares) or not gamma < 1:
+        return list(range(len(scores)))
+    whole = [round(share / max(shares) * 2.0 ** (52 - len(scores).bit_length())) for share in shares]
+    enough, prefix = gamma * float(sum(whole)), 0
+    for count, i in enumerate(order, start=1):
+        prefix += whole[i]
+        if prefix > enough:
             return sorted(order[:count])
     return list(range(len(scores)))
 
 
-@settings(deadline=None, max_examples=200)
-@given(
-    # Eighths add up exactly, so that the share is the same number however it is summed.
-    st.lists(st.lists(st.integers(0, 16).map(lambda n: n / 8), max_size=12), min_size=1, max_size=3),
-    st.sampled_from([0.25, 0.5, 0.75, 0.875]),
-    st.one_of(st.none(), st.integers(1, 14)),
-)
-def test_select_top_p_is_the_shortest_prefix_above_gamma(items, gamma, keep):
-    cu = torch.tensor([0, *map(len, items)]).cumsum(0)
-    index, counts = select_top_p(torch.tensor([s for item in items for s in item]), cu, gamma, keep)
-    expected = [brute_force_select(item, gamma, keep) for item in items]
-    assert counts.tolist() == [len(e) for e in expected]
-    assert index.tolist() == [int(begin) + i for begin, e in zip(cu, expected, strict=False) for i in e]
+@given(selections(most=80))
+def test_select_top_p_is_the_shortest_prefix_above_gamma(drawn: Selection) -> None:
+    scores, cu_visual, gamma, keep = drawn.arguments()
+    index, count = reference.select_top_p(scores, cu_visual, gamma, keep)
+    expected, counts, begin = [], [], 0
+    for length in drawn.lengths:
+        kept = brute_force_select(scores[begin : begin + length].tolist(), gamma, keep)
+        expected += [begin + i for i in kept]
+        counts.append(len(kept))
+        begin += length
+    assert index.tolist() == expected
+    assert count.tolist() == counts
 
 
 @pytest.mark.parametrize(
@@ -165,19 +231,40 @@ def test_select_top_p_is_the_shortest_prefix_above_gamma(items, gamma, keep):
         ([0.0, 0.0], 0.5, [0, 1]),  # no prefix exceeds: all
         ([1.0, 2.0], 1.0, [0, 1]),
         ([1.0, 2.0], 1.5, [0, 1]),
+        ([1.0, 2.0], math.nan, [0, 1]),
         ([1.0, 2.0], 0.0, [1]),
         ([1.0, 2.0], -1.0, [1]),
         ([], 0.5, []),
         ([], 0.0, []),
         ([1.0, math.nan, 2.0], 0.1, [0, 1, 2]),  # a NaN total keeps everything
+        ([1.0, math.inf, 2.0], 0.1, [0, 1, 2]),  # and so does an infinite one
+        ([1.0, math.nan, 2.0], 0.0, [1]),  # NaN ranks as the largest
+        ([-0.0, 0.0, -0.0], 0.0, [0]),  # -0 and 0 are equal
+        ([-3.0, -1.0, -2.0], 0.5, [0, 1, 2]),  # no share is more than half of nothing
+        ([-3.0, 2.0, 2.0, -math.inf], 0.5, [1, 2]),  # and negative scores take none from the others
     ],
 )
-def test_select_top_p_at_the_edges(scores, gamma, expected):
-    index, counts = select_top_p(torch.tensor(scores), torch.tensor([0, len(scores)]), gamma)
+def test_select_top_p_at_the_edges(scores: list[float], gamma: float, expected: list[int]) -> None:
+    index, counts = reference.select_top_p(torch.tensor(scores), torch.tensor([0, len(scores)]), gamma)
     assert index.tolist() == expected
     assert counts.tolist() == [len(expected)]
 
 
-def test_nan_ranks_as_the_largest_score():
-    index, _ = select_top_p(torch.tensor([9.0, math.nan, math.inf, math.nan]), torch.tensor([0, 4]), keep=2)
+def test_nan_ranks_as_the_largest_score() -> None:
+    scores = torch.tensor([9.0, math.nan, math.inf, math.nan])
+    index, _ = reference.select_top_p(scores, torch.tensor([0, 4]), keep=2)
     assert index.tolist() == [1, 3]
+
+
+def bytes_of(row: torch.Tensor) -> list[int]:
+    return row.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).tolist()
+
+
+@given(gathers(most=300))
+def test_gather_tokens_copies_rows(drawn: Gather) -> None:
+    columns, index = drawn.arguments()
+    for column, got in zip(columns, reference.gather_tokens(columns, index), strict=True):
+        assert got.dtype == column.dtype
+        assert got.shape == (drawn.count, *column.shape[1:])
+        for place, row in enumerate(index.tolist()):
+            assert bytes_of(got[place]) == bytes_of(torch.zeros_like(got[place]) if row < 0 else column[row])

@@ -173,8 +173,8 @@ def test_eq_2_factor_in_training(straight_through: bool) -> None:
     picture = features(9, 6)
     plain = sampler.eval()(picture, torch.zeros(0, 6))
     trained = sampler.train()(picture, torch.zeros(0, 6))
-    assert plain.logits is not None and trained.choice is not None
-    probability = plain.logits.softmax(dim=-1).max(dim=-1).values
+    assert plain.logits is None and trained.logits is not None
+    probability = trained.logits.detach().softmax(dim=-1).max(dim=-1).values
     factor = torch.ones(len(plain.tokens))
     region = plain.layout.cells(plain.source) // 6 // 4 * 2 + plain.layout.cells(plain.source) % 6 // 4
     mapped = plain.layout.cells(plain.source) >= 0

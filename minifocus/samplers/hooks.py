@@ -81,7 +81,7 @@ class VisualTokens:
     extent   [n, 2]   int64, the map cells that a token stands for, down and across from its source: (1, 1) if not pooled
     layout            of that uncompressed sequence
     choice   [Rh, Rw] int64, the branch chosen per region, for those samplers that choose one
-    logits   [R, S]   the selector's logits, for the balance loss
+    logits   [R, S]   the selector's logits, for the balance loss; in training only
     """
 
     tokens: torch.Tensor

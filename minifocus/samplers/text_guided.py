@@ -10,7 +10,7 @@ import torch
 from ..config import TextConfig
 from ..errors import InputError
 from ..llama import DecoderLayer, rope_tables, rotate
-from ..reference import importance, select_top_p
+from ..ops import importance, select_top_p
 from ..rows import Rows
 from .hooks import Selection
 
@@ -104,14 +104,15 @@ class TextGuidedSampler:
             )
             (q_cos, q_sin), (k_cos, k_sin) = tables
             q, k = rotate(q, q_cos, q_sin), rotate(k, k_cos, k_sin)
-        offsets = torch.tensor(cu_visual)
+        offsets = torch.tensor(cu_visual, device=hidden.device)
+        text_offsets = torch.tensor(cu_text, device=hidden.device)
         scores = importance(
-            q[0].transpose(0, 1), k[0].transpose(0, 1), torch.tensor(cu_text), offsets, self.config.head_dim**-0.5
+            q[0].transpose(0, 1), k[0].transpose(0, 1), text_offsets, offsets, self.config.head_dim**-0.5
         )
         index_kept, _ = select_top_p(scores, offsets, self.options.gamma, self.options.keep)
 
         kept = (rows.valid & ~scored).flatten()
         kept[k_places[index_kept]] = True
-        all_scores = torch.full_like(kept, float("nan"), dtype=torch.float32)
+        all_scores = torch.full_like(kept, float("nan"), dtype=scores.dtype)
         all_scores[k_places] = scores
         return Selection(kept.view_as(rows.valid), all_scores.view_as(rows.valid))

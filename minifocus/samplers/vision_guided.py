@@ -18,8 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ..checks import wide
 from ..errors import CheckpointError, InputError
-from ..reference import DROP, Pool, num_regions, region_pool, split_regions
+from ..ops import region_pool, region_route
+from ..reference import DROP, Pool, num_regions, split_regions
 from .hooks import BeforeLLM, PictureFeatures, VisualTokens
 
 WINDOWS = (1, 2, 4, 8, 12)
@@ -84,7 +86,7 @@ class LinearSelector(nn.Module):
     """The paper's learned selector: z = W·score + b with score = pool(X_i)·X_gᵀ / √C (G numbers, one per thumbnail token).
 
     At inference the two products are folded, z = pool(X_i)·(X_gᵀWᵀ)/√C + b, which costs R·C·S instead of R·G·C
-    (nothing non-linear stands between them).
+    (nothing non-linear stands between them), and with score_pool "max" one operator does it all (`ops.region_route`).
     """
 
     def __init__(self, num_thumbnail_tokens: int, branches: int, score_pool: str = "max"):
@@ -94,12 +96,17 @@ class LinearSelector(nn.Module):
         self.score_pool = score_pool
 
     def forward(self, regions: torch.Tensor, exists: torch.Tensor, thumbnail: torch.Tensor) -> torch.Tensor:
-        pooled = pool_regions(regions, exists, self.score_pool).float()
-        weight, bias, thumbnail = self.weight.float(), self.bias.float(), thumbnail.float()
-        scale = 1 / math.sqrt(pooled.shape[-1])
+        pooled = pool_regions(regions, exists, self.score_pool)
+        pooled = pooled.to(wide(pooled.dtype))
         if self.training:
-            return F.linear(pooled @ thumbnail.T * scale, weight, bias)
-        return torch.addmm(bias, pooled, (weight @ thumbnail).T, alpha=scale)
+            score = pooled @ thumbnail.to(pooled.dtype).T / math.sqrt(pooled.shape[-1])
+            return F.linear(score, self.weight.to(pooled.dtype), self.bias.to(pooled.dtype))
+        return torch.addmm(self.bias.to(pooled.dtype), pooled, self.fold(thumbnail).T)
+
+    def fold(self, thumbnail: torch.Tensor) -> torch.Tensor:
+        """X_g [G, C] → W·X_g / √C [S, C], in float32 (float64 for float64)."""
+        dtype = wide(thumbnail.dtype)
+        return self.weight.to(dtype) @ thumbnail.to(dtype) / math.sqrt(thumbnail.shape[-1])
 
 
 class VarianceSelector(nn.Module):
@@ -192,18 +199,26 @@ class VisionGuidedSampler(BeforeLLM):
 
     def sample_map(self, x: torch.Tensor, thumbnail: torch.Tensor) -> _SampledMap:
         """A map [H, W, C] → its pooled tokens, region after region."""
-        regions, exists = split_regions(x, self.options.window)
-        logits = self.selector(regions, exists, thumbnail.flatten(0, 1))
-        choice = logits.argmax(dim=-1)
-        grid = torch.tensor([x.shape[:2]])
-        tokens, cells, offsets = region_pool(x.flatten(0, 1), grid, choice, self.options.window, self.pools)
-        counts = offsets.diff()
-        if self.training:
-            chosen = logits.softmax(dim=-1).gather(1, choice[:, None]).squeeze(1)
-            factor = chosen / chosen.detach() if self.options.straight_through else chosen
-            tokens = tokens * factor.repeat_interleave(counts)[:, None].to(tokens.dtype)
-        pools = torch.tensor(self.pools, device=choice.device)
-        return _SampledMap(tokens, cells, pools[choice.repeat_interleave(counts)], offsets, choice, logits)
+        window, pools, selector = self.options.window, self.pools, self.selector
+        cells, grid = x.flatten(0, 1), torch.tensor([x.shape[:2]])
+        thumbnail = thumbnail.flatten(0, 1)
+        logits = None
+        if isinstance(selector, LinearSelector) and selector.score_pool == "max" and not self.training:
+            context, bias = selector.fold(thumbnail)[None], selector.bias.to(wide(x.dtype))
+            tokens, source, offsets, choice = region_route(cells, grid, context, bias, window, pools)
+        else:
+            logits = selector(*split_regions(x, window), thumbnail)
+            choice = logits.argmax(dim=-1)
+            weight = self._weight(logits, choice, x.dtype) if self.training else None
+            tokens, source, offsets = region_pool(cells, grid, choice, window, pools, weight)
+        extent = torch.tensor(pools, device=choice.device)[choice.repeat_interleave(offsets.diff())]
+        return _SampledMap(tokens, source, extent, offsets, choice, logits)
+
+    def _weight(self, logits: torch.Tensor, choice: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What a region's tokens are multiplied by in training (Eq. 2): its branch's probability."""
+        chosen = logits.softmax(dim=-1).gather(1, choice[:, None]).squeeze(1)
+        factor = chosen / chosen.detach() if self.options.straight_through else chosen
+        return factor.to(wide(dtype))
 
     def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
         """Compress the map (and, if so asked, the thumbnail); `text` is not looked at."""
@@ -217,7 +232,9 @@ class VisionGuidedSampler(BeforeLLM):
         pieces = [(picture.leading[:leading], places, places.new_ones(leading, 2))]
         if self.options.thumbnail == "compress":
             small = self.sample_map(picture.thumbnail, picture.thumbnail)
-            pieces, logits = [(small.tokens, small.cells, small.extent)], torch.cat([logits, small.logits])
+            pieces = [(small.tokens, small.cells, small.extent)]
+            if logits is not None and small.logits is not None:
+                logits = torch.cat([logits, small.logits])
 
         lengths = [len(tokens) for tokens, _, _ in pieces]
         newlines = []  # their places in the compressed sequence
@@ -242,11 +259,11 @@ class VisionGuidedSampler(BeforeLLM):
 @dataclass(frozen=True)
 class _SampledMap:
     """tokens [n, C], the raster cell where each begins [n], cells covered [n, 2], offsets [regions + 1], choice [regions],
-    logits [regions, S]."""
+    logits [regions, S] where they were made."""
 
     tokens: torch.Tensor
     cells: torch.Tensor
     extent: torch.Tensor
     offsets: torch.Tensor
     choice: torch.Tensor
-    logits: torch.Tensor
+    logits: torch.Tensor | None

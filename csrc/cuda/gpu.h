@@ -1,0 +1,74 @@
+// The one header that a kernel file includes besides launchers.h: real CUDA under nvcc, else the emulator, so that the
+// same .cu file also runs on a computer without a GPU (../emulator/cuda_on_cpu.h says what that shows and what not).
+//
+//   DYN_SHARED(float, tile);              dynamic shared memory, 16-byte aligned; a kernel has one
+//   gpu::launch(kernel, grid, block, shared_bytes, stream, arguments...)     instead of <<<...>>>, which is not C++
+//   gpu::store_release, gpu::load_acquire      pass a word, and all that was written before it, to another block
+//   gpu::max_shared_bytes()               dynamic shared memory that one block may have on the current device
+//   DEVICE_CHECK(condition)               stops the launch where the condition does not hold
+#pragma once
+
+#ifndef __CUDACC__
+
+#include "../emulator/cuda_on_cpu.h"
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <utility>
+
+#define DYN_SHARED(T, name)                                               \
+  extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];  \
+  T* const name = reinterpret_cast<T*>(dynamic_shared_memory)
+
+#define DEVICE_CHECK(condition)   \
+  do {                            \
+    if (!(condition)) __trap();   \
+  } while (false)
+
+namespace gpu {
+
+inline int64_t max_shared_bytes() {
+  int device = 0, bytes = 48 * 1024;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  return bytes - 2048;  // a kernel's own __shared__ variables, and what CUDA keeps for itself
+}
+
+// Arguments are converted to the kernel's parameter types, as in a call. Returns the error of the launch itself.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  if (shared_bytes > 48 * 1024) {  // more than every GPU has must be asked for
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+  const cudaError_t last = cudaGetLastError();  // also takes the error off the runtime, whose next caller it would mislead
+  return error != cudaSuccess ? error : last;
+}
+
+__device__ __forceinline__ void store_release(unsigned long long* address, unsigned long long value) {
+  asm volatile("st.release.gpu.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+__device__ __forceinline__ unsigned long long load_acquire(const unsigned long long* address) {
+  unsigned long long value;
+  asm volatile("ld.acquire.gpu.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+}  // namespace gpu
+
+#endif

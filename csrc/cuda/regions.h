@@ -1,0 +1,99 @@
+// Where a region lies: which picture it belongs to, which of its cells exist, and which windows a branch cuts it into.
+#pragma once
+#include "vectors.h"
+
+namespace minifocus::cuda {
+
+// Pictures' sizes travel to the GPU by value, as a kernel parameter, so that nothing is copied there beforehand. More
+// pictures than fit take more launches.
+constexpr int kPicturesPerLaunch = 64;
+
+struct Pictures {
+  int count;
+  int64_t first_picture;
+  int height[kPicturesPerLaunch], width[kPicturesPerLaunch];
+  int64_t first_cell[kPicturesPerLaunch], first_region[kPicturesPerLaunch];
+};
+
+struct Branches {
+  int window, count;
+  int height[kMaxBranches], width[kMaxBranches];
+};
+
+struct Region {
+  int64_t picture;
+  int64_t first_cell;  // of its picture, in x
+  int map_width;
+  int top, left;      // in its picture
+  int height, width;  // of what exists of it: less than the window at the right and lower edge
+
+  __device__ int64_t row_of(int y, int x) const { return first_cell + int64_t(top + y) * map_width + left + x; }
+};
+
+__device__ __forceinline__ Region find_region(const Pictures& pictures, int window, int64_t number) {
+  int p = 0;
+  for (int above = pictures.count; above - p > 1;) {  // the last picture that begins at or before it
+    const int middle = (p + above) / 2;
+    if (pictures.first_region[middle] <= number) p = middle;
+    else above = middle;
+  }
+  const int across = (pictures.width[p] + window - 1) / window;
+  const int64_t own = number - pictures.first_region[p];
+  Region region;
+  region.picture = pictures.first_picture + p;
+  region.first_cell = pictures.first_cell[p];
+  region.map_width = pictures.width[p];
+  region.top = int(own / across) * window;
+  region.left = int(own % across) * window;
+  region.height = min(window, pictures.height[p] - region.top);
+  region.width = min(window, pictures.width[p] - region.left);
+  return region;
+}
+
+// The windows of one branch in one region. A branch of 0 × 0 has none.
+struct Windows {
+  int height, width;  // of a window
+  int across, count;
+
+  __device__ Windows(const Region& region, const Branches& branches, int branch)
+      : height(branches.height[branch]), width(branches.width[branch]), across(0), count(0) {
+    if (height == 0) return;
+    across = (region.width + width - 1) / width;
+    count = (region.height + height - 1) / height * across;
+  }
+};
+
+inline Branches branches_of(const RegionArgs& args) {
+  Branches branches{int(args.window), int(args.branches), {}, {}};
+  for (int s = 0; s < branches.count; ++s) {
+    branches.height[s] = int(args.pools[s].height);
+    branches.width[s] = int(args.pools[s].width);
+  }
+  return branches;
+}
+
+// Calls launch(pictures, regions) for every group of pictures with regions; stops at the first error.
+template <class Launch>
+int for_each_group(const RegionArgs& args, Launch&& launch) {
+  int64_t cell = 0, region = 0;
+  for (int64_t first = 0; first < args.pictures; first += kPicturesPerLaunch) {
+    Pictures pictures{};
+    pictures.first_picture = first;
+    const int64_t before = region;
+    for (; pictures.count < kPicturesPerLaunch && first + pictures.count < args.pictures; ++pictures.count) {
+      const Grid grid = args.grids[first + pictures.count];
+      pictures.height[pictures.count] = int(grid.height);
+      pictures.width[pictures.count] = int(grid.width);
+      pictures.first_cell[pictures.count] = cell;
+      pictures.first_region[pictures.count] = region;
+      cell += grid.height * grid.width;
+      region += (grid.height + args.window - 1) / args.window * ((grid.width + args.window - 1) / args.window);
+    }
+    if (region == before) continue;
+    const int error = launch(pictures, region - before);
+    if (error) return error;
+  }
+  return 0;
+}
+
+}  // namespace minifocus::cuda

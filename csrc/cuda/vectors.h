@@ -1,0 +1,68 @@
+// Numbers and small vectors of them, as every kernel here reads and writes them: arithmetic is in float, memory is
+// touched 16 bytes at a time where addresses allow (Vec<T, 16 / sizeof(T)>) and one element at a time elsewhere (Vec<T, 1>).
+#pragma once
+#include "gpu.h"
+#include "launchers.h"
+
+namespace minifocus::cuda {
+
+__device__ __forceinline__ float to_float(float v) { return v; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
+
+template <class T> __device__ __forceinline__ T from_float(float v);
+template <> __device__ __forceinline__ float from_float(float v) { return v; }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float(float v) { return __float2bfloat16(v); }
+template <> __device__ __forceinline__ __half from_float(float v) { return __float2half(v); }
+
+template <class T, int V>
+struct alignas(V * sizeof(T)) Vec {
+  T v[V];
+};
+
+template <int V, class T>
+__device__ __forceinline__ Vec<T, V> load(const T* from) {
+  return *reinterpret_cast<const Vec<T, V>*>(from);
+}
+
+template <int V, class T>
+__device__ __forceinline__ void store(T* to, const Vec<T, V>& value) {
+  *reinterpret_cast<Vec<T, V>*>(to) = value;
+}
+
+// The first maximum wins, and the first NaN over everything. Returns whether `value` took the place of `best`.
+template <class T>
+__device__ __forceinline__ bool keep_first_max(T& best, T value) {
+  const float a = to_float(best), b = to_float(value);
+  const bool taken = b > a || (b != b && a == a);
+  if (taken) best = value;
+  return taken;
+}
+
+inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Sum over the block, in a fixed order, for every thread; `scratch` has a float for each warp. All threads must call it.
+__device__ __forceinline__ float block_sum(float value, float* scratch) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  __syncthreads();  // the last call's sums have been read
+  if (lane == 0) scratch[warp] = value;
+  __syncthreads();
+  float sum = 0.f;
+  for (int w = 0; w < (int)blockDim.x / 32; ++w) sum += scratch[w];
+  return sum;
+}
+
+// Calls launch(T{}) with the element type of `dtype`.
+template <class Launch>
+int dispatch(DType dtype, Launch&& launch) {
+  switch (dtype) {
+    case DType::f32: return launch(float{});
+    case DType::bf16: return launch(__nv_bfloat16{});
+    case DType::f16: return launch(__half{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace minifocus::cuda

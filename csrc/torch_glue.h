@@ -1,0 +1,377 @@
+// From torch tensors to operators.h's structs and back: checks the arguments, allocates the outputs, fills the structs in.
+//
+// Written once for both halves. A half gives a Backend:
+//   static constexpr bool kIsCpu;                   tensors' device; on the CPU the contents of index tensors are checked too
+//   struct Call { explicit Call(Tensor); ... };     what must hold while its functions run (a device guard and a stream)
+//   static void region_pool(const RegionArgs&, Call&);  and so on: the implementations
+//   static int64_t region_workspace(regions), importance_workspace(text, visual, heads): bytes
+// A wrong argument gives a RuntimeError that names it, what was expected and what came; minifocus/checks.py says the same.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "operators.h"
+
+namespace minifocus {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+void expect(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+inline int64_t bytes_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+    case ScalarType::Short: return 2;
+    case ScalarType::Char:
+    case ScalarType::Byte:
+    case ScalarType::Bool: return 1;
+    default: return 0;
+  }
+}
+
+constexpr int64_t kAny = -1;
+
+constexpr int kCpu = -1;  // a device: kCpu, or the number of a GPU
+
+// "float32 [2, *] on cpu"
+inline std::string describe(const std::string& type, const std::vector<int64_t>& sizes, int device) {
+  std::ostringstream text;
+  text << type << " [";
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    text << (i ? ", " : "");
+    if (sizes[i] == kAny) text << "*";
+    else text << sizes[i];
+  }
+  text << "] on ";
+  if (device == kCpu) text << "cpu";
+  else text << "cuda:" << device;
+  return text.str();
+}
+
+inline int device_of(const Tensor& tensor) { return tensor.is_cpu() ? kCpu : tensor.get_device_index(); }
+
+inline void expect_tensor(const char* name, const Tensor& tensor, const std::vector<ScalarType>& types,
+                          const std::vector<int64_t>& sizes, int device) {
+  bool ok = device_of(tensor) == device && tensor.dim() == (int64_t)sizes.size();
+  for (size_t i = 0; ok && i < sizes.size(); ++i) ok = sizes[i] == kAny || tensor.size(i) == sizes[i];
+  bool type_ok = false;
+  std::string expected;
+  for (size_t i = 0; i < types.size(); ++i) {
+    type_ok |= tensor.scalar_type() == types[i];
+    expected += std::string(i == 0 ? "" : i + 1 == types.size() ? " or " : ", ") + name_of(types[i]);
+  }
+  if (ok && type_ok) return;
+  const auto came = tensor.sizes();
+  expect(false, name, ": expected ", describe(expected, sizes, device), ", got ",
+         describe(name_of(tensor.scalar_type()), {came.begin(), came.end()}, device_of(tensor)));
+}
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: return DType::f64;  // the checks let no other through
+  }
+}
+
+template <class T>
+const T* in(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* out(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class Backend>
+struct Operators {
+  using Call = typename Backend::Call;
+  static constexpr bool kIsCpu = Backend::kIsCpu;
+
+  static std::vector<ScalarType> floating() {
+    std::vector<ScalarType> types{ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+    if (kIsCpu) types.push_back(ScalarType::Double);
+    return types;
+  }
+
+  // What is accumulated and returned in: float64 for float64, else float32.
+  static ScalarType wide(const Tensor& x) {
+    return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
+
+  // Where an operator's tensors have to be: where its first one is, which must be on this half's kind of device.
+  static int device_of_first(const Tensor& tensor) { return kIsCpu ? kCpu : tensor.is_cuda() ? tensor.get_device_index() : 0; }
+
+  static Tensor contiguous(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  }
+
+  static Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+    return torch::stable::new_empty(like, sizes, type);
+  }
+
+  static Tensor workspace(const Tensor& like, int64_t bytes) {  // int64, so that it is aligned
+    return allocate(like, {(bytes + 7) / 8}, ScalarType::Long);
+  }
+
+  // Offsets of `items` + 1 numbers that rise from 0 to `rows`; on a GPU only their shape is looked at, and kernels clamp them.
+  static void expect_offsets(const char* name, const Tensor& offsets, int64_t rows, int device) {
+    expect_tensor(name, offsets, {ScalarType::Long}, {kAny}, device);
+    expect(offsets.size(0) >= 1, name, ": expected at least one number, got none");
+    if (!kIsCpu) return;
+    const Tensor packed = contiguous(offsets);
+    const int64_t* values = in<int64_t>(packed);
+    const int64_t last = offsets.size(0) - 1;
+    for (int64_t i = 0; i < last; ++i)
+      expect(values[i] <= values[i + 1], name, ": expected offsets that never fall, got ", values[i], " before ", values[i + 1]);
+    expect(values[0] == 0 && values[last] == rows, name, ": expected offsets from 0 to ", rows, ", got ", values[0], " to ", values[last]);
+  }
+
+  // The part of RegionArgs that every region operator has.
+  struct Region {
+    RegionArgs args{};
+    std::vector<Grid> grids;
+    Tensor x;
+
+    Region(const Tensor& given, const Tensor& grid_hw, int64_t window, const std::vector<int64_t>& pools) {
+      expect_tensor("x", given, floating(), {kAny, kAny}, device_of_first(given));
+      expect_tensor("grid_hw", grid_hw, {ScalarType::Long}, {kAny, 2}, kCpu);
+      expect(window >= 1, "window: expected at least 1, got ", window);
+      expect(pools.size() >= 2 && pools.size() % 2 == 0 && pools.size() <= 2 * kMaxBranches,
+             "pools: expected from 1 to ", kMaxBranches, " pairs of numbers, got ", pools.size(), " numbers");
+      x = contiguous(given);
+      args.x = x.const_data_ptr();
+      args.dtype = dtype_of(x);
+      args.cells = x.size(0);
+      args.channels = x.size(1);
+      args.window = window;
+      args.branches = pools.size() / 2;
+      for (int64_t s = 0; s < args.branches; ++s) {
+        const int64_t h = pools[2 * s], w = pools[2 * s + 1];
+        const bool drop = h == 0 && w == 0;
+        expect(drop || (h > 0 && w > 0 && window % h == 0 && window % w == 0), "pools: expected pairs that divide the window ",
+               window, ", or (0, 0), got (", h, ", ", w, ")");
+        args.pools[s] = {h, w};
+      }
+      const Tensor packed = contiguous(grid_hw);
+      const int64_t* sizes = in<int64_t>(packed);
+      args.pictures = grid_hw.size(0);
+      int64_t cells = 0;
+      for (int64_t b = 0; b < args.pictures; ++b) {
+        const int64_t h = sizes[2 * b], w = sizes[2 * b + 1];
+        int64_t own = 0;
+        const bool fits = h >= 0 && w >= 0 && !__builtin_mul_overflow(h, w, &own) && own <= args.cells;
+        expect(fits, "grid_hw: expected maps of at most ", args.cells, " cells, as x has, got (", h, ", ", w, ")");
+        cells += own;
+        expect(cells <= args.cells, "grid_hw: expected ", args.cells, " cells in all, as x has, got more");
+        grids.push_back({h, w});
+        args.regions += (h + window - 1) / window * ((w + window - 1) / window);
+      }
+      expect(cells == args.cells, "grid_hw: expected ", args.cells, " cells in all, as x has, got ", cells);
+      args.grids = grids.data();
+    }
+  };
+
+  static Tensor checked_choice(const Tensor& choice, const RegionArgs& args, int device) {
+    expect_tensor("choice", choice, {ScalarType::Long}, {args.regions}, device);
+    Tensor packed = contiguous(choice);
+    if (kIsCpu) {
+      const int64_t* values = in<int64_t>(packed);
+      for (int64_t r = 0; r < args.regions; ++r)
+        expect(0 <= values[r] && values[r] < args.branches, "choice: expected from 0 to ", args.branches - 1, ", got ", values[r]);
+    }
+    return packed;
+  }
+
+  static std::optional<Tensor> checked_weight(const std::optional<Tensor>& weight, const Tensor& x, int64_t regions) {
+    if (!weight) return weight;
+    expect_tensor("weight", *weight, {wide(x)}, {regions}, device_of(x));
+    return contiguous(*weight);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> region_pool(Tensor x, Tensor grid_hw, Tensor choice, int64_t window,
+                                                        std::vector<int64_t> pools, std::optional<Tensor> weight) {
+    Region region(x, grid_hw, window, pools);
+    RegionArgs& args = region.args;
+    const Tensor chosen = checked_choice(choice, args, device_of(x));
+    const std::optional<Tensor> factor = checked_weight(weight, x, args.regions);
+    Tensor tokens = allocate(x, {args.cells, args.channels}, x.scalar_type());
+    Tensor source = allocate(x, {args.cells}, ScalarType::Long);
+    Tensor offsets = allocate(x, {args.regions + 1}, ScalarType::Long);
+    const Tensor scratch = workspace(x, Backend::region_workspace(args.regions));
+    args.choice = in<int64_t>(chosen);
+    args.weight = factor ? factor->const_data_ptr() : nullptr;
+    args.tokens = tokens.mutable_data_ptr();
+    args.source = out<int64_t>(source);
+    args.offsets = out<int64_t>(offsets);
+    args.workspace = scratch.mutable_data_ptr();
+    Call call(x);
+    Backend::region_pool(args, call);
+    return {tokens, source, offsets};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> region_route(Tensor x, Tensor grid_hw, Tensor context, Tensor bias,
+                                                                 int64_t window, std::vector<int64_t> pools) {
+    Region region(x, grid_hw, window, pools);
+    RegionArgs& args = region.args;
+    expect_tensor("context", context, {wide(x)}, {args.pictures, args.branches, args.channels}, device_of(x));
+    expect_tensor("bias", bias, {wide(x)}, {args.branches}, device_of(x));
+    const Tensor packed_context = contiguous(context), packed_bias = contiguous(bias);
+    Tensor tokens = allocate(x, {args.cells, args.channels}, x.scalar_type());
+    Tensor source = allocate(x, {args.cells}, ScalarType::Long);
+    Tensor offsets = allocate(x, {args.regions + 1}, ScalarType::Long);
+    Tensor choice = allocate(x, {args.regions}, ScalarType::Long);
+    const Tensor scratch = workspace(x, Backend::region_workspace(args.regions));
+    args.tokens = tokens.mutable_data_ptr();
+    args.source = out<int64_t>(source);
+    args.offsets = out<int64_t>(offsets);
+    args.workspace = scratch.mutable_data_ptr();
+    const RouteArgs route{args, packed_context.const_data_ptr(), packed_bias.const_data_ptr(), out<int64_t>(choice)};
+    Call call(x);
+    Backend::region_route(route, call);
+    return {tokens, source, offsets, choice};
+  }
+
+  static std::tuple<Tensor, Tensor> region_pool_backward(Tensor grad_tokens, Tensor x, Tensor grid_hw, Tensor choice,
+                                                         Tensor offsets, int64_t window, std::vector<int64_t> pools,
+                                                         std::optional<Tensor> weight) {
+    Region region(x, grid_hw, window, pools);
+    RegionArgs& args = region.args;
+    expect_tensor("grad_tokens", grad_tokens, {x.scalar_type()}, {args.cells, args.channels}, device_of(x));
+    expect_tensor("offsets", offsets, {ScalarType::Long}, {args.regions + 1}, device_of(x));
+    const Tensor chosen = checked_choice(choice, args, device_of(x)), packed_offsets = contiguous(offsets), grad = contiguous(grad_tokens);
+    const std::optional<Tensor> factor = checked_weight(weight, x, args.regions);
+    Tensor grad_x = allocate(x, {args.cells, args.channels}, x.scalar_type());
+    Tensor grad_weight = allocate(x, {factor ? args.regions : 0}, wide(x));
+    args.choice = in<int64_t>(chosen);
+    args.weight = factor ? factor->const_data_ptr() : nullptr;
+    args.offsets = const_cast<int64_t*>(in<int64_t>(packed_offsets));
+    const RegionBackwardArgs backward{args, grad.const_data_ptr(), grad_x.mutable_data_ptr(),
+                                      factor ? grad_weight.mutable_data_ptr() : nullptr};
+    Call call(x);
+    Backend::region_pool_backward(backward, call);
+    return {grad_x, grad_weight};
+  }
+
+  static Tensor importance(Tensor q, Tensor k, Tensor cu_text, Tensor cu_visual, double scale) {
+    const int device = device_of_first(q);
+    expect_tensor("q", q, floating(), {kAny, kAny, kAny}, device);
+    expect_tensor("k", k, {q.scalar_type()}, {kAny, kAny, q.size(2)}, device);
+    expect(k.size(1) >= 1 && q.size(1) % k.size(1) == 0 && q.size(1) >= 1,
+           "k: expected a number of heads that divides q's ", q.size(1), ", got ", k.size(1));
+    expect(q.size(2) >= 1, "q: expected heads of at least 1 channel, got 0");
+    expect_offsets("cu_text", cu_text, q.size(0), device);
+    expect_offsets("cu_visual", cu_visual, k.size(0), device);
+    expect(cu_text.size(0) == cu_visual.size(0), "cu_visual: expected as many offsets as cu_text, ", cu_text.size(0), ", got ",
+           cu_visual.size(0));
+    const Tensor queries = contiguous(q), keys = contiguous(k), text = contiguous(cu_text), visual = contiguous(cu_visual);
+    Tensor scores = allocate(q, {k.size(0)}, wide(q));
+    const Tensor scratch = workspace(q, Backend::importance_workspace(q.size(0), k.size(0), q.size(1)));
+    const ImportanceArgs args{queries.const_data_ptr(), keys.const_data_ptr(), in<int64_t>(text), in<int64_t>(visual),
+                              q.size(0), k.size(0), cu_text.size(0) - 1, q.size(1), k.size(1), q.size(2), scale,
+                              dtype_of(q), scores.mutable_data_ptr(), scratch.mutable_data_ptr()};
+    Call call(q);
+    Backend::importance(args, call);
+    return scores;
+  }
+
+  static std::tuple<Tensor, Tensor> select_top_p(Tensor scores, Tensor cu_visual, double gamma, std::optional<int64_t> keep) {
+    const int device = device_of_first(scores);
+    expect_tensor("scores", scores, floating(), {kAny}, device);
+    expect_offsets("cu_visual", cu_visual, scores.size(0), device);
+    expect(!keep || *keep >= 0, "keep: expected at least 0, got ", keep.value_or(0));
+    const Tensor packed = contiguous(scores), offsets = contiguous(cu_visual);
+    Tensor index = allocate(scores, {scores.size(0)}, ScalarType::Long);
+    Tensor count = allocate(scores, {cu_visual.size(0) - 1}, ScalarType::Long);
+    const SelectArgs args{packed.const_data_ptr(), in<int64_t>(offsets), scores.size(0), cu_visual.size(0) - 1, gamma,
+                          keep.value_or(-1), dtype_of(scores), out<int64_t>(index), out<int64_t>(count)};
+    Call call(scores);
+    Backend::select_top_p(args, call);
+    return {index, count};
+  }
+
+  static std::vector<Tensor> gather_tokens(std::vector<Tensor> columns, Tensor index) {
+    expect(!columns.empty() && columns.size() <= kMaxColumns, "columns: expected from 1 to ", kMaxColumns, " tensors, got ",
+           columns.size());
+    const int device = device_of_first(index);
+    expect_tensor("index", index, {ScalarType::Long}, {kAny}, device);
+    const Tensor packed = contiguous(index);
+    GatherArgs args{};
+    args.num_columns = columns.size();
+    args.count = index.size(0);
+    args.index = in<int64_t>(packed);
+    std::vector<Tensor> gathered;
+    for (size_t i = 0; i < columns.size(); ++i) {
+      Tensor& column = columns[i];
+      const auto came = column.sizes();
+      std::vector<int64_t> sizes(came.begin(), came.end());
+      expect(!sizes.empty() && bytes_of(column.scalar_type()) > 0 && device_of(column) == device,
+             "columns: expected tensors of rank 1 or more where index is, got ",
+             describe(name_of(column.scalar_type()), sizes, device_of(column)));
+      if (i == 0) args.rows = sizes[0];
+      expect(sizes[0] == args.rows, "columns: expected ", args.rows, " rows in each, as the first has, got ", sizes[0]);
+      int64_t row_bytes = bytes_of(column.scalar_type());
+      for (size_t d = 1; d < sizes.size(); ++d) row_bytes *= sizes[d];
+      column = contiguous(column);
+      sizes[0] = args.count;
+      gathered.push_back(allocate(column, sizes, column.scalar_type()));
+      args.columns[i] = {column.const_data_ptr(), gathered.back().mutable_data_ptr(), row_bytes};
+    }
+    if (kIsCpu) {
+      for (int64_t i = 0; i < args.count; ++i)
+        expect(-1 <= args.index[i] && args.index[i] < args.rows, "index: expected from -1 to ", args.rows - 1, ", got ", args.index[i]);
+    }
+    Call call(columns[0]);
+    Backend::gather_tokens(args, call);
+    return gathered;
+  }
+
+  static void register_in(torch::stable::detail::StableLibrary& library) {
+    library.impl("region_pool", TORCH_BOX(&region_pool));
+    library.impl("region_pool_backward", TORCH_BOX(&region_pool_backward));
+    library.impl("region_route", TORCH_BOX(&region_route));
+    library.impl("importance", TORCH_BOX(&importance));
+    library.impl("select_top_p", TORCH_BOX(&select_top_p));
+    library.impl("gather_tokens", TORCH_BOX(&gather_tokens));
+  }
+};
+
+}  // namespace minifocus

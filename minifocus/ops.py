@@ -1,0 +1,270 @@
+"""The samplers' operators: one call path for every backend.
+
+`torch.ops.minifocus.*` are declared and implemented by the compiled halves `_cpu.abi3.so` and `_cuda.abi3.so` (backend
+"native"), and by `reference.py` (backend "reference") on every device that has no compiled half. MINIFOCUS_BACKEND=native
+or =reference forces one; unset, native is taken where it is there, and one logged line says why where it is not.
+
+So that nothing waits for a GPU, the registered operators return outputs as large as they can get. The functions below have
+the arguments and results of their namesakes in `reference.py`: they cut the outputs to size, which does wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from . import reference
+from .checks import wide
+from .reference import Pool
+
+_log = logging.getLogger("minifocus")
+
+# What csrc/cpu/register.cpp declares; needed here where that is not loaded.
+SCHEMAS = (
+    "region_pool(Tensor x, Tensor grid_hw, Tensor choice, int window, int[] pools, Tensor? weight=None)"
+    " -> (Tensor tokens, Tensor source, Tensor offsets)",
+    "region_pool_backward(Tensor grad_tokens, Tensor x, Tensor grid_hw, Tensor choice, Tensor offsets, int window,"
+    " int[] pools, Tensor? weight=None) -> (Tensor grad_x, Tensor grad_weight)",
+    "region_route(Tensor x, Tensor grid_hw, Tensor context, Tensor bias, int window, int[] pools)"
+    " -> (Tensor tokens, Tensor source, Tensor offsets, Tensor choice)",
+    "importance(Tensor q, Tensor k, Tensor cu_text, Tensor cu_visual, float scale) -> Tensor",
+    "select_top_p(Tensor scores, Tensor cu_visual, float gamma=0., int? keep=None) -> (Tensor index, Tensor count)",
+    "gather_tokens(Tensor[] columns, Tensor index) -> Tensor[]",
+)
+
+
+# ------------------------------------------------------------------------------------------------- choosing the backend
+
+
+def _load() -> tuple[dict[str, str], torch.library.Library]:
+    """Load what is to serve; → the backend of each kind of device, and the library that holds the reference's kernels."""
+    wanted = os.environ.get("MINIFOCUS_BACKEND", "")
+    if wanted not in ("", "native", "reference"):
+        raise RuntimeError(f"MINIFOCUS_BACKEND: expected native or reference, got {wanted!r}")
+    library = torch.library.Library("minifocus", "FRAGMENT")
+    backends = {"cpu": "reference", "cuda": "reference"}
+    # The CPU half declares the operators, so it comes first; a torch without CUDA cannot load the other.
+    halves = ["cpu"] + (["cuda"] if torch.version.cuda else [])
+    for half in halves if wanted != "reference" else []:
+        file = Path(__file__).with_name(f"_{half}.abi3.so")
+        try:
+            torch.ops.load_library(file)
+        except OSError as error:
+            why = f"{file} was not built" if not file.exists() else error.__cause__ or error
+            if wanted == "native":
+                raise RuntimeError(f"MINIFOCUS_BACKEND=native: no compiled operators for {half}: {why}") from error
+            _log.warning("operators run in plain PyTorch on %s, for want of compiled ones: %s", half, why)
+            break
+        backends[half] = "native"
+    if backends["cpu"] == "reference":
+        for schema in SCHEMAS:
+            library.define(schema)
+    for name, function in _REFERENCE.items():
+        library.impl(name, function, "CompositeExplicitAutograd")
+    return backends, library
+
+
+def _pairs(pools: list[int]) -> list[Pool]:
+    return list(zip(pools[::2], pools[1::2], strict=True))
+
+
+def _fill(rows: torch.Tensor, size: int, value: int = 0) -> torch.Tensor:
+    """`rows` and then rows of `value`, `size` in all."""
+    return torch.cat([rows, rows.new_full((size - len(rows), *rows.shape[1:]), value)])
+
+
+def _region_pool(
+    x: torch.Tensor,
+    grid_hw: torch.Tensor,
+    choice: torch.Tensor,
+    window: int,
+    pools: list[int],
+    weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens, source, offsets = reference.region_pool(x, grid_hw, choice, window, _pairs(pools), weight)
+    return _fill(tokens, len(x)), _fill(source, len(x), -1), offsets
+
+
+def _region_pool_backward(
+    grad_tokens: torch.Tensor,
+    x: torch.Tensor,
+    grid_hw: torch.Tensor,
+    choice: torch.Tensor,
+    offsets: torch.Tensor,
+    window: int,
+    pools: list[int],
+    weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad = grad_tokens[: int(offsets[-1])]
+    grad_x, grad_weight = reference.region_pool_backward(grad, x, grid_hw, choice, window, _pairs(pools), weight)
+    return grad_x, x.new_empty(0, dtype=wide(x.dtype)) if grad_weight is None else grad_weight
+
+
+def _region_route(
+    x: torch.Tensor,
+    grid_hw: torch.Tensor,
+    context: torch.Tensor,
+    bias: torch.Tensor,
+    window: int,
+    pools: list[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens, source, offsets, choice = reference.region_route(x, grid_hw, context, bias, window, _pairs(pools))
+    return _fill(tokens, len(x)), _fill(source, len(x), -1), offsets, choice
+
+
+def _select_top_p(
+    scores: torch.Tensor, cu_visual: torch.Tensor, gamma: float = 0.0, keep: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    kept, count = reference.select_top_p(scores, cu_visual, gamma, keep)
+    pieces = zip(kept.split(count.tolist()), cu_visual.diff().tolist(), strict=True)
+    return torch.cat([kept[:0], *(_fill(own, size, -1) for own, size in pieces)]), count
+
+
+_REFERENCE = {
+    "region_pool": _region_pool,
+    "region_pool_backward": _region_pool_backward,
+    "region_route": _region_route,
+    "importance": reference.importance,
+    "select_top_p": _select_top_p,
+    "gather_tokens": reference.gather_tokens,
+}
+BACKENDS, _library = _load()  # {"cpu": "native", "cuda": "reference"}, say
+
+
+# ------------------------------------------------------------------------------- shapes for tracing, and the gradients
+
+
+@torch.library.register_fake("minifocus::region_pool")
+def _(x, grid_hw, choice, window, pools, weight=None):  # type: ignore[no-untyped-def]
+    index = choice.new_empty
+    return x.new_empty(x.shape), index(x.shape[0]), index(choice.shape[0] + 1)
+
+
+@torch.library.register_fake("minifocus::region_pool_backward")
+def _(grad_tokens, x, grid_hw, choice, offsets, window, pools, weight=None):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty(0 if weight is None else choice.shape[0], dtype=wide(x.dtype))
+
+
+@torch.library.register_fake("minifocus::region_route")
+def _(x, grid_hw, context, bias, window, pools):  # type: ignore[no-untyped-def]
+    regions = torch.library.get_ctx().new_dynamic_size()  # it depends on what is in grid_hw
+    integers = x.new_empty(x.shape[0], dtype=torch.int64)
+    return x.new_empty(x.shape), integers, integers.new_empty(regions + 1), integers.new_empty(regions)
+
+
+@torch.library.register_fake("minifocus::importance")
+def _(q, k, cu_text, cu_visual, scale):  # type: ignore[no-untyped-def]
+    return k.new_empty(k.shape[0], dtype=wide(q.dtype))
+
+
+@torch.library.register_fake("minifocus::select_top_p")
+def _(scores, cu_visual, gamma=0.0, keep=None):  # type: ignore[no-untyped-def]
+    return cu_visual.new_empty(scores.shape[0]), cu_visual.new_empty(cu_visual.shape[0] - 1)
+
+
+@torch.library.register_fake("minifocus::gather_tokens")
+def _(columns, index):  # type: ignore[no-untyped-def]
+    return [column.new_empty(index.shape[0], *column.shape[1:]) for column in columns]
+
+
+def _save_region_pool(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, grid_hw, choice, ctx.window, ctx.pools, weight = inputs
+    ctx.save_for_backward(x, grid_hw, choice, output[2], weight)
+
+
+def _region_pool_gradient(ctx, grad_tokens, _source, _offsets):  # type: ignore[no-untyped-def]
+    x, grid_hw, choice, offsets, weight = ctx.saved_tensors
+    grad_x, grad_weight = torch.ops.minifocus.region_pool_backward(
+        grad_tokens, x, grid_hw, choice, offsets, ctx.window, ctx.pools, weight
+    )
+    return grad_x, None, None, None, None, None if weight is None else grad_weight
+
+
+torch.library.register_autograd("minifocus::region_pool", _region_pool_gradient, setup_context=_save_region_pool)
+
+
+def _save_gather(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    columns, index = inputs
+    ctx.save_for_backward(index)
+    ctx.rows = columns[0].shape[0]
+
+
+def _gather_gradient(ctx, grads):  # type: ignore[no-untyped-def]
+    (index,) = ctx.saved_tensors
+    real = index >= 0
+
+    def scatter(grad):  # type: ignore[no-untyped-def]
+        if grad is None or not grad.is_floating_point():
+            return None
+        into = grad.new_zeros(ctx.rows, *grad.shape[1:])
+        if ctx.rows == 0:
+            return into
+        own = grad.where(real.view(-1, *[1] * (grad.ndim - 1)), 0)
+        return into.index_add(0, index.clamp(min=0), own)
+
+    return [scatter(grad) for grad in grads], None
+
+
+torch.library.register_autograd("minifocus::gather_tokens", _gather_gradient, setup_context=_save_gather)
+
+
+# ----------------------------------------------------------------------------------------------- what the samplers call
+
+
+def _cut(rows: torch.Tensor, count: int) -> torch.Tensor:
+    torch._check(count >= 0)  # for torch.compile, which cannot know
+    torch._check(count <= rows.shape[0])
+    return rows.narrow(0, 0, count)
+
+
+def region_pool(
+    x: torch.Tensor,
+    grid_hw: torch.Tensor,
+    choice: torch.Tensor,
+    window: int,
+    pools: list[Pool],
+    weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `reference.region_pool`; differentiable in x and weight."""
+    flat = [side for pool in pools for side in pool]
+    tokens, source, offsets = torch.ops.minifocus.region_pool(x, grid_hw, choice, window, flat, weight)
+    count = offsets[-1].item()
+    return _cut(tokens, count), _cut(source, count), offsets
+
+
+def region_route(
+    x: torch.Tensor,
+    grid_hw: torch.Tensor,
+    context: torch.Tensor,
+    bias: torch.Tensor,
+    window: int,
+    pools: list[Pool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `reference.region_route`."""
+    flat = [side for pool in pools for side in pool]
+    tokens, source, offsets, choice = torch.ops.minifocus.region_route(x, grid_hw, context, bias, window, flat)
+    count = offsets[-1].item()
+    return _cut(tokens, count), _cut(source, count), offsets, choice
+
+
+def importance(
+    q: torch.Tensor, k: torch.Tensor, cu_text: torch.Tensor, cu_visual: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """See `reference.importance`."""
+    return torch.ops.minifocus.importance(q, k, cu_text, cu_visual, scale)
+
+
+def select_top_p(
+    scores: torch.Tensor, cu_visual: torch.Tensor, gamma: float = 0.0, keep: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.select_top_p`."""
+    index, count = torch.ops.minifocus.select_top_p(scores, cu_visual, gamma, keep)
+    return index[index >= 0], count
+
+
+def gather_tokens(columns: list[torch.Tensor], index: torch.Tensor) -> list[torch.Tensor]:
+    """See `reference.gather_tokens`; differentiable in the columns of floating-point numbers."""
+    return torch.ops.minifocus.gather_tokens(columns, index)
