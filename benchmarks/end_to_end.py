@@ -38,23 +38,19 @@ cold start's answer), one failed or --checkpoint is something else, 2 usage.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from record import ROOT, environment, relative
 from sides import FULL, QUICK, SAMPLERS, THEIRS, Settings, SideFailed, Worker
 
-ROOT = Path(__file__).resolve().parent.parent
 BARS = {"prefill": 1.03, "decode": 1.03, "load": 0.5, "cold_start": 0.5}  # ratios to transformers: at most
 HALF_BAR = 1.7  # the decoder's prefill rate with half the visual tokens, ÷ that with all: at least
 QUESTION = "What number is on the red card?"
@@ -197,32 +193,6 @@ def judge(report: dict[str, Any]) -> dict[str, Any]:
     return bars | {"half_decoder_prefill_rate": {"value": half, "at_least": HALF_BAR, "met": half >= HALF_BAR}}
 
 
-def environment() -> dict[str, Any]:
-    """The command, the commit, the versions and the machine that gave the figures."""
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changes, cpuinfo = git("status", "--porcelain"), Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    packages = {name: version(name) for name in ("torch", "safetensors", THEIRS, "minifocus")}
-    return {
-        "command": shlex.join(["python", relative(Path(__file__)), *sys.argv[1:]]),
-        "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **packages},
-        "machine": {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count()},
-    }
-
-
-def relative(path: Path) -> str:
-    path = path.resolve()
-    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-
-
 def print_table(report: dict[str, Any]) -> None:
     model, sides = report["model"], report["sides"]
     print(
@@ -286,7 +256,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     size = QUICK if arguments.quick else FULL
     settings = Settings(size, folder, arguments.dtype, arguments.device, arguments.new_tokens, arguments.seed)
     report: dict[str, Any] = {"benchmark": "end_to_end", "quick": arguments.quick, "device": arguments.device}
-    report |= environment()
+    report |= environment(Path(__file__), "torch", "safetensors", THEIRS)
     report["model"] = prepare_checkpoint(settings)
     report |= measure_sides(settings, arguments.rounds)
     report["load"] = measure_load(settings, arguments.rounds)

@@ -1,0 +1,49 @@
+"""What every recorded figure comes with: the command, the commit, the versions and the machine that gave it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(script: Path, *packages: str) -> dict[str, Any]:
+    """Of `script`, run as it was now; the versions of `packages` besides those of Python and minifocus."""
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    changes, cpuinfo = git("status", "--porcelain"), Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "command": shlex.join(["python", relative(script), *sys.argv[1:]]),
+        "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed(name) for name in (*packages, "minifocus")},
+        },
+        "machine": {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count()},
+    }
+
+
+def relative(path: Path) -> str:
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
