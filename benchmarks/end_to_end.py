@@ -12,6 +12,7 @@ random 672×672 picture (five tiles, 2928 visual tokens) between 32 random text 
     vision         the vision-guided sampler with the training-free selector ("variance")
     text           the text-guided sampler as it comes (γ = 0.85 at a quarter of the depth)
     focus          both
+    focus_reference  both, their operators in plain PyTorch instead of C++ or CUDA (MINIFOCUS_BACKEND=reference)
     half           the text-guided sampler told to keep half of the tokens that it scores, before layer 0
 
 Each side is one process that lives through all rounds. A round asks one after the other, so that only one computes at a
@@ -198,7 +199,7 @@ def print_table(report: dict[str, Any]) -> None:
     print(
         f"{report['machine']['cpu']}, {sides[THEIRS]['threads']} threads; {model['dtype']} on {report['device']}, "
         f"{model['bytes'] / 1e9:.2f} GB of weights, {model['visual_tokens']} visual tokens\n\n"
-        f"{'':13}{'prefill':>9} {'ratio':>6}{'decoder':>10} {'rate':>6}{'decode':>12} {'ratio':>6}{'memory':>11} "
+        f"{'':16}{'prefill':>9} {'ratio':>6}{'decoder':>10} {'rate':>6}{'decode':>12} {'ratio':>6}{'memory':>11} "
         f"{'ratio':>6}  visual tokens, first and last layer"
     )
     for name, side in sides.items():
@@ -206,7 +207,7 @@ def print_table(report: dict[str, Any]) -> None:
             side[key] for key in ("prefill", "decode", "memory", "visual_tokens_per_layer")
         )
         print(
-            f"{name:13}{prefill['seconds']:7.3f} s {prefill['ratio_to_transformers']:6.3f}"
+            f"{name:16}{prefill['seconds']:7.3f} s {prefill['ratio_to_transformers']:6.3f}"
             f"{side['decoder_prefill']['seconds']:8.3f} s {side['decoder_prefill_rate_to_none']:6.2f}"
             f"{side['decode_tokens_per_second']:8.1f} t/s {decode['ratio_to_transformers']:6.3f}"
             f"{memory['peak'] / 1e9:8.2f} GB {memory['ratio_to_transformers']:6.3f}  {visual[0]}, {visual[-1]}"
@@ -223,6 +224,9 @@ def print_table(report: dict[str, Any]) -> None:
         print(f"cold_start  THE ANSWERS DIFFER: {report['cold_start']['answers']}")
     if not report["same_greedy_tokens"]:
         print("greedy tokens of transformers and none differ, as rounding in this dtype may make them")
+    print(
+        f"focus: prefill with native operators ÷ with plain PyTorch {report['focus_prefill_native_to_reference']:.3f}"
+    )
     print("\nbars" + (", which are meant for the full size:" if report["quick"] else ":"))
     for name, bar in report["bars"].items():
         limit = f"at most {bar['at_most']}" if "at_most" in bar else f"at least {bar['at_least']}"
@@ -270,6 +274,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "cold_start": report["cold_start"].get("none", {}).get("ratio_to_transformers"),
         "peak_memory": ours["memory"]["ratio_to_transformers"],
     }
+    native, plain = (report["sides"][name]["prefill"]["rounds"] for name in ("focus", "focus_reference"))
+    report["focus_prefill_native_to_reference"] = median(a / b for a, b in zip(native, plain, strict=True))
     return report | {"bars": judge(report)}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
 import resource
 import time
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 THEIRS = "transformers"
-SAMPLERS = ("none", "vision", "text", "focus", "half")
+SAMPLERS = ("none", "vision", "text", "focus", "focus_reference", "half")
 IMAGE_TOKEN = 3
 
 
@@ -262,7 +263,8 @@ def serve(connection: Any, settings: Settings, name: str) -> None:
     if name == "checkpoint":
         connection.send(make_checkpoint(settings))
         return
-    side = Transformers(settings) if name == THEIRS else Minifocus(settings, name)
+    os.environ["MINIFOCUS_BACKEND"] = "reference" if name.endswith("_reference") else "native"
+    side = Transformers(settings) if name == THEIRS else Minifocus(settings, name.removesuffix("_reference"))
     with suppress(EOFError):  # the parent has gone
         while (call := connection.recv()) is not None:
             method, options = call

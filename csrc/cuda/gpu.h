@@ -55,7 +55,7 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
-  const cudaError_t last = cudaGetLastError();  // also takes the error off the runtime, whose next caller it would mislead
+  const cudaError_t last = cudaGetLastError();  // which also clears it, so that no later call is blamed for it
   return error != cudaSuccess ? error : last;
 }
 

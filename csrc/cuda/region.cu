@@ -36,7 +36,6 @@ __device__ unsigned long long look_back(unsigned long long* published, int64_t r
       do seen = gpu::load_acquire(&published[last - lane]);
       while (seen == 0);
     }
-    __syncwarp();
     const unsigned sums = __ballot_sync(0xffffffffu, (seen & kUpTo) != 0);
     const int nearest = sums ? __ffs(sums) - 1 : 31;
     unsigned long long tokens = lane <= nearest ? seen & kNumber : 0;

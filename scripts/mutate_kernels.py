@@ -1,0 +1,152 @@
+"""Break the CUDA kernels on purpose, one line at a time, and see whether the property tests notice.
+
+    python scripts/mutate_kernels.py --out benchmarks/results/mutants.json
+    python scripts/mutate_kernels.py --only region.cu      # the mutants of one file
+
+Two kinds of mutants: every barrier and memory-ordering call deleted, and the lines of BREAKS changed. Each is made in a copy
+of the sources, and the emulated tests of the operators that it concerns are run on it (tests/test_operators.py), until the
+first failure. A mutant that survives is a line that does not matter, or a gap in the tests.
+
+Exit status: 0 every mutant was noticed, 1 one survived, 2 usage or a mutant that does not apply any more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from record import environment  # noqa: E402
+
+TESTS = {  # the operators that a file's lines are part of, as pytest's -k takes them
+    "region.cu": "test_region_pool or test_region_route",
+    "region_backward.cu": "test_region_pool_backward",
+    "regions.h": "test_region_pool or test_region_route",
+    "vectors.h": "test_region_pool or test_region_route",
+    "importance.cu": "test_importance",
+    "select.cu": "test_select_top_p",
+    "gather.cu": "test_gather_tokens",
+}
+BREAKS = [  # file, line, what it becomes
+    ("regions.h", "region.width = min(window, pictures.width[p] - region.left);", "region.width = window;"),
+    (
+        "regions.h",
+        "if (pictures.first_region[middle] <= number) p = middle;",
+        "if (pictures.first_region[middle] < number) p = middle;",
+    ),
+    (
+        "vectors.h",
+        "const bool taken = b > a || (b != b && a == a);",
+        "const bool taken = b >= a || (b != b && a == a);",
+    ),
+    ("vectors.h", "const bool taken = b > a || (b != b && a == a);", "const bool taken = b > a;"),
+    ("region.cu", "before += tokens;", "before = tokens;"),
+    ("region.cu", "const int nearest = sums ? __ffs(sums) - 1 : 31;", "const int nearest = 31;"),
+    ("region.cu", "cudaMemsetAsync(args.source, 0xff,", "cudaMemsetAsync(args.source, 0,"),
+    ("region.cu", "if (column < k.cached) cache", "if (column <= k.cached) cache"),
+    ("region_backward.cu", "winner[j] = cell;\n          } else if", "winner[j] = 0;\n          } else if"),
+    (
+        "importance.cu",
+        "if (8 * part + 2 * c + i < keys && product != -INFINITY) added",
+        "if (product != -INFINITY) added",
+    ),
+    ("importance.cu", "sum[row] * expf(largest[row] - above)", "sum[row]"),
+    ("importance.cu", "if (text >= item.num_text) continue;", ""),
+    (
+        "importance.cu",
+        "const float right = to_float(k.v[first_key + 8 * part + 2 * c + 1][channel]);",
+        "const float right = left;",
+    ),
+    (
+        "importance.cu",
+        "__shfl_sync(kAll, b[upper_channels], 4 * (2 * c + 1) + o)",
+        "__shfl_sync(kAll, b[upper_channels], 4 * (2 * c) + o)",
+    ),
+    ("select.cu", "tie ? rank < ties : order > v", "tie ? rank <= ties : order > v"),
+    ("select.cu", "__float_as_uint(score == 0.f ? 0.f : score)", "__float_as_uint(score)"),
+    ("select.cu", "rint(double(score) / largest * finest)", "double(score)"),
+    ("gather.cu", "if (row >= 0) value[j]", "if (row > 0) value[j]"),
+]
+ORDERING = re.compile(r"__syncthreads\(\);|__syncwarp\(\);|__syncthreads_or\((?=\w)")
+
+
+def mutants() -> list[tuple[str, str, str, int, str]]:
+    """File, what is done, its text, the place in it, and what the text becomes."""
+    found = []
+    for file in sorted(TESTS):
+        text = (ROOT / "csrc/cuda" / file).read_text()
+        for match in ORDERING.finditer(text):
+            line = text[: match.start()].count("\n") + 1
+            becomes = "(" if match[0].endswith("(") else ";"
+            found.append((file, f"line {line}: {match[0].rstrip(';(')} deleted", match[0], match.start(), becomes))
+    for file, old, new in BREAKS:
+        text = (ROOT / "csrc/cuda" / file).read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"{file}: {old!r} is there {text.count(old)} times, not once")
+        found.append((file, f"{old!r} becomes {new!r}", old, text.index(old), new))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=sorted(TESTS), help="the mutants of this file")
+    parser.add_argument("--out", type=Path, help="also write the result as JSON")
+    arguments = parser.parse_args()
+    results, survived = [], 0
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch)
+        for folder in ("csrc", "tests", "minifocus"):
+            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        for file, what, old, place, new in mutants():
+            if arguments.only not in (None, file):
+                continue
+            target = copy / "csrc/cuda" / file
+            original = target.read_text()
+            target.write_text(original[:place] + new + original[place + len(old) :])
+            start = time.monotonic()
+            chosen = f"emulated and ({TESTS[file]})"
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-x",
+                "-p",
+                "no:cacheprovider",
+                "tests/test_operators.py",
+                "-k",
+                chosen,
+            ]
+            settings = {**os.environ, "PYTHONPATH": str(copy)}
+            done = subprocess.run(command, cwd=copy, env=settings, capture_output=True, text=True)
+            target.write_text(original)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("E  ")]
+            said = next((line for line in lines if "Error" in line or "assert" in line), lines[0] if lines else "")
+            if done.returncode not in (0, 1):
+                raise SystemExit(f"{file}: {what}: pytest did not run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+            outcome = "noticed" if done.returncode else "SURVIVED"
+            survived += outcome == "SURVIVED"
+            results.append({"file": file, "mutant": what, "outcome": outcome, "said": said[1:].strip()[:200]})
+            print(
+                f"{outcome:9} {file} {what} ({time.monotonic() - start:.0f} s) {results[-1]['said'][:100]}", flush=True
+            )
+    if arguments.out:
+        report = {**environment(Path(__file__), "torch", "hypothesis"), "survived": survived, "mutants": results}
+        arguments.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"{len(results)} mutants, {survived} survived")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
