@@ -2,8 +2,8 @@
 //
 // The CPU half (cpu/) and the CUDA half (cuda/) implement the same five functions on these structs; torch_glue.h checks
 // the arguments, allocates the outputs and fills the structs in. Arrays are contiguous; every pointer is on the
-// half's own device unless it says "host". Ragged batches are packed along the first axis with cu_seqlens-style offsets:
-// item b holds rows offsets[b] to offsets[b + 1]. The meaning of each operator is minifocus/reference.py's.
+// half's own device unless it says "host". Ragged batches are packed along the first axis with cu_seqlens-style
+// offsets: item b holds rows offsets[b] to offsets[b + 1]. The meaning of each operator is minifocus/reference.py's.
 #pragma once
 #include <cstdint>
 
@@ -24,8 +24,8 @@ constexpr int kMaxColumns = 8;
 
 // region_pool: each region's chosen max-pool, in raster order inside the region, region after region.
 struct RegionArgs {
-  const void* x;        // [cells, channels] of dtype; the maps of the pictures, one after another
-  const Grid* grids;    // [pictures], host
+  const void* x;      // [cells, channels] of dtype; the maps of the pictures, one after another
+  const Grid* grids;  // [pictures], host
   int64_t pictures, cells, regions, channels, window, branches;
   Pool pools[kMaxBranches];  // each divides the window, or is {0, 0}
   DType dtype;
@@ -45,16 +45,17 @@ struct RouteArgs {
   int64_t* choice;      // out [regions]
 };
 
-// region_pool's backward: each token's gradient goes to the first maximum of its window in raster order (a NaN is larger
-// than everything, the first one wins); every other cell gets 0.
+// region_pool's backward: each token's gradient goes to the first maximum of its window in raster order (a NaN is
+// larger than everything, the first one wins); every other cell gets 0.
 struct RegionBackwardArgs {
-  RegionArgs region;       // x, choice, weight and offsets are inputs; tokens and source are not used
+  RegionArgs region;        // x, choice, weight and offsets are inputs; tokens and source are not used
   const void* grad_tokens;  // [cells, channels] of dtype; rows from offsets[regions] on are not read
-  void* grad_x;            // out [cells, channels] of dtype
-  void* grad_weight;       // out [regions] float (double for f64), or null: sum over a region's tokens of grad * pooled
+  void* grad_x;             // out [cells, channels] of dtype
+  void* grad_weight;  // out [regions] float (double for f64), or null: sum over a region's tokens of grad * pooled
 };
 
-// importance (Eq. 7 and 8): softmax of scale * q.k over an item's visual tokens, maximum over heads, mean over its text.
+// importance (Eq. 7 and 8): softmax of scale * q.k over an item's visual tokens, maximum over heads, mean over its
+// text.
 struct ImportanceArgs {
   const void* q;             // [text, heads, dim] of dtype
   const void* k;             // [visual, kv_heads, dim] of dtype; query head h reads key head h / (heads / kv_heads)
@@ -82,8 +83,8 @@ struct SelectArgs {
 // gather_tokens: row index[i] of every column; -1 gives a row of zero bytes.
 struct GatherArgs {
   struct Column {
-    const void* from;   // [rows, row_bytes]
-    void* to;           // out [count, row_bytes]
+    const void* from;  // [rows, row_bytes]
+    void* to;          // out [count, row_bytes]
     int64_t row_bytes;
   } columns[kMaxColumns];
   int num_columns;

@@ -1,11 +1,13 @@
-// From torch tensors to operators.h's structs and back: checks the arguments, allocates the outputs, fills the structs in.
+// From torch tensors to operators.h's structs and back: checks the arguments, allocates the outputs, fills the structs
+// in.
 //
 // Written once for both halves. A half gives a Backend:
-//   static constexpr bool kIsCpu;                   tensors' device; on the CPU the contents of index tensors are checked too
-//   struct Call { explicit Call(Tensor); ... };     what must hold while its functions run (a device guard and a stream)
-//   static void region_pool(const RegionArgs&, Call&);  and so on: the implementations
-//   static int64_t region_workspace(regions), importance_workspace(text, visual, heads): bytes
-// A wrong argument gives a RuntimeError that names it, what was expected and what came; minifocus/checks.py says the same.
+//   static constexpr bool kIsCpu;                   tensors' device; on the CPU the contents of index tensors are
+//   checked too struct Call { explicit Call(Tensor); ... };     what must hold while its functions run (a device guard
+//   and a stream) static void region_pool(const RegionArgs&, Call&);  and so on: the implementations static int64_t
+//   region_workspace(regions), importance_workspace(text, visual, heads): bytes
+// A wrong argument gives a RuntimeError that names it, what was expected and what came; minifocus/checks.py says the
+// same.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -75,12 +77,16 @@ inline std::string describe(const std::string& type, const std::vector<int64_t>&
   text << type << " [";
   for (size_t i = 0; i < sizes.size(); ++i) {
     text << (i ? ", " : "");
-    if (sizes[i] == kAny) text << "*";
-    else text << sizes[i];
+    if (sizes[i] == kAny)
+      text << "*";
+    else
+      text << sizes[i];
   }
   text << "] on ";
-  if (device == kCpu) text << "cpu";
-  else text << "cuda:" << device;
+  if (device == kCpu)
+    text << "cpu";
+  else
+    text << "cuda:" << device;
   return text.str();
 }
 
@@ -138,7 +144,9 @@ struct Operators {
   }
 
   // Where an operator's tensors have to be: where its first one is, which must be on this half's kind of device.
-  static int device_of_first(const Tensor& tensor) { return kIsCpu ? kCpu : tensor.is_cuda() ? tensor.get_device_index() : 0; }
+  static int device_of_first(const Tensor& tensor) {
+    return kIsCpu ? kCpu : tensor.is_cuda() ? tensor.get_device_index() : 0;
+  }
 
   static Tensor contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
@@ -152,7 +160,8 @@ struct Operators {
     return allocate(like, {(bytes + 7) / 8}, ScalarType::Long);
   }
 
-  // Offsets of `items` + 1 numbers that rise from 0 to `rows`; on a GPU only their shape is looked at, and kernels clamp them.
+  // Offsets of `items` + 1 numbers that rise from 0 to `rows`. On a GPU only their shape is looked at here, and a kernel
+  // that meets others stops with an error.
   static void expect_offsets(const char* name, const Tensor& offsets, int64_t rows, int device) {
     expect_tensor(name, offsets, {ScalarType::Long}, {kAny}, device);
     expect(offsets.size(0) >= 1, name, ": expected at least one number, got none");
@@ -161,8 +170,10 @@ struct Operators {
     const int64_t* values = in<int64_t>(packed);
     const int64_t last = offsets.size(0) - 1;
     for (int64_t i = 0; i < last; ++i)
-      expect(values[i] <= values[i + 1], name, ": expected offsets that never fall, got ", values[i], " before ", values[i + 1]);
-    expect(values[0] == 0 && values[last] == rows, name, ": expected offsets from 0 to ", rows, ", got ", values[0], " to ", values[last]);
+      expect(values[i] <= values[i + 1], name, ": expected offsets that never fall, got ", values[i], " before ",
+             values[i + 1]);
+    expect(values[0] == 0 && values[last] == rows, name, ": expected offsets from 0 to ", rows, ", got ", values[0],
+           " to ", values[last]);
   }
 
   // The part of RegionArgs that every region operator has.
@@ -187,8 +198,8 @@ struct Operators {
       for (int64_t s = 0; s < args.branches; ++s) {
         const int64_t h = pools[2 * s], w = pools[2 * s + 1];
         const bool drop = h == 0 && w == 0;
-        expect(drop || (h > 0 && w > 0 && window % h == 0 && window % w == 0), "pools: expected pairs that divide the window ",
-               window, ", or (0, 0), got (", h, ", ", w, ")");
+        expect(drop || (h > 0 && w > 0 && window % h == 0 && window % w == 0),
+               "pools: expected pairs that divide the window ", window, ", or (0, 0), got (", h, ", ", w, ")");
         args.pools[s] = {h, w};
       }
       const Tensor packed = contiguous(grid_hw);
@@ -216,7 +227,8 @@ struct Operators {
     if (kIsCpu) {
       const int64_t* values = in<int64_t>(packed);
       for (int64_t r = 0; r < args.regions; ++r)
-        expect(0 <= values[r] && values[r] < args.branches, "choice: expected from 0 to ", args.branches - 1, ", got ", values[r]);
+        expect(0 <= values[r] && values[r] < args.branches, "choice: expected from 0 to ", args.branches - 1, ", got ",
+               values[r]);
     }
     return packed;
   }
@@ -277,7 +289,8 @@ struct Operators {
     RegionArgs& args = region.args;
     expect_tensor("grad_tokens", grad_tokens, {x.scalar_type()}, {args.cells, args.channels}, device_of(x));
     expect_tensor("offsets", offsets, {ScalarType::Long}, {args.regions + 1}, device_of(x));
-    const Tensor chosen = checked_choice(choice, args, device_of(x)), packed_offsets = contiguous(offsets), grad = contiguous(grad_tokens);
+    const Tensor chosen = checked_choice(choice, args, device_of(x)), packed_offsets = contiguous(offsets),
+                 grad = contiguous(grad_tokens);
     const std::optional<Tensor> factor = checked_weight(weight, x, args.regions);
     Tensor grad_x = allocate(x, {args.cells, args.channels}, x.scalar_type());
     Tensor grad_weight = allocate(x, {factor ? args.regions : 0}, wide(x));
@@ -300,20 +313,33 @@ struct Operators {
     expect(q.size(2) >= 1, "q: expected heads of at least 1 channel, got 0");
     expect_offsets("cu_text", cu_text, q.size(0), device);
     expect_offsets("cu_visual", cu_visual, k.size(0), device);
-    expect(cu_text.size(0) == cu_visual.size(0), "cu_visual: expected as many offsets as cu_text, ", cu_text.size(0), ", got ",
-           cu_visual.size(0));
-    const Tensor queries = contiguous(q), keys = contiguous(k), text = contiguous(cu_text), visual = contiguous(cu_visual);
+    expect(cu_text.size(0) == cu_visual.size(0), "cu_visual: expected as many offsets as cu_text, ", cu_text.size(0),
+           ", got ", cu_visual.size(0));
+    const Tensor queries = contiguous(q), keys = contiguous(k), text = contiguous(cu_text),
+                 visual = contiguous(cu_visual);
     Tensor scores = allocate(q, {k.size(0)}, wide(q));
     const Tensor scratch = workspace(q, Backend::importance_workspace(q.size(0), k.size(0), q.size(1)));
-    const ImportanceArgs args{queries.const_data_ptr(), keys.const_data_ptr(), in<int64_t>(text), in<int64_t>(visual),
-                              q.size(0), k.size(0), cu_text.size(0) - 1, q.size(1), k.size(1), q.size(2), scale,
-                              dtype_of(q), scores.mutable_data_ptr(), scratch.mutable_data_ptr()};
+    const ImportanceArgs args{queries.const_data_ptr(),
+                              keys.const_data_ptr(),
+                              in<int64_t>(text),
+                              in<int64_t>(visual),
+                              q.size(0),
+                              k.size(0),
+                              cu_text.size(0) - 1,
+                              q.size(1),
+                              k.size(1),
+                              q.size(2),
+                              scale,
+                              dtype_of(q),
+                              scores.mutable_data_ptr(),
+                              scratch.mutable_data_ptr()};
     Call call(q);
     Backend::importance(args, call);
     return scores;
   }
 
-  static std::tuple<Tensor, Tensor> select_top_p(Tensor scores, Tensor cu_visual, double gamma, std::optional<int64_t> keep) {
+  static std::tuple<Tensor, Tensor> select_top_p(Tensor scores, Tensor cu_visual, double gamma,
+                                                 std::optional<int64_t> keep) {
     const int device = device_of_first(scores);
     expect_tensor("scores", scores, floating(), {kAny}, device);
     expect_offsets("cu_visual", cu_visual, scores.size(0), device);
@@ -321,16 +347,17 @@ struct Operators {
     const Tensor packed = contiguous(scores), offsets = contiguous(cu_visual);
     Tensor index = allocate(scores, {scores.size(0)}, ScalarType::Long);
     Tensor count = allocate(scores, {cu_visual.size(0) - 1}, ScalarType::Long);
-    const SelectArgs args{packed.const_data_ptr(), in<int64_t>(offsets), scores.size(0), cu_visual.size(0) - 1, gamma,
-                          keep.value_or(-1), dtype_of(scores), out<int64_t>(index), out<int64_t>(count)};
+    const SelectArgs args{
+        packed.const_data_ptr(), in<int64_t>(offsets), scores.size(0),      cu_visual.size(0) - 1, gamma,
+        keep.value_or(-1),       dtype_of(scores),     out<int64_t>(index), out<int64_t>(count)};
     Call call(scores);
     Backend::select_top_p(args, call);
     return {index, count};
   }
 
   static std::vector<Tensor> gather_tokens(std::vector<Tensor> columns, Tensor index) {
-    expect(!columns.empty() && columns.size() <= kMaxColumns, "columns: expected from 1 to ", kMaxColumns, " tensors, got ",
-           columns.size());
+    expect(!columns.empty() && columns.size() <= kMaxColumns, "columns: expected from 1 to ", kMaxColumns,
+           " tensors, got ", columns.size());
     const int device = device_of_first(index);
     expect_tensor("index", index, {ScalarType::Long}, {kAny}, device);
     const Tensor packed = contiguous(index);
@@ -357,7 +384,8 @@ struct Operators {
     }
     if (kIsCpu) {
       for (int64_t i = 0; i < args.count; ++i)
-        expect(-1 <= args.index[i] && args.index[i] < args.rows, "index: expected from -1 to ", args.rows - 1, ", got ", args.index[i]);
+        expect(-1 <= args.index[i] && args.index[i] < args.rows, "index: expected from -1 to ", args.rows - 1, ", got ",
+               args.index[i]);
     }
     Call call(columns[0]);
     Backend::gather_tokens(args, call);

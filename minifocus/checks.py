@@ -12,6 +12,9 @@ import torch
 
 MAX_BRANCHES = 8
 MAX_COLUMNS = 8
+# Of a column of gather_tokens, and those that messages name.
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 
 
 def expect(condition: bool, text: str) -> None:
@@ -25,7 +28,7 @@ def _describe(dtype: str, sizes: Sequence[int | None], device: torch.device) -> 
 
 
 def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return str(dtype).removeprefix("torch.") if dtype in DTYPES else "another dtype"
 
 
 def tensor(
@@ -148,7 +151,7 @@ def gather_tokens(columns: list[torch.Tensor], index: torch.Tensor) -> None:
     for column in columns:
         came = _describe(_name(column.dtype), column.shape, column.device)
         expect(
-            column.ndim >= 1 and not column.is_complex() and column.device == index.device,
+            column.ndim >= 1 and column.dtype in DTYPES and column.device == index.device,
             f"columns: expected tensors of rank 1 or more where index is, got {came}",
         )
         rows = len(columns[0])

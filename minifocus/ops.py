@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import reference
+from . import checks, reference
 from .checks import wide
 from .reference import Pool
 
@@ -53,7 +53,7 @@ def _load() -> tuple[dict[str, str], torch.library.Library]:
         try:
             torch.ops.load_library(file)
         except OSError as error:
-            why = f"{file} was not built" if not file.exists() else error.__cause__ or error
+            why = _not_built(half) if not file.exists() else error.__cause__ or error
             if wanted == "native":
                 raise RuntimeError(f"MINIFOCUS_BACKEND=native: no compiled operators for {half}: {why}") from error
             _log.warning("operators run in plain PyTorch on %s, for want of compiled ones: %s", half, why)
@@ -67,7 +67,16 @@ def _load() -> tuple[dict[str, str], torch.library.Library]:
     return backends, library
 
 
+def _not_built(half: str) -> str:
+    """Why, in the words of scripts/build_operators.py, which wrote it down when minifocus was installed."""
+    record = Path(__file__).with_name("_build.txt")
+    lines = record.read_text().splitlines() if record.exists() else []
+    return next((line for line in lines if line.startswith(half)), f"{half}: minifocus was not installed, only copied")
+
+
 def _pairs(pools: list[int]) -> list[Pool]:
+    paired = len(pools) % 2 == 0
+    checks.expect(paired, f"pools: expected from 1 to {checks.MAX_BRANCHES} pairs of numbers, got {len(pools)} numbers")
     return list(zip(pools[::2], pools[1::2], strict=True))
 
 
@@ -98,6 +107,9 @@ def _region_pool_backward(
     pools: list[int],
     weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    checks.region_pool(x, grid_hw, choice, window, _pairs(pools), weight)
+    checks.tensor("grad_tokens", grad_tokens, [x.dtype], list(x.shape), x.device)
+    checks.tensor("offsets", offsets, [torch.int64], [len(choice) + 1], x.device)
     grad = grad_tokens[: int(offsets[-1])]
     grad_x, grad_weight = reference.region_pool_backward(grad, x, grid_hw, choice, window, _pairs(pools), weight)
     return grad_x, x.new_empty(0, dtype=wide(x.dtype)) if grad_weight is None else grad_weight
@@ -137,19 +149,31 @@ BACKENDS, _library = _load()  # {"cpu": "native", "cuda": "reference"}, say
 # ------------------------------------------------------------------------------- shapes for tracing, and the gradients
 
 
+def _same_device(first: torch.Tensor, grid_hw: torch.Tensor | None = None, **others: torch.Tensor | None) -> None:
+    """torch calls a fake kernel, and no other, as soon as one of the tensors is on the meta device."""
+    for name, value in others.items():
+        if value is not None:
+            checks.tensor(name, value, [value.dtype], [None] * value.ndim, first.device)
+    if grid_hw is not None and first.device.type != "meta":
+        checks.tensor("grid_hw", grid_hw, [grid_hw.dtype], [None] * grid_hw.ndim, torch.device("cpu"))
+
+
 @torch.library.register_fake("minifocus::region_pool")
 def _(x, grid_hw, choice, window, pools, weight=None):  # type: ignore[no-untyped-def]
+    _same_device(x, grid_hw, choice=choice, weight=weight)
     index = choice.new_empty
     return x.new_empty(x.shape), index(x.shape[0]), index(choice.shape[0] + 1)
 
 
 @torch.library.register_fake("minifocus::region_pool_backward")
 def _(grad_tokens, x, grid_hw, choice, offsets, window, pools, weight=None):  # type: ignore[no-untyped-def]
+    _same_device(x, grid_hw, grad_tokens=grad_tokens, choice=choice, offsets=offsets, weight=weight)
     return x.new_empty(x.shape), x.new_empty(0 if weight is None else choice.shape[0], dtype=wide(x.dtype))
 
 
 @torch.library.register_fake("minifocus::region_route")
 def _(x, grid_hw, context, bias, window, pools):  # type: ignore[no-untyped-def]
+    _same_device(x, grid_hw, context=context, bias=bias)
     regions = torch.library.get_ctx().new_dynamic_size()  # it depends on what is in grid_hw
     integers = x.new_empty(x.shape[0], dtype=torch.int64)
     return x.new_empty(x.shape), integers, integers.new_empty(regions + 1), integers.new_empty(regions)
@@ -157,16 +181,20 @@ def _(x, grid_hw, context, bias, window, pools):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("minifocus::importance")
 def _(q, k, cu_text, cu_visual, scale):  # type: ignore[no-untyped-def]
+    _same_device(q, k=k, cu_text=cu_text, cu_visual=cu_visual)
     return k.new_empty(k.shape[0], dtype=wide(q.dtype))
 
 
 @torch.library.register_fake("minifocus::select_top_p")
 def _(scores, cu_visual, gamma=0.0, keep=None):  # type: ignore[no-untyped-def]
+    _same_device(scores, cu_visual=cu_visual)
     return cu_visual.new_empty(scores.shape[0]), cu_visual.new_empty(cu_visual.shape[0] - 1)
 
 
 @torch.library.register_fake("minifocus::gather_tokens")
 def _(columns, index):  # type: ignore[no-untyped-def]
+    for column in columns:
+        _same_device(index, columns=column)
     return [column.new_empty(index.shape[0], *column.shape[1:]) for column in columns]
 
 
@@ -194,16 +222,12 @@ def _save_gather(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gather_gradient(ctx, grads):  # type: ignore[no-untyped-def]
     (index,) = ctx.saved_tensors
-    real = index >= 0
+    place = index % (ctx.rows + 1)  # of -1: one row more, left out below
 
     def scatter(grad):  # type: ignore[no-untyped-def]
         if grad is None or not grad.is_floating_point():
             return None
-        into = grad.new_zeros(ctx.rows, *grad.shape[1:])
-        if ctx.rows == 0:
-            return into
-        own = grad.where(real.view(-1, *[1] * (grad.ndim - 1)), 0)
-        return into.index_add(0, index.clamp(min=0), own)
+        return grad.new_zeros(ctx.rows + 1, *grad.shape[1:]).index_add(0, place, grad).narrow(0, 0, ctx.rows)
 
     return [scatter(grad) for grad in grads], None
 

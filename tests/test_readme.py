@@ -58,7 +58,7 @@ def test_options_of_the_commands_on_your_own_model() -> None:
 
 def test_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     model = minifocus.load("weights/tiny", sampler="none")
     assert model.image_processor is not None and model.tokenizer is not None
     import torch
@@ -75,3 +75,23 @@ def test_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     exec(compile(code, "README.md", "exec"), names)
     assert "TokenCounts(full=" in capsys.readouterr().out
     assert len(names["answers"]) == 2 and names["logits"].shape[:2] == names["input_ids"].shape  # type: ignore[arg-type,union-attr]
+
+
+def test_python_of_the_operators() -> None:
+    import torch
+
+    _, code = blocks("python")
+    names = {
+        "cells": torch.randn(6 * 5, 8),
+        "grid_hw": torch.tensor([[6, 5]]),
+        "choice": torch.tensor([0, 1, 2, 0]),
+        "q": torch.randn(3, 4, 128),
+        "k": torch.randn(30, 2, 128),
+        "cu_text": torch.tensor([0, 3]),
+        "cu_visual": torch.tensor([0, 30]),
+        "hidden": torch.randn(30, 16),
+        "positions": torch.arange(30),
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(names["tokens"]) == len(names["source"]) == 1 + 2 + 8 + 1  # type: ignore[arg-type]
+    assert torch.equal(names["positions"], names["index"]) and len(names["hidden"]) == int(names["count"])  # type: ignore[arg-type]

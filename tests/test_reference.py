@@ -11,10 +11,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minifocus import reference
-from minifocus.reference import Pool
 from minifocus.samplers.vision_guided import pools_for
 from minifocus.testing import Attention, Gather, Regions, Selection, attentions, gathers, regions, selections
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FINITE = ["random", "few", "equal", "uniform", "zeros", "denormal"]
 
 
@@ -41,7 +41,9 @@ def windows_of(drawn: Regions, choice: list[int]):
                 ph, pw = drawn.pools[choice[region]]
                 for r in range(top, top + drawn.window, ph) if ph else []:
                     for c in range(left, left + drawn.window, pw):
-                        inside = [(i, j) for i in range(r, r + ph) for j in range(c, c + pw) if i < height and j < width]
+                        inside = [
+                            (i, j) for i in range(r, r + ph) for j in range(c, c + pw) if i < height and j < width
+                        ]
                         if inside:
                             yield region, r * width + c, [first_cell + i * width + j for i, j in inside]
                 region += 1
@@ -133,9 +135,9 @@ def test_region_route_takes_the_first_of_equal_logits(drawn: Regions, pattern: s
     """Sums of such numbers are exact in every dtype."""
     drawn = replace(drawn, pattern=pattern)
     x, grid_hw, context, bias, window, _ = drawn.route_arguments()
-    assert reference.region_route(x, grid_hw, context, bias, window, list(drawn.pools))[3].tolist() == brute_force_choice(
-        drawn
-    )
+    assert reference.region_route(x, grid_hw, context, bias, window, list(drawn.pools))[
+        3
+    ].tolist() == brute_force_choice(drawn)
 
 
 @pytest.mark.parametrize(

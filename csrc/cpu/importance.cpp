@@ -61,7 +61,10 @@ class Buffer {
 template <typename Real>
 struct Workspace {
   Workspace(int64_t visual, int64_t columns, int64_t dim)
-      : queries(dim * columns), keys(kKeys * dim), scores(round_up(visual, kKeys) * columns), largest(columns),
+      : queries(dim * columns),
+        keys(kKeys * dim),
+        scores(round_up(visual, kKeys) * columns),
+        largest(columns),
         total(columns) {}
   Buffer<Real> queries;         // [dim, columns]
   Buffer<Real> keys;            // [kKeys, dim]

@@ -15,7 +15,7 @@
 namespace minifocus::cpu {
 namespace {
 
-constexpr int64_t kBlock = 512;       // channels
+constexpr int64_t kBlock = 512;      // channels
 constexpr int64_t kGrain = 1 << 16;  // numbers; fewer are not worth another thread
 
 int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
@@ -231,9 +231,8 @@ void pool_backward(const RegionBackwardArgs& backward) {
         std::fill_n(grad_x + (region.cell + row * region.stride) * args.channels, region.width * args.channels, T{});
     typename T::Real grad_weight = 0;
     for_each_window(region, pool, args.offsets[r], [&](const Rectangle& window, int64_t token) {
-      grad_weight +=
-          pool_window_backward(static_cast<const T*>(args.x), args.channels, window, weight_of<T>(args, r),
-                               static_cast<const T*>(backward.grad_tokens) + token * args.channels, grad_x);
+      grad_weight += pool_window_backward(static_cast<const T*>(args.x), args.channels, window, weight_of<T>(args, r),
+                                          static_cast<const T*>(backward.grad_tokens) + token * args.channels, grad_x);
     });
     if (backward.grad_weight != nullptr) static_cast<typename T::Wide*>(backward.grad_weight)[r].set(grad_weight);
   });

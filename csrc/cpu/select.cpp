@@ -5,6 +5,7 @@
 // needs more than 52 bits. A double holds such sums exactly, so their order does not matter.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "numbers.h"
@@ -38,13 +39,15 @@ int64_t shortest_prefix(const T* scores, const int64_t* begin, const int64_t* en
   double largest = 0;
   for (const int64_t* i = begin; i != end; ++i) {
     const double score = scores[*i].get();
-    if (!std::isfinite(score)) return length;
-    largest = std::max(largest, std::abs(score));
+    if (!(score < std::numeric_limits<double>::infinity())) return length;
+    largest = std::max(largest, score);
   }
   if (!(gamma < 1) || largest == 0) return length;
 
   const double unit = std::ldexp(1.0, 52 - bit_length(length));
-  const auto whole = [=](int64_t i) { return std::rint(static_cast<double>(scores[i].get()) / largest * unit); };
+  const auto whole = [=](int64_t i) {
+    return std::rint(std::max<double>(0, scores[i].get()) / largest * unit);  // a negative score has no share
+  };
   double total = 0, prefix = 0;
   for (const int64_t* i = begin; i != end; ++i) total += whole(*i);
   for (const int64_t* i = begin; i != end; ++i) {

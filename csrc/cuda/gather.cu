@@ -38,8 +38,9 @@ __device__ void copy(const GatherArgs::Column& column, const int64_t* index, int
 }
 
 // Block (x, y) works on column y.
-__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ Columns columns, const int64_t* __restrict__ index,
-                                                          int64_t rows, int64_t count) {
+__global__ void __launch_bounds__(kThreads)
+    gather_kernel(const __grid_constant__ Columns columns, const int64_t* __restrict__ index, int64_t rows,
+                  int64_t count) {
   const GatherArgs::Column& column = columns.column[blockIdx.y];
   switch (columns.word_bytes[blockIdx.y]) {
     case 16: return copy<uint4>(column, index, rows, count);
@@ -57,8 +58,8 @@ int gather_tokens(const GatherArgs& args, void* stream) {
   int64_t most_words = 0;
   for (int c = 0; c < args.num_columns; ++c) {
     columns.column[c] = args.columns[c];
-    const uint64_t addresses =
-        reinterpret_cast<uintptr_t>(args.columns[c].from) | reinterpret_cast<uintptr_t>(args.columns[c].to) | args.columns[c].row_bytes;
+    const uint64_t addresses = reinterpret_cast<uintptr_t>(args.columns[c].from) |
+                               reinterpret_cast<uintptr_t>(args.columns[c].to) | args.columns[c].row_bytes;
     int bytes = 16;
     while (addresses % bytes) bytes /= 2;
     columns.word_bytes[c] = bytes;

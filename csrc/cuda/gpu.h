@@ -21,13 +21,13 @@
 #include <cstdint>
 #include <utility>
 
-#define DYN_SHARED(T, name)                                               \
-  extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];  \
+#define DYN_SHARED(T, name)                                              \
+  extern __shared__ __align__(16) unsigned char dynamic_shared_memory[]; \
   T* const name = reinterpret_cast<T*>(dynamic_shared_memory)
 
-#define DEVICE_CHECK(condition)   \
-  do {                            \
-    if (!(condition)) __trap();   \
+#define DEVICE_CHECK(condition) \
+  do {                          \
+    if (!(condition)) __trap(); \
   } while (false)
 
 namespace gpu {

@@ -1,15 +1,17 @@
-// importance (Eq. 7 and 8): scores[n] = mean over text t of max over heads h of softmax_n(scale * q[t, h] . k[n, h / group]).
+// importance (Eq. 7 and 8): scores[n] = mean over text t of max over heads h of softmax_n(scale * q[t, h] . k[n, h /
+// group]).
 //
 // The h × T × N products are never stored. Each is computed twice, tile by tile:
 //   1. statistics_kernel   per row (text token, head): the largest product m and sum of exp(product - m), the softmax's
 //                          denominator, of each of kSplits parts of the keys;
-//   2. maximum_kernel      per tile of keys: exp(product - m) / denominator, maximum over heads kept in registers, sum over
+//   2. maximum_kernel      per tile of keys: exp(product - m) / denominator, maximum over heads kept in registers, sum
+//   over
 //                          text tokens; kSplits parts of the text are summed apart, so that there are blocks enough;
 //   3. mean_kernel         adds those and divides by T.
 // No sum depends on the order in which blocks run. Extra memory: 8 kSplits bytes per (t, h) and 4 kSplits per key.
 //
-// A tile is 64 keys by 16 rows per warp, held as the tensor cores' mma.m16n8k16 holds its results: eight parts of 16 × 8,
-// of which lane 4 g + c has rows g and g + 8, columns 2 c and 2 c + 1. The products come from those tensor cores
+// A tile is 64 keys by 16 rows per warp, held as the tensor cores' mma.m16n8k16 holds its results: eight parts of 16 ×
+// 8, of which lane 4 g + c has rows g and g + 8, columns 2 c and 2 c + 1. The products come from those tensor cores
 // (TensorCores) or from plain multiply-adds (MultiplyAdd); the rest of the code is the same.
 #include <cstdlib>
 #include <cstring>
@@ -21,9 +23,8 @@ namespace minifocus::cuda {
 namespace {
 
 constexpr int kSplits = 4;
-constexpr int kKeys = 64;      // of a tile
-constexpr int kChannels = 64;  // of q and k, brought into shared memory at a time
-constexpr int kRows = 16;      // of a warp
+constexpr int kKeys = 64;  // of a tile
+constexpr int kRows = 16;  // of a warp
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr unsigned kAll = 0xffffffffu;
@@ -41,14 +42,16 @@ struct Arguments {
 // A row of a tile in shared memory; its pitch lets the 32 lanes of a fragment's load hit 32 different banks.
 template <class T>
 struct Tile {
+  static constexpr int kChannels = 256 / int(sizeof(T));  // of a head, brought into shared memory at a time
   static constexpr int kPitch = kChannels + 16 / int(sizeof(T));
   alignas(16) T v[kKeys][kPitch];
 };
 
-// tile[row][channel] = from[row * pitch + channel], 0 beyond `rows` and `channels`.
-template <class T, int V>
+// tile[row][channel] = from[row * pitch + channel] for the first Rows rows; 0 beyond `rows` and `channels`.
+template <int Rows, int V, class T>
 __device__ void fill(Tile<T>& tile, const T* from, int64_t pitch, int64_t rows, int64_t channels) {
-  for (int i = threadIdx.x; i < kKeys * (kChannels / V); i += kThreads) {
+  constexpr int kChannels = Tile<T>::kChannels;
+  for (int i = threadIdx.x; i < Rows * (kChannels / V); i += kThreads) {
     const int row = i / (kChannels / V), channel = i % (kChannels / V) * V;
     Vec<T, V> value;
     if (row < rows && channel < channels) {
@@ -64,10 +67,11 @@ __device__ void fill(Tile<T>& tile, const T* from, int64_t pitch, int64_t rows, 
 // products += rows [first_row, + 16) of q · keys [first_key, + 8 * Parts) of k, over the channels in the tiles.
 struct MultiplyAdd {
   template <class T, int Parts>
-  static __device__ void add(float (&products)[Parts][4], const Tile<T>& q, int first_row, const Tile<T>& k, int first_key) {
+  static __device__ void add(float (&products)[Parts][4], const Tile<T>& q, int first_row, const Tile<T>& k,
+                             int first_key) {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll 4
-    for (int channel = 0; channel < kChannels; ++channel) {
+    for (int channel = 0; channel < Tile<T>::kChannels; ++channel) {
       const float upper = to_float(q.v[first_row + g][channel]), lower = to_float(q.v[first_row + g + 8][channel]);
 #pragma unroll
       for (int part = 0; part < Parts; ++part) {
@@ -96,7 +100,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 #else
-  // The same by hand: channels 2 o, 2 o + 1 (words a[0], a[1], b[0]) and 8 more (a[2], a[3], b[1]) are in the lanes 4 x + o.
+  // The same by hand, also the emulator's: channels 2 o, 2 o + 1 (words a[0], a[1], b[0]) and 8 more (a[2], a[3], b[1])
+  // are in the lanes 4 x + o.
   const auto number = [](unsigned word, int half) {
     const unsigned short bits = (unsigned short)(word >> 16 * half);
     T value;
@@ -123,13 +128,15 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const
 
 struct TensorCores {
   template <class T, int Parts>
-  static __device__ void add(float (&products)[Parts][4], const Tile<T>& q, int first_row, const Tile<T>& k, int first_key) {
+  static __device__ void add(float (&products)[Parts][4], const Tile<T>& q, int first_row, const Tile<T>& k,
+                             int first_key) {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
     const auto word = [](const T& first) { return *reinterpret_cast<const unsigned*>(&first); };  // two neighbours
 #pragma unroll
-    for (int channel = 0; channel < kChannels; channel += 16) {
+    for (int channel = 0; channel < Tile<T>::kChannels; channel += 16) {
       const unsigned a[4] = {word(q.v[first_row + g][channel + 2 * c]), word(q.v[first_row + g + 8][channel + 2 * c]),
-                             word(q.v[first_row + g][channel + 8 + 2 * c]), word(q.v[first_row + g + 8][channel + 8 + 2 * c])};
+                             word(q.v[first_row + g][channel + 8 + 2 * c]),
+                             word(q.v[first_row + g + 8][channel + 8 + 2 * c])};
 #pragma unroll
       for (int part = 0; part < Parts; ++part) {
         const T* key = k.v[first_key + 8 * part + g];
@@ -152,24 +159,30 @@ struct Item {
     DEVICE_CHECK(0 <= text && 0 <= num_text && text + num_text <= arguments.text);
     DEVICE_CHECK(0 <= key && 0 <= num_keys && key + num_keys <= arguments.visual);
     DEVICE_CHECK(number > 0 || (text == 0 && key == 0));
-    DEVICE_CHECK(number + 1 < arguments.items || (text + num_text == arguments.text && key + num_keys == arguments.visual));
+    DEVICE_CHECK(number + 1 < arguments.items ||
+                 (text + num_text == arguments.text && key + num_keys == arguments.visual));
   }
 };
 
-// The products of 16 * kWarps (or 16) rows of head `head` with 64 keys; every thread of the block must call it.
-template <class T, int V, class Product, int Parts>
-__device__ void multiply(float (&products)[Parts][4], Tile<T>& q_tile, Tile<T>& k_tile, const Arguments& arguments, const T* q,
-                         int64_t rows, int first_row, const T* k, int64_t keys, int first_key, int64_t head) {
+// The products of Rows rows of head `head` with 64 keys, each warp its own part; every thread of the block must call
+// it. Where a tile holds whole heads and the last call's rows (or keys) are wanted again, they are still there.
+template <int Rows, int V, class Product, class T, int Parts>
+__device__ void multiply(float (&products)[Parts][4], Tile<T>& q_tile, Tile<T>& k_tile, const Arguments& arguments,
+                         const T* q, int64_t rows, int first_row, bool same_rows, const T* k, int64_t keys,
+                         int first_key, bool same_keys, int64_t head) {
 #pragma unroll
   for (int part = 0; part < Parts; ++part) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) products[part][i] = 0.f;
   }
-  const int64_t kv_heads = arguments.heads / arguments.group;
-  for (int64_t channel = 0; channel < arguments.dim; channel += kChannels) {
+  const int64_t kv_heads = arguments.heads / arguments.group, dim = arguments.dim;
+  const bool whole = dim <= Tile<T>::kChannels;
+  for (int64_t channel = 0; channel < dim; channel += Tile<T>::kChannels) {
     __syncthreads();  // the last tiles have been read
-    fill<T, V>(q_tile, q + head * arguments.dim + channel, arguments.heads * arguments.dim, rows, arguments.dim - channel);
-    fill<T, V>(k_tile, k + head / arguments.group * arguments.dim + channel, kv_heads * arguments.dim, keys, arguments.dim - channel);
+    if (!whole || !same_rows)
+      fill<Rows, V>(q_tile, q + head * dim + channel, arguments.heads * dim, rows, dim - channel);
+    if (!whole || !same_keys)
+      fill<kKeys, V>(k_tile, k + head / arguments.group * dim + channel, kv_heads * dim, keys, dim - channel);
     __syncthreads();
     Product::add(products, q_tile, first_row, k_tile, first_key);
   }
@@ -177,8 +190,8 @@ __device__ void multiply(float (&products)[Parts][4], Tile<T>& q_tile, Tile<T>& 
 
 // Block (x, y, z): text tokens [64 x, + 64) of an item, head y, part z of its keys. Each warp has 16 of the rows.
 template <class T, int V, class Product>
-__global__ void __launch_bounds__(kThreads) statistics_kernel(const Arguments arguments, const T* __restrict__ q,
-                                                              const T* __restrict__ k) {
+__global__ void __launch_bounds__(kThreads)
+    statistics_kernel(const Arguments arguments, const T* __restrict__ q, const T* __restrict__ k) {
   __shared__ Tile<T> q_tile, k_tile;
   constexpr int kParts = kKeys / 8;
   const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, first_row = threadIdx.x / 32 * kRows;
@@ -197,9 +210,10 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const Arguments ar
     for (int64_t key_tile = split; key_tile < key_tiles; key_tile += kSplits) {
       const int64_t first_key = key_tile * kKeys, keys = item.num_keys - first_key;
       float products[kParts][4];
-      multiply<T, V, Product>(products, q_tile, k_tile, arguments, q + (item.text + first_text) * arguments.heads * arguments.dim,
-                              item.num_text - first_text, first_row,
-                              k + (item.key + first_key) * (arguments.heads / arguments.group) * arguments.dim, keys, 0, head);
+      multiply<kWarps * kRows, V, Product>(
+          products, q_tile, k_tile, arguments, q + (item.text + first_text) * arguments.heads * arguments.dim,
+          item.num_text - first_text, first_row, key_tile != split,
+          k + (item.key + first_key) * (arguments.heads / arguments.group) * arguments.dim, keys, 0, false, head);
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         float here = -INFINITY;
@@ -235,7 +249,8 @@ __global__ void __launch_bounds__(kThreads) statistics_kernel(const Arguments ar
     for (int row = 0; row < 2; ++row) {
       const int64_t text = first_text + first_row + g + 8 * row;
       if (c == 0 && text < item.num_text) {
-        arguments.statistics[(split * arguments.heads + head) * arguments.text + item.text + text] = make_float2(largest[row], sum[row]);
+        arguments.statistics[(split * arguments.heads + head) * arguments.text + item.text + text] =
+            make_float2(largest[row], sum[row]);
       }
     }
     return;
@@ -253,10 +268,11 @@ __device__ __forceinline__ float2 merge(const float2* parts, int64_t pitch) {
   return make_float2(largest, 1.f / sum);
 }
 
-// Block (x, y): keys [64 x, + 64) of an item, its text tokens in groups y, y + kSplits, … of 16. Each warp has 16 of the keys.
+// Block (x, y): keys [64 x, + 64) of an item, its text tokens in groups y, y + kSplits, … of 16. Each warp has 16 of
+// the keys.
 template <class T, int V, class Product>
-__global__ void __launch_bounds__(kThreads) maximum_kernel(const Arguments arguments, const T* __restrict__ q,
-                                                           const T* __restrict__ k) {
+__global__ void __launch_bounds__(kThreads)
+    maximum_kernel(const Arguments arguments, const T* __restrict__ q, const T* __restrict__ k) {
   __shared__ Tile<T> q_tile, k_tile;
   constexpr int kParts = kKeys / 8 / kWarps;
   const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, own_key = threadIdx.x / 32 * kParts * 8;
@@ -274,14 +290,17 @@ __global__ void __launch_bounds__(kThreads) maximum_kernel(const Arguments argum
       float best[kParts][4] = {};  // a softmax is never below 0
       for (int64_t head = 0; head < arguments.heads; ++head) {
         float products[kParts][4];
-        multiply<T, V, Product>(products, q_tile, k_tile, arguments, q + (item.text + first_text) * arguments.heads * arguments.dim,
-                                min(int64_t(kRows), item.num_text - first_text), 0,
-                                k + (item.key + first_key) * (arguments.heads / arguments.group) * arguments.dim, keys, own_key, head);
+        multiply<kRows, V, Product>(products, q_tile, k_tile, arguments,
+                                    q + (item.text + first_text) * arguments.heads * arguments.dim,
+                                    min(int64_t(kRows), item.num_text - first_text), 0, false,
+                                    k + (item.key + first_key) * (arguments.heads / arguments.group) * arguments.dim,
+                                    keys, own_key, head % arguments.group != 0, head);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
           const int64_t text = first_text + g + 8 * row;
           if (text >= item.num_text) continue;
-          const float2 statistics = merge(arguments.statistics + head * arguments.text + item.text + text, arguments.heads * arguments.text);
+          const float2 statistics =
+              merge(arguments.statistics + head * arguments.text + item.text + text, arguments.heads * arguments.text);
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
 #pragma unroll
@@ -308,7 +327,8 @@ __global__ void __launch_bounds__(kThreads) maximum_kernel(const Arguments argum
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int64_t key = own_key + 8 * part + 2 * c + i;
-        if (g == 0 && key < keys) arguments.sums[blockIdx.y * arguments.visual + item.key + first_key + key] = sum[part][i];
+        if (g == 0 && key < keys)
+          arguments.sums[blockIdx.y * arguments.visual + item.key + first_key + key] = sum[part][i];
       }
     }
     return;
@@ -319,7 +339,8 @@ __global__ void __launch_bounds__(kThreads) maximum_kernel(const Arguments argum
 __global__ void __launch_bounds__(kThreads) mean_kernel(const Arguments arguments) {
   for (int64_t number = blockIdx.y; number < arguments.items; number += gridDim.y) {
     const Item item(arguments, number);
-    for (int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x; n < item.num_keys; n += int64_t(gridDim.x) * kThreads) {
+    for (int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x; n < item.num_keys;
+         n += int64_t(gridDim.x) * kThreads) {
       float sum = 0.f;
       for (int split = 0; split < kSplits; ++split) sum += arguments.sums[split * arguments.visual + item.key + n];
       arguments.scores[item.key + n] = item.num_text ? sum / float(item.num_text) : 0.f;
@@ -342,8 +363,12 @@ size_t importance_workspace_bytes(int64_t text, int64_t visual, int64_t heads) {
 int importance(const ImportanceArgs& args, void* stream_pointer) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   if (args.visual == 0 || args.items == 0) return 0;
-  Arguments arguments{args.heads, args.heads / args.kv_heads, args.dim, args.items, args.text, args.visual, float(args.scale),
-                      args.cu_text, args.cu_visual, static_cast<float2*>(args.workspace), nullptr, static_cast<float*>(args.scores)};
+  Arguments arguments{args.heads,        args.heads / args.kv_heads,
+                      args.dim,          args.items,
+                      args.text,         args.visual,
+                      float(args.scale), args.cu_text,
+                      args.cu_visual,    static_cast<float2*>(args.workspace),
+                      nullptr,           static_cast<float*>(args.scores)};
   arguments.sums = reinterpret_cast<float*>(arguments.statistics + kSplits * args.heads * args.text);
   const int error = dispatch(args.dtype, [&](auto element) {
     using T = decltype(element);
@@ -354,19 +379,23 @@ int importance(const ImportanceArgs& args, void* stream_pointer) {
       // An item's last tile may be a partial one, so there are up to `items` tiles more than the whole ones.
       const unsigned row_tiles = unsigned(args.text / (kWarps * kRows) + args.items);
       const unsigned key_tiles = unsigned(args.visual / kKeys + args.items);
-      const int launched =
-          args.text == 0 ? 0 : gpu::launch(statistics, dim3(row_tiles, unsigned(args.heads), kSplits), dim3(kThreads), 0, stream, arguments, q, k);
-      return launched ? launched : gpu::launch(maximum, dim3(key_tiles, kSplits), dim3(kThreads), 0, stream, arguments, q, k);
+      const int launched = args.text == 0 ? 0
+                                          : gpu::launch(statistics, dim3(row_tiles, unsigned(args.heads), kSplits),
+                                                        dim3(kThreads), 0, stream, arguments, q, k);
+      return launched ? launched
+                      : gpu::launch(maximum, dim3(key_tiles, kSplits), dim3(kThreads), 0, stream, arguments, q, k);
     };
     if constexpr (sizeof(T) == 2) {
-      if (wide && tensor_cores_wanted()) return run(statistics_kernel<T, kWide, TensorCores>, maximum_kernel<T, kWide, TensorCores>);
+      if (wide && tensor_cores_wanted())
+        return run(statistics_kernel<T, kWide, TensorCores>, maximum_kernel<T, kWide, TensorCores>);
     }
     return wide ? run(statistics_kernel<T, kWide, MultiplyAdd>, maximum_kernel<T, kWide, MultiplyAdd>)
                 : run(statistics_kernel<T, 1, MultiplyAdd>, maximum_kernel<T, 1, MultiplyAdd>);
   });
   if (error) return error;
   const unsigned blocks = unsigned(min((args.visual + kThreads - 1) / kThreads, int64_t(1024)));
-  return gpu::launch(mean_kernel, dim3(blocks, unsigned(min(args.items, int64_t(65535)))), dim3(kThreads), 0, stream, arguments);
+  return gpu::launch(mean_kernel, dim3(blocks, unsigned(min(args.items, int64_t(65535)))), dim3(kThreads), 0, stream,
+                     arguments);
 }
 
 }  // namespace minifocus::cuda

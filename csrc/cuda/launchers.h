@@ -1,5 +1,5 @@
-// The CUDA half: launchers on ../operators.h's structs. They only enqueue work on the stream: nothing waits for the GPU.
-// Each returns 0 or a cudaError_t.
+// The CUDA half: launchers on ../operators.h's structs. They only enqueue work on the stream: nothing waits for the
+// GPU. Each returns 0 or a cudaError_t.
 #pragma once
 #include <cstddef>
 

@@ -2,9 +2,11 @@
 //
 // One block works on one region, in four steps:
 //   1. it takes the next region's number (a ticket), so that all regions before it have been begun by some block;
-//   2. region_route only: it reads the region's cells, keeps them in shared memory as far as they fit, takes their maximum
+//   2. region_route only: it reads the region's cells, keeps them in shared memory as far as they fit, takes their
+//   maximum
 //      channel by channel, multiplies it with each branch's context vector and takes the largest sum's branch;
-//   3. it learns how many tokens the regions before it leave, by decoupled look-back: each block publishes its own number
+//   3. it learns how many tokens the regions before it leave, by decoupled look-back: each block publishes its own
+//   number
 //      of tokens at once, and the sum up to and with its own as soon as it knows that; a block adds up what its
 //      predecessors published until it meets such a sum;
 //   4. it writes its tokens there: maxima over windows of the cells, from shared memory or from x.
@@ -16,8 +18,8 @@ namespace minifocus::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr unsigned long long kOwn = 1ull << 62;     // the low bits: this region's tokens
-constexpr unsigned long long kUpTo = 1ull << 63;    // the low bits: tokens of all regions up to and with this one
+constexpr unsigned long long kOwn = 1ull << 62;   // the low bits: this region's tokens
+constexpr unsigned long long kUpTo = 1ull << 63;  // the low bits: tokens of all regions up to and with this one
 constexpr unsigned long long kNumber = kOwn - 1;
 
 struct Workspace {
@@ -103,8 +105,8 @@ __device__ int choose(const Kernel& k, const Region& region, const T* x, Vec<T, 
 }
 
 template <class T, int V, bool kRoute>
-__global__ void __launch_bounds__(kThreads) region_kernel(const __grid_constant__ Kernel k, const T* __restrict__ x,
-                                                          T* __restrict__ tokens) {
+__global__ void __launch_bounds__(kThreads, 1)
+    region_kernel(const __grid_constant__ Kernel k, const T* __restrict__ x, T* __restrict__ tokens) {
   DYN_SHARED(unsigned char, shared);
   Vec<T, V>* const cache = reinterpret_cast<Vec<T, V>*>(shared);
   __shared__ unsigned long long number, first_token;
@@ -140,27 +142,30 @@ __global__ void __launch_bounds__(kThreads) region_kernel(const __grid_constant_
     if (k.weight) factor = to_float(from_float<T>(k.weight[r]));
   }
   const int64_t vectors = k.channels / V;
-  for (int64_t i = threadIdx.x; i < windows.count * vectors; i += kThreads) {
-    const int token = int(i / vectors);
-    const int64_t column = i % vectors;
+  const Share share(vectors, kThreads);
+  for (int token = share.token; token < windows.count; token += share.tokens) {
     const int top = token / windows.across * windows.height, left = token % windows.across * windows.width;
     const int bottom = min(top + windows.height, region.height), right = min(left + windows.width, region.width);
-    Vec<T, V> pooled;
-    for (int y = top; y < bottom; ++y) {
-      for (int across = left; across < right; ++across) {
-        Vec<T, V> value;
-        if (kRoute && column < k.cached) value = cache[(y * region.width + across) * k.cached + column];
-        else value = load<V>(x + region.row_of(y, across) * k.channels + column * V);
-        if (y == top && across == left) pooled = value;
+    for (int64_t column = share.column; column < vectors; column += share.columns) {
+      Vec<T, V> pooled;
+      for (int y = top; y < bottom; ++y) {
+        for (int across = left; across < right; ++across) {
+          Vec<T, V> value;
+          if (kRoute && column < k.cached)
+            value = cache[(y * region.width + across) * k.cached + column];
+          else
+            value = load<V>(x + region.row_of(y, across) * k.channels + column * V);
+          if (y == top && across == left) pooled = value;
 #pragma unroll
-        for (int j = 0; j < V; ++j) keep_first_max(pooled.v[j], value.v[j]);
+          for (int j = 0; j < V; ++j) keep_first_max(pooled.v[j], value.v[j]);
+        }
       }
-    }
-    if (!kRoute && k.weight) {
+      if (!kRoute && k.weight) {
 #pragma unroll
-      for (int j = 0; j < V; ++j) pooled.v[j] = from_float<T>(to_float(pooled.v[j]) * factor);
+        for (int j = 0; j < V; ++j) pooled.v[j] = from_float<T>(to_float(pooled.v[j]) * factor);
+      }
+      store<V>(tokens + (first + token) * k.channels + column * V, pooled);
     }
-    store<V>(tokens + (first + token) * k.channels + column * V, pooled);
   }
   for (int token = threadIdx.x; token < windows.count; token += kThreads) {
     const int top = token / windows.across * windows.height, left = token % windows.across * windows.width;
@@ -177,7 +182,8 @@ int launch(const RegionArgs& args, Kernel k, void* stream_pointer) {
   k.cells = args.cells;
   k.source = args.source;
   k.offsets = args.offsets;
-  k.workspace = {static_cast<unsigned long long*>(args.workspace), static_cast<unsigned long long*>(args.workspace) + 1};
+  k.workspace = {static_cast<unsigned long long*>(args.workspace),
+                 static_cast<unsigned long long*>(args.workspace) + 1};
   int error = cudaMemsetAsync(args.source, 0xff, args.cells * sizeof(int64_t), stream);  // -1 past the last token
   if (!error) error = cudaMemsetAsync(args.workspace, 0, region_workspace_bytes(args.regions), stream);
   if (!error && args.regions == 0) error = cudaMemsetAsync(args.offsets, 0, sizeof(int64_t), stream);
@@ -192,8 +198,8 @@ int launch(const RegionArgs& args, Kernel k, void* stream_pointer) {
         const int64_t cells = args.window * args.window;
         const int64_t vector_bytes = vector * sizeof(T);
         k.cached = kRoute ? min(args.channels / vector, gpu::max_shared_bytes() / (cells * vector_bytes)) : 0;
-        return gpu::launch(kernel, dim3(unsigned(regions)), dim3(kThreads), size_t(k.cached * cells * vector_bytes), stream, k,
-                           static_cast<const T*>(args.x), static_cast<T*>(args.tokens));
+        return gpu::launch(kernel, dim3(unsigned(regions)), dim3(kThreads), size_t(k.cached * cells * vector_bytes),
+                           stream, k, static_cast<const T*>(args.x), static_cast<T*>(args.tokens));
       };
       return wide ? run(region_kernel<T, kWide, kRoute>, kWide) : run(region_kernel<T, 1, kRoute>, 1);
     });

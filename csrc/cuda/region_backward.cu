@@ -1,6 +1,6 @@
-// region_pool's backward: one block takes one region and writes the gradient of each of its cells once. Within a window it
-// finds, channel by channel, the first maximum, which gets the token's gradient (times the region's weight); the window's
-// other cells get 0. The weight's own gradient is the sum of gradient times unweighted token over the region.
+// region_pool's backward: one block takes one region and writes the gradient of each of its cells once. Within a window
+// it finds, channel by channel, the first maximum, which gets the token's gradient (times the region's weight); the
+// window's other cells get 0. The weight's own gradient is the sum of gradient times unweighted token over the region.
 #include "regions.h"
 
 namespace minifocus::cuda {
@@ -19,8 +19,9 @@ struct Kernel {
 };
 
 template <class T, int V>
-__global__ void __launch_bounds__(kThreads) region_backward_kernel(const __grid_constant__ Kernel k, const T* __restrict__ grad_tokens,
-                                                                   const T* __restrict__ x, T* __restrict__ grad_x) {
+__global__ void __launch_bounds__(kThreads, 1)
+    region_backward_kernel(const __grid_constant__ Kernel k, const T* __restrict__ grad_tokens, const T* __restrict__ x,
+                           T* __restrict__ grad_x) {
   __shared__ float scratch[kThreads / 32];
   const int64_t r = k.first_region + blockIdx.x;
   const Region region = find_region(k.pictures, k.branches.window, r);
@@ -32,52 +33,54 @@ __global__ void __launch_bounds__(kThreads) region_backward_kernel(const __grid_
   const float factor = k.weight ? to_float(from_float<T>(k.weight[r])) : 1.f;
   const int64_t vectors = k.channels / V;
 
+  const Share share(vectors, kThreads);
+
   Vec<T, V> zero;
 #pragma unroll
   for (int j = 0; j < V; ++j) zero.v[j] = from_float<T>(0.f);
   if (windows.count == 0) {  // a branch that drops the region
-    for (int64_t i = threadIdx.x; i < region.height * region.width * vectors; i += kThreads) {
-      const int cell = int(i / vectors);
-      store<V>(grad_x + region.row_of(cell / region.width, cell % region.width) * k.channels + i % vectors * V, zero);
+    for (int cell = share.token; cell < region.height * region.width; cell += share.tokens) {
+      T* to = grad_x + region.row_of(cell / region.width, cell % region.width) * k.channels;
+      for (int64_t column = share.column; column < vectors; column += share.columns) store<V>(to + column * V, zero);
     }
   }
 
   float sum = 0.f;
-  for (int64_t i = threadIdx.x; i < windows.count * vectors; i += kThreads) {
-    const int token = int(i / vectors);
-    const int64_t column = i % vectors * V;
+  for (int token = share.token; token < windows.count; token += share.tokens) {
     const int top = token / windows.across * windows.height, left = token % windows.across * windows.width;
     const int bottom = min(top + windows.height, region.height), right = min(left + windows.width, region.width);
-    Vec<T, V> pooled;
-    int winner[V];
-    for (int y = top; y < bottom; ++y) {
-      for (int across = left; across < right; ++across) {
-        const Vec<T, V> value = load<V>(x + region.row_of(y, across) * k.channels + column);
-        const int cell = y * region.width + across;
+    for (int64_t column = share.column; column < vectors; column += share.columns) {
+      Vec<T, V> pooled;
+      int winner[V];
+      for (int y = top; y < bottom; ++y) {
+        for (int across = left; across < right; ++across) {
+          const Vec<T, V> value = load<V>(x + region.row_of(y, across) * k.channels + column * V);
+          const int cell = y * region.width + across;
 #pragma unroll
-        for (int j = 0; j < V; ++j) {
-          if (y == top && across == left) {
-            pooled.v[j] = value.v[j];
-            winner[j] = cell;
-          } else if (keep_first_max(pooled.v[j], value.v[j])) {
-            winner[j] = cell;
+          for (int j = 0; j < V; ++j) {
+            if (y == top && across == left) {
+              pooled.v[j] = value.v[j];
+              winner[j] = cell;
+            } else if (keep_first_max(pooled.v[j], value.v[j])) {
+              winner[j] = cell;
+            }
           }
         }
       }
-    }
-    const Vec<T, V> grad = load<V>(grad_tokens + (first + token) * k.channels + column);
-    Vec<T, V> weighed;
+      const Vec<T, V> grad = load<V>(grad_tokens + (first + token) * k.channels + column * V);
+      Vec<T, V> weighed;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      sum = fmaf(to_float(grad.v[j]), to_float(pooled.v[j]), sum);
-      weighed.v[j] = k.weight ? from_float<T>(to_float(grad.v[j]) * factor) : grad.v[j];
-    }
-    for (int y = top; y < bottom; ++y) {
-      for (int across = left; across < right; ++across) {
-        Vec<T, V> value;
+      for (int j = 0; j < V; ++j) {
+        sum = fmaf(to_float(grad.v[j]), to_float(pooled.v[j]), sum);
+        weighed.v[j] = k.weight ? from_float<T>(to_float(grad.v[j]) * factor) : grad.v[j];
+      }
+      for (int y = top; y < bottom; ++y) {
+        for (int across = left; across < right; ++across) {
+          Vec<T, V> value;
 #pragma unroll
-        for (int j = 0; j < V; ++j) value.v[j] = winner[j] == y * region.width + across ? weighed.v[j] : zero.v[j];
-        store<V>(grad_x + region.row_of(y, across) * k.channels + column, value);
+          for (int j = 0; j < V; ++j) value.v[j] = winner[j] == y * region.width + across ? weighed.v[j] : zero.v[j];
+          store<V>(grad_x + region.row_of(y, across) * k.channels + column * V, value);
+        }
       }
     }
   }
@@ -109,7 +112,8 @@ int region_pool_backward(const RegionBackwardArgs& args, void* stream) {
       k.first_region = pictures.first_region[0];
       const auto run = [&](auto kernel) -> int {
         return gpu::launch(kernel, dim3(unsigned(regions)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), k,
-                           static_cast<const T*>(args.grad_tokens), static_cast<const T*>(region.x), static_cast<T*>(args.grad_x));
+                           static_cast<const T*>(args.grad_tokens), static_cast<const T*>(region.x),
+                           static_cast<T*>(args.grad_x));
       };
       return wide ? run(region_backward_kernel<T, kWide>) : run(region_backward_kernel<T, 1>);
     });

@@ -1,5 +1,7 @@
 // Where a region lies: which picture it belongs to, which of its cells exist, and which windows a branch cuts it into.
 #pragma once
+#include <climits>
+
 #include "vectors.h"
 
 namespace minifocus::cuda {
@@ -34,8 +36,10 @@ __device__ __forceinline__ Region find_region(const Pictures& pictures, int wind
   int p = 0;
   for (int above = pictures.count; above - p > 1;) {  // the last picture that begins at or before it
     const int middle = (p + above) / 2;
-    if (pictures.first_region[middle] <= number) p = middle;
-    else above = middle;
+    if (pictures.first_region[middle] <= number)
+      p = middle;
+    else
+      above = middle;
   }
   const int across = (pictures.width[p] + window - 1) / window;
   const int64_t own = number - pictures.first_region[p];
@@ -60,6 +64,22 @@ struct Windows {
     if (height == 0) return;
     across = (region.width + width - 1) / width;
     count = (region.height + height - 1) / height * across;
+  }
+};
+
+// How the threads of a block share out tokens and the vectors of their channels: neighbours have neighbouring vectors,
+// so that they read and write memory side by side; threads beyond a token's last vector take further tokens.
+//     for (int token = share.token; token < count; token += share.tokens)
+//       for (int64_t column = share.column; column < vectors; column += share.columns)
+struct Share {
+  int columns, tokens, column, token;
+
+  __device__ Share(int64_t vectors, int threads)
+      : columns(int(max(int64_t(1), min(vectors, int64_t(threads))))),
+        tokens(threads / columns),
+        column(int(threadIdx.x) % columns),
+        token(int(threadIdx.x) / columns) {
+    if (token >= tokens) token = INT_MAX - threads;  // left over: nothing to do
   }
 };
 

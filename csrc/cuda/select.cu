@@ -1,10 +1,10 @@
-// select_top_p (Eq. 9): the shortest prefix of an item's scores, in descending order, whose share of their sum is above γ;
-// or its first `keep`.
+// select_top_p (Eq. 9): the shortest prefix of an item's scores, in descending order, whose share of their sum is above
+// γ; or its first `keep`.
 //
-// Nothing is sorted. One block works on one item. Whatever its length, the prefix is all scores above some value v, and the
-// first few of those that equal v. v is found bit by bit, from the highest of an order-preserving number: among the scores
-// that agree with v so far, those with the next bit set come first; if they, and all that are known to be above, are
-// enough, v has the bit, else they are above v. Then indices are written in ascending order.
+// Nothing is sorted. One block works on one item. Whatever its length, the prefix is all scores above some value v, and
+// the first few of those that equal v. v is found bit by bit, from the highest of an order-preserving number: among the
+// scores that agree with v so far, those with the next bit set come first; if they, and all that are known to be above,
+// are enough, v has the bit, else they are above v. Then indices are written in ascending order.
 //
 // Sums must not depend on the order of additions, or backends would cut at different tokens. So scores are made whole
 // numbers first ("steps"), small enough that every sum of them is exact in double (reference.py's select_top_p).
@@ -14,7 +14,8 @@ namespace minifocus::cuda {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int64_t kCached = 4096;  // scores of an item whose numbers are kept in shared memory; the others' are made again
+constexpr int64_t kCached =
+    4096;  // scores of an item whose numbers are kept in shared memory; the others' are made again
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Arguments {
@@ -84,9 +85,12 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
 
   // How many to keep, where that needs no sum: -1 where it does.
   long long wanted = -1;
-  if (a.keep >= 0) wanted = min(a.keep, length);
-  else if (a.gamma <= 0.) wanted = min(int64_t(1), length);
-  else if (!(a.gamma < 1.)) wanted = length;
+  if (a.keep >= 0)
+    wanted = min(a.keep, length);
+  else if (a.gamma <= 0.)
+    wanted = min(int64_t(1), length);
+  else if (!(a.gamma < 1.))
+    wanted = length;
 
   double largest = 0.;
   bool counts_more = false;  // a NaN or infinity: no share exceeds anything
@@ -102,12 +106,15 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
   }
   if (threadIdx.x % 32 == 0) tallies[threadIdx.x / 32].steps = largest;
   counts_more = __syncthreads_or(counts_more);
-  for (int warp = 0; warp < (int)blockDim.x / 32; ++warp) largest = tallies[warp].steps > largest ? tallies[warp].steps : largest;
+  for (int warp = 0; warp < (int)blockDim.x / 32; ++warp)
+    largest = tallies[warp].steps > largest ? tallies[warp].steps : largest;
   if (wanted < 0 && (counts_more || largest == 0.)) wanted = length;
 
   const int bits = 64 - __clzll(length);
   const double finest = ldexp(1., 52 - bits);
-  const auto steps_of = [&](float score) { return wanted >= 0 || !(score > 0.f) ? 0. : rint(double(score) / largest * finest); };
+  const auto steps_of = [&](float score) {
+    return wanted >= 0 || !(score > 0.f) ? 0. : rint(double(score) / largest * finest);
+  };
   const auto order_at = [&](int64_t i) { return i < a.cached ? cached_orders[i] : order_of(to_float(scores[i])); };
   const auto steps_at = [&](int64_t i) { return i < a.cached ? cached_steps[i] : steps_of(to_float(scores[i])); };
 
@@ -186,8 +193,9 @@ int select_top_p(const SelectArgs& args, void* stream) {
   const int threads = args.visual <= 128 ? 128 : args.visual <= 512 ? 512 : kMaxThreads;
   return dispatch(args.dtype, [&](auto element) -> int {
     using T = decltype(element);
-    return gpu::launch(select_kernel<T>, dim3(unsigned(args.items)), dim3(threads), size_t(cached) * (sizeof(double) + sizeof(unsigned)),
-                       static_cast<cudaStream_t>(stream), arguments, static_cast<const T*>(args.scores));
+    return gpu::launch(select_kernel<T>, dim3(unsigned(args.items)), dim3(threads),
+                       size_t(cached) * (sizeof(double) + sizeof(unsigned)), static_cast<cudaStream_t>(stream),
+                       arguments, static_cast<const T*>(args.scores));
   });
 }
 

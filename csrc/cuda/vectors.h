@@ -1,5 +1,6 @@
 // Numbers and small vectors of them, as every kernel here reads and writes them: arithmetic is in float, memory is
-// touched 16 bytes at a time where addresses allow (Vec<T, 16 / sizeof(T)>) and one element at a time elsewhere (Vec<T, 1>).
+// touched 16 bytes at a time where addresses allow (Vec<T, 16 / sizeof(T)>) and one element at a time elsewhere (Vec<T,
+// 1>).
 #pragma once
 #include "gpu.h"
 #include "launchers.h"
@@ -10,10 +11,20 @@ __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 
-template <class T> __device__ __forceinline__ T from_float(float v);
-template <> __device__ __forceinline__ float from_float(float v) { return v; }
-template <> __device__ __forceinline__ __nv_bfloat16 from_float(float v) { return __float2bfloat16(v); }
-template <> __device__ __forceinline__ __half from_float(float v) { return __float2half(v); }
+template <class T>
+__device__ __forceinline__ T from_float(float v);
+template <>
+__device__ __forceinline__ float from_float(float v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float(float v) {
+  return __float2bfloat16(v);
+}
+template <>
+__device__ __forceinline__ __half from_float(float v) {
+  return __float2half(v);
+}
 
 template <class T, int V>
 struct alignas(V * sizeof(T)) Vec {
@@ -41,7 +52,8 @@ __device__ __forceinline__ bool keep_first_max(T& best, T value) {
 
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Sum over the block, in a fixed order, for every thread; `scratch` has a float for each warp. All threads must call it.
+// Sum over the block, in a fixed order, for every thread; `scratch` has a float for each warp. All threads must call
+// it.
 __device__ __forceinline__ float block_sum(float value, float* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll

@@ -1,0 +1,96 @@
+"""What the compiler makes of every CUDA kernel: registers, static shared memory, stack and spills, as ptxas reports them.
+
+    python scripts/ptxas_report.py [--json benchmarks/results/ptxas.json]
+
+Needs nvcc, but no GPU and no torch. A kernel that spills, or that has a stack frame, keeps in memory what belongs in
+registers; tests/test_ptxas.py allows neither, and holds the recorded file to the sources.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from build_operators import NVCC_OPTIONS, ROOT, find_compiler, find_nvcc, version
+
+ARCHITECTURES = ("sm_80", "sm_90")
+NUMBERS = {
+    "registers": r"Used (\d+) registers",
+    "static_shared_bytes": r"(\d+) bytes smem",
+    "stack_bytes": r"(\d+) bytes stack frame",
+    "spill_store_bytes": r"(\d+) bytes spill stores",
+    "spill_load_bytes": r"(\d+) bytes spill loads",
+}
+
+
+def ptxas(nvcc: str, source: Path, architecture: str) -> str:
+    """What ptxas says while compiling one file for one GPU."""
+    compiler = find_compiler()
+    host = ["-ccbin", compiler] if compiler else []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, *host, *NVCC_OPTIONS.split(), "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
+        done = subprocess.run([*command, "-o", f"{folder}/cubin", str(source)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stderr
+
+
+def demangle(names: Iterable[str]) -> list[str]:
+    """C++ names without parameters, return types and this project's namespaces: region_kernel<float, 4, true>."""
+    done = subprocess.run(["c++filt", "--no-params", *names], capture_output=True, text=True, check=True)
+    return [
+        re.sub(r"^void |minifocus::cuda::|\(anonymous namespace\)::", "", line) for line in done.stdout.splitlines()
+    ]
+
+
+def kernels(said: str, **labels: str) -> list[dict[str, Any]]:
+    """The kernels in what ptxas said; the worst of each number where a kernel calls functions that are not inlined."""
+    _, *parts = re.split(r"Compiling entry function '(\S+)' for '\S+'", said)
+    found = []
+    for name, part in zip(demangle(parts[::2]) if parts else [], parts[1::2], strict=True):
+        numbers = {key: [int(number) for number in re.findall(pattern, part)] for key, pattern in NUMBERS.items()}
+        # ptxas says nothing of shared memory, and only of that, where there is none.
+        assert all(values or key == "static_shared_bytes" for key, values in numbers.items()), part
+        found.append({"kernel": name, **labels, **{key: max(values, default=0) for key, values in numbers.items()}})
+    return found
+
+
+def report() -> dict[str, Any]:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise SystemExit("nvcc was not found")
+    jobs = list(product(sorted((ROOT / "csrc/cuda").glob("*.cu")), ARCHITECTURES))
+    with ThreadPoolExecutor() as pool:
+        said = pool.map(lambda job: ptxas(nvcc, *job), jobs)
+    rows = [row for (file, gpu), text in zip(jobs, said, strict=True) for row in kernels(text, file=file.name, gpu=gpu)]
+    rows.sort(key=lambda row: (row["file"], row["kernel"], row["gpu"]))
+    return {"nvcc": version(nvcc), "kernels": rows}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    cells = [[key.replace("_", " ") for key in rows[0]], *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE too")
+    arguments = parser.parse_args()
+    result = report()
+    print(result["nvcc"], table(result["kernels"]), sep="\n")
+    if arguments.json:
+        rows = ",\n".join(json.dumps(row) for row in result["kernels"])
+        arguments.json.write_text(f'{{"nvcc": {json.dumps(result["nvcc"])}, "kernels": [\n{rows}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,450 @@
+"""The operators' properties, in every implementation: C++ on the CPU, the CUDA kernels under emulation and on a GPU.
+
+What is drawn and what has to hold is minifocus/testing.py's. MINIFOCUS_BACKEND=reference puts plain PyTorch in the place of
+the C++; otherwise the compiled operators must be there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import emulated
+import psutil
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from minifocus import ops, reference
+from minifocus.testing import (
+    Attention,
+    Gather,
+    Operators,
+    Regions,
+    Selection,
+    attentions,
+    check_gather,
+    check_importance,
+    check_region_pool,
+    check_region_pool_backward,
+    check_region_route,
+    check_same,
+    check_selection,
+    gathers,
+    regions,
+    selections,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+WANTS_REFERENCE = os.environ.get("MINIFOCUS_BACKEND") == "reference"
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    device: str
+
+    @contextlib.contextmanager
+    def taking_turns(self, turns: dict[str, Any]) -> Iterator[Operators]:
+        """The operators; those of the emulator with `turns`, the order in which their threads run."""
+        if self.name != "emulated":
+            assert WANTS_REFERENCE or ops.BACKENDS[self.device] == "native", "the compiled operators are missing"
+            yield torch.ops.minifocus
+            return
+        with emulated.schedule(**turns):
+            yield emulated.operators("checked")
+
+    def takes(self, drawn: Any) -> Any:
+        """`drawn` without float64, which only the CPU has."""
+        on_cpu = self.name == "native" or drawn.dtype != torch.float64
+        return drawn if on_cpu else replace(drawn, dtype=torch.float32)
+
+
+NATIVE, EMULATED, GPU = Backend("native", "cpu"), Backend("emulated", "cpu"), Backend("gpu", "cuda")
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+every_backend = pytest.mark.parametrize(
+    "backend",
+    [NATIVE, EMULATED, pytest.param(GPU, marks=[pytest.mark.gpu, no_gpu])],
+    ids=["native", "emulated", "gpu"],
+)
+
+turns = st.fixed_dictionaries(
+    {
+        "order": st.sampled_from(["forward", "reverse", "random"]),
+        "seed": st.integers(0, 2**31),
+        "preempt": st.sampled_from([0, 0, 0, 100, 20]),
+        "resident_blocks": st.integers(1, 4),
+        "poison": st.sampled_from([0x00, 0x3F, 0xFF]),
+        "shared_bytes": st.sampled_from([225 * 1024, 46 * 1024, 4 * 1024]),
+    }
+)
+
+
+# Without channels the reference could not tell how many regions there were.
+NO_CHANNELS = Regions(((1, 1),), 0, 1, ((0, 0), (1, 1)), torch.float32, "random", "contiguous", False, 0)
+
+
+@every_backend
+@given(drawn=regions(), turns=turns)
+@example(drawn=NO_CHANNELS, turns={})
+def test_region_pool(backend: Backend, drawn: Regions, turns: dict[str, Any]) -> None:
+    arguments = backend.takes(drawn).arguments(backend.device)
+    with backend.taking_turns(turns) as operators:
+        check_region_pool(operators.region_pool(*arguments), *arguments)
+
+
+@every_backend
+@given(drawn=regions(), turns=turns)
+@example(drawn=NO_CHANNELS, turns={})
+def test_region_pool_backward(backend: Backend, drawn: Regions, turns: dict[str, Any]) -> None:
+    arguments = backend.takes(drawn).backward_arguments(backend.device)
+    with backend.taking_turns(turns) as operators:
+        check_region_pool_backward(operators.region_pool_backward(*arguments), *arguments)
+
+
+@every_backend
+@given(drawn=regions(), turns=turns)
+@example(drawn=NO_CHANNELS, turns={})
+def test_region_route(backend: Backend, drawn: Regions, turns: dict[str, Any]) -> None:
+    arguments = backend.takes(drawn).route_arguments(backend.device)
+    with backend.taking_turns(turns) as operators:
+        check_region_route(operators.region_route(*arguments), *arguments)
+
+
+@every_backend
+@given(drawn=attentions(), turns=turns)
+def test_importance(backend: Backend, drawn: Attention, turns: dict[str, Any]) -> None:
+    arguments = backend.takes(drawn).arguments(backend.device)
+    with backend.taking_turns(turns) as operators:
+        check_importance(operators.importance(*arguments), *arguments)
+
+
+@every_backend
+@given(drawn=selections(), turns=turns)
+# Negative scores had a share on the CPU.
+@example(drawn=Selection((31,), 0.5, None, torch.float32, "random", "contiguous", 0), turns={})
+def test_select_top_p(backend: Backend, drawn: Selection, turns: dict[str, Any]) -> None:
+    arguments = backend.takes(drawn).arguments(backend.device)
+    with backend.taking_turns(turns) as operators:
+        check_selection(operators.select_top_p(*arguments), *arguments)
+
+
+@every_backend
+@given(drawn=gathers(), turns=turns)
+# One number is contiguous whatever its stride, so contiguous() leaves a stride of 2.
+@example(drawn=Gather(1, ((torch.float32, (1,)),), 1, "sliced", 0), turns={})
+def test_gather_tokens(backend: Backend, drawn: Gather, turns: dict[str, Any]) -> None:
+    arguments = drawn.arguments(backend.device)
+    with backend.taking_turns(turns) as operators:
+        check_gather(operators.gather_tokens(*arguments), *arguments)
+
+
+@every_backend
+@settings(max_examples=settings.default.max_examples // 5)
+@given(drawn=attentions(), turns=turns)
+def test_importance_is_the_same_in_every_run(backend: Backend, drawn: Attention, turns: dict[str, Any]) -> None:
+    """To the bit, although it adds: so no sum depends on which thread comes first."""
+    arguments = backend.takes(drawn).arguments(backend.device)
+    with backend.taking_turns(turns) as operators:
+        first = operators.importance(*arguments)
+    with backend.taking_turns({}) as operators:
+        again = operators.importance(*arguments)
+    assert torch.equal(first.nan_to_num(nan=-1), again.nan_to_num(nan=-1))
+
+
+# --------------------------------------------------------------------------------------------------- only on the CPU
+
+
+def equal(one: Any, other: Any) -> bool:
+    """NaN to the bit too; of tokens the rows that are there."""
+    return all(
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+LARGE = {  # enough work for more than one thread
+    "region_pool": lambda: Regions(
+        ((48, 47), (30, 31)), 130, 4, ((4, 4), (2, 2), (1, 1)), torch.float32, "random", "contiguous", True, 0
+    ).arguments(),
+    "region_pool_backward": lambda: Regions(
+        ((48, 47), (30, 31)), 130, 4, ((4, 4), (2, 2), (1, 1)), torch.bfloat16, "random", "contiguous", True, 0
+    ).backward_arguments(),
+    "region_route": lambda: Regions(
+        ((48, 47), (30, 31)), 130, 4, ((4, 4), (2, 2), (1, 1)), torch.float32, "random", "contiguous", False, 0
+    ).route_arguments(),
+    "importance": lambda: Attention(
+        ((40, 500), (7, 333)), 8, 2, 64, 0.125, torch.float32, "random", "contiguous", 0
+    ).arguments(),
+    "select_top_p": lambda: Selection(
+        (5000, 3, 4000, 700), 0.7, None, torch.float32, "uniform", "contiguous", 0
+    ).arguments(),
+    "gather_tokens": lambda: Gather(
+        3000, ((torch.float32, (500,)), (torch.int64, ())), 2500, "contiguous", 0
+    ).arguments(),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_number_of_threads_changes_no_bit(name: str) -> None:
+    arguments = LARGE[name]()
+    with num_threads(1):
+        alone = [*call(name, *arguments)]
+    with num_threads(2):
+        together = [*call(name, *arguments)]
+    if name in ("region_pool", "region_route"):  # rows beyond the last token may hold anything
+        count = int(alone[2][-1])
+        alone[0], together[0] = alone[0][:count], together[0][:count]
+    assert equal(alone, together)
+
+
+def call(name: str, *arguments: Any) -> list[torch.Tensor]:
+    with NATIVE.taking_turns({}) as operators:
+        got = getattr(operators, name)(*arguments)
+    return [got] if isinstance(got, torch.Tensor) else list(got)
+
+
+@pytest.mark.skipif(psutil.virtual_memory().available < 12 * 2**30, reason="takes 9 GiB of memory")
+def test_more_than_two_to_the_31_numbers() -> None:
+    """A map of 2^31 + 2^16 numbers (4 GiB, as much again for the tokens): its last regions end up in the last rows."""
+    channels, cells = 2**16, 2**15 + 1
+    x = torch.zeros(cells, channels, dtype=torch.bfloat16)
+    x[-3:] = torch.tensor([[1.0], [2.0], [3.0]])
+    choice = torch.ones(cells, dtype=torch.int64)
+    choice[:2] = 0
+    with NATIVE.taking_turns({}) as operators:
+        tokens, source, offsets = operators.region_pool(x, torch.tensor([[1, cells]]), choice, 1, [0, 0, 1, 1])
+        assert offsets[-1] == cells - 2
+        assert source[-4:].tolist() == [cells - 2, cells - 1, -1, -1]
+        assert tokens[cells - 5 : cells - 2, [0, -1]].tolist() == [[1, 1], [2, 2], [3, 3]]
+        del tokens
+        (rows,) = operators.gather_tokens([x], torch.tensor([cells - 1, 0, cells - 2]))
+        assert rows[:, [0, -1]].tolist() == [[3, 3], [0, 0], [2, 2]]
+
+
+# ---------------------------------------------------------------------------------------------------------- gradients
+
+
+@given(drawn=regions(dtypes=[torch.float64], most=60).filter(lambda drawn: drawn.pattern in ("random", "uniform")))
+@settings(max_examples=settings.default.max_examples // 5)
+def test_gradcheck_of_region_pool(drawn: Regions) -> None:
+    x, grid_hw, choice, window, _, weight = drawn.arguments()
+    # Distinct numbers further apart than gradcheck's steps, or the maximum would not be differentiable there.
+    order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(drawn.seed))
+    x = (order.view(x.shape).double() / 10).requires_grad_()
+    weight = None if weight is None else weight.detach().contiguous().requires_grad_()
+
+    def tokens(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        return ops.region_pool(x, grid_hw, choice, window, list(drawn.pools), weight)[0]
+
+    assert torch.autograd.gradcheck(tokens, (x,) if weight is None else (x, weight))
+
+
+@given(drawn=regions(), weight_too=st.booleans())
+def test_autograd_is_region_pool_backward(drawn: Regions, weight_too: bool) -> None:
+    x, grid_hw, choice, window, _, weight = drawn.arguments()
+    x.requires_grad_()
+    if weight is not None and weight_too:
+        weight.requires_grad_()
+    tokens, _, _ = ops.region_pool(x, grid_hw, choice, window, list(drawn.pools), weight)
+    grad_tokens = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(drawn.seed)).to(x.dtype)
+    wanted = [t for t in (x, weight) if t is not None and t.requires_grad]
+    got = torch.autograd.grad(tokens, wanted, grad_tokens)
+    expected = reference.region_pool_backward(
+        grad_tokens, x.detach(), grid_hw, choice, window, list(drawn.pools), None if weight is None else weight.detach()
+    )
+    check_same("grad_x", got[0].contiguous(), expected[0])
+    if len(wanted) == 2 and drawn.pattern in ("random", "uniform", "few"):
+        torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows, index", [(4, [2, 0, 2, -1, 3]), (3, []), (0, [-1, -1]), (2, [-1])])
+def test_gradcheck_of_gather_tokens(rows: int, index: list[int]) -> None:
+    columns = [torch.randn(rows, 3, dtype=torch.float64), torch.randn(rows, dtype=torch.float64)]
+    for column in columns:
+        column.requires_grad_()
+
+    def gathered(*columns: torch.Tensor) -> list[torch.Tensor]:
+        return ops.gather_tokens(list(columns), torch.tensor(index, dtype=torch.int64))
+
+    assert torch.autograd.gradcheck(gathered, columns)
+
+
+def test_columns_of_whole_numbers_have_no_gradient() -> None:
+    hidden, positions = torch.randn(3, 2, requires_grad=True), torch.arange(3)
+    rows, places = ops.gather_tokens([hidden, positions], torch.tensor([2, -1, 2]))
+    rows.sum().backward()
+    assert not places.requires_grad
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [[0, 0], [0, 0], [2, 2]]
+
+
+# ----------------------------------------------------------------------------------------------------- wrong arguments
+
+X = torch.randn(7, 3)  # maps of 1 × 3 and 2 × 2, regions of 2 × 2: two and one
+MAPS = {"x": X, "grid_hw": torch.tensor([[1, 3], [2, 2]])}
+CHOICE, WINDOW, POOLS = torch.tensor([1, 0, 1]), 2, [2, 2, 1, 1]
+WEIGHT = torch.rand(3)
+ITEMS = torch.tensor([0, 2, 5])
+
+RIGHT: dict[str, dict[str, Any]] = {
+    "region_pool": {**MAPS, "choice": CHOICE, "window": WINDOW, "pools": POOLS, "weight": WEIGHT},
+    "region_pool_backward": {
+        "grad_tokens": torch.randn(7, 3),
+        **MAPS,
+        "choice": CHOICE,
+        "offsets": torch.tensor([0, 2, 3, 7]),
+        "window": WINDOW,
+        "pools": POOLS,
+        "weight": WEIGHT,
+    },
+    "region_route": {**MAPS, "context": torch.rand(2, 2, 3), "bias": torch.rand(2), "window": WINDOW, "pools": POOLS},
+    "importance": {
+        "q": torch.randn(4, 4, 8),
+        "k": torch.randn(5, 2, 8),
+        "cu_text": torch.tensor([0, 1, 4]),
+        "cu_visual": ITEMS,
+        "scale": 0.5,
+    },
+    "select_top_p": {"scores": torch.rand(5), "cu_visual": ITEMS, "gamma": 0.5, "keep": None},
+    "gather_tokens": {"columns": [X, torch.arange(7)], "index": torch.tensor([6, -1])},
+}
+
+OFFSETS = [  # instead of ITEMS
+    ITEMS[None],
+    ITEMS.int(),
+    ITEMS[:0],
+    ITEMS[:2],
+    ITEMS + 1,
+    torch.tensor([0, 6, 5]),
+    torch.tensor([0, -1, 5]),
+    torch.tensor([0, 2, 4, 5]),
+]
+WRONG_MAPS: dict[str, list[Any]] = {
+    "x": [X[0], X[None], X.long(), X.bool(), X.to(torch.complex64), X[:6], X.repeat(2, 1)],
+    "grid_hw": [
+        MAPS["grid_hw"][0],
+        MAPS["grid_hw"].int(),
+        MAPS["grid_hw"].float(),
+        MAPS["grid_hw"][:, :1],
+        torch.tensor([[1, 3]]),
+        torch.tensor([[1, 3], [2, 3]]),
+        torch.tensor([[1, 3], [-2, -2]]),
+        torch.tensor([[7, 1], [0, -1]]),
+        torch.tensor([[1, 7], [2**32, 2**32]]),
+        torch.tensor([[2**62, 4]]),
+    ],
+    "window": [0, -2],
+    "pools": [[], [2], [2, 2, 1], [1, 1] * 9, [2, 2, 3, 1], [2, 2, 1, 0], [2, 2, 0, 1], [2, 2, -1, -1], [4, 4, 1, 1]],
+}
+WRONG_CHOICE = [CHOICE[None], CHOICE.int(), CHOICE.float(), CHOICE[:2], CHOICE + 1, CHOICE - 1]
+WRONG_WEIGHT = [WEIGHT[None], WEIGHT.double(), WEIGHT.half(), WEIGHT[:2]]
+WRONG: dict[str, dict[str, list[Any]]] = {
+    "region_pool": {**WRONG_MAPS, "choice": WRONG_CHOICE, "weight": WRONG_WEIGHT},
+    "region_pool_backward": {
+        **WRONG_MAPS,
+        "choice": WRONG_CHOICE,
+        "weight": WRONG_WEIGHT,
+        "grad_tokens": [X[0], X.double(), X.long(), X[:5], X[:, :2]],
+        "offsets": [torch.zeros(1, 4).long(), torch.tensor([0, 2, 3, 7]).int(), torch.tensor([0, 2, 3])],
+    },
+    "region_route": {
+        **WRONG_MAPS,
+        "context": [torch.rand(2, 2, 3)[0], torch.rand(2, 2, 3).half(), torch.rand(2, 2, 2), torch.rand(1, 2, 3)],
+        "bias": [torch.rand(1, 2), torch.rand(2).double(), torch.rand(3)],
+    },
+    "importance": {
+        "q": [torch.randn(4, 8), torch.randn(4, 4, 8).long(), torch.randn(4, 4, 0)],
+        "k": [
+            torch.randn(5, 8),
+            torch.randn(5, 2, 8).half(),
+            torch.randn(5, 2, 7),
+            torch.randn(5, 3, 8),
+            torch.randn(5, 0, 8),
+        ],
+        "cu_text": [torch.tensor([0, 1, 4]).int(), torch.tensor([0, 1, 5]), torch.tensor([0, 3, 2]), ITEMS[:0]],
+        "cu_visual": OFFSETS,
+    },
+    "select_top_p": {
+        "scores": [torch.rand(1, 5), torch.rand(5).long(), torch.tensor(1.0)],
+        "cu_visual": OFFSETS[:-1],  # any number of items is right here
+        "keep": [-1],
+    },
+    "gather_tokens": {
+        "columns": [
+            [],
+            [X] * 9,
+            [torch.tensor(1.0)],
+            [X, X[:5]],
+            [X.to(torch.complex64)],
+            [X.to(torch.float8_e4m3fn)],
+            [X.to(torch.uint16)],
+        ],
+        "index": [
+            torch.tensor([[6]]),
+            torch.tensor([6]).int(),
+            torch.tensor([6.0]),
+            torch.tensor([7]),
+            torch.tensor([0, -2]),
+        ],
+    },
+}
+CASES = [(name, argument, value) for name, own in WRONG.items() for argument, values in own.items() for value in values]
+
+
+def message_of(function: Callable[..., Any], arguments: dict[str, Any]) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        function(*arguments.values())
+    return str(caught.value)
+
+
+def described(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {list(value.shape)}" if value.numel() > 6 else f"{value.dtype} {value.tolist()}"
+    return ", ".join(map(described, value)) if isinstance(value, list) and value else str(value)
+
+
+@pytest.mark.parametrize("name, argument, value", CASES, ids=[f"{n}-{a}={described(v)}" for n, a, v in CASES])
+def test_a_wrong_argument_is_named(name: str, argument: str, value: Any) -> None:
+    """In the same words by every implementation. What depends on a wrong x, q or index may be named in its place."""
+    arguments = {**RIGHT[name], argument: value}
+    with NATIVE.taking_turns({}) as operators:
+        message = message_of(getattr(operators, name), arguments)
+    assert message == message_of(ops._REFERENCE[name], arguments)
+    depends = {"x": ("x", "grid_hw"), "q": ("q", "k", "cu_text")}.get(argument, (argument,))
+    assert message.startswith(tuple(f"{named}: expected " for named in depends))
+
+
+def test_the_right_arguments_are_right() -> None:
+    for name, arguments in RIGHT.items():
+        call(name, *arguments.values())
+
+
+ELSEWHERE = [
+    (name, argument)
+    for name, own in RIGHT.items()
+    for argument in list(own)[1:]
+    if isinstance(own[argument], torch.Tensor) and (name, argument) != ("region_pool_backward", "x")
+]
+
+
+@pytest.mark.parametrize("name, argument", ELSEWHERE)
+def test_a_tensor_on_another_device_is_named(name: str, argument: str) -> None:
+    arguments = {**RIGHT[name], argument: RIGHT[name][argument].to("meta")}
+    for function in (getattr(torch.ops.minifocus, name), ops._REFERENCE[name]):
+        named = "columns" if argument == "index" else argument  # they have to be where index is
+        assert message_of(function, arguments).startswith(f"{named}: expected ")
