@@ -9,7 +9,8 @@ Each case is one operator on random numbers, `minifocus` beside its peers:
     reference   minifocus/reference.py, in eager PyTorch
     indexing    column[index] of every column, for gather_tokens
     compiled    torch.compile of what the operator computes, for one item (on a GPU, where it can be timed fairly)
-    copy        torch's copy of a tensor into a new one that reads and writes as many bytes together as the operator must
+    copy        torch's copy of a tensor into a new one that reads and writes as many bytes together as the operator must.
+                Neither writes to new pages of memory: the C library hands out again what the last call gave back
 
 A round times one after the other, so that a change in the machine's speed falls on all; figures are medians over rounds,
 ratios medians of each round's ratio. On a GPU, events are recorded around each call and a buffer larger than the L2
@@ -22,6 +23,7 @@ The last line of the output is the report as one JSON object. Exit status: 0 mea
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import sys
@@ -235,6 +237,7 @@ class Clock:
         clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
         if not clear.exists():
             return None
+        ctypes.CDLL(None).malloc_trim(0)  # pages that the last call left behind would hide this one's
         clear.write_text("5")  # the peak starts again from here
         before = _status(status, "VmRSS")
         result = run()

@@ -19,6 +19,7 @@ struct Pool {
   int64_t height, width;  // {0, 0} leaves no token
 };
 
+constexpr int kMaxWindow = 1024;
 constexpr int kMaxBranches = 8;
 constexpr int kMaxColumns = 8;
 
@@ -31,10 +32,10 @@ struct RegionArgs {
   DType dtype;
   const int64_t* choice;  // [regions], 0 <= choice < branches
   const void* weight;     // [regions] float (double for f64), or null: tokens are multiplied by it, rounded to dtype
-  void* tokens;           // out [cells, channels]; rows from offsets[regions] on are left as they are
-  int64_t* source;        // out [cells]: the cell of its picture where a token's window begins; -1 past the last token
-  int64_t* offsets;       // out [regions + 1] into tokens
-  void* workspace;        // CUDA: region_workspace_bytes(regions); CPU: null
+  void* tokens;      // out [tokens, channels]; CUDA: [cells, channels], rows from offsets[regions] on left as they are
+  int64_t* source;   // out [tokens]: the cell of its picture where a token's window begins; CUDA: [cells], then -1
+  int64_t* offsets;  // out [regions + 1] into tokens
+  void* workspace;   // CUDA: region_workspace_bytes(regions); CPU: null
 };
 
 // region_route: region_pool after choice = argmax_s (max over the region's cells . context[picture, s] + bias[s]).
@@ -49,8 +50,9 @@ struct RouteArgs {
 // larger than everything, the first one wins); every other cell gets 0.
 struct RegionBackwardArgs {
   RegionArgs region;        // x, choice, weight and offsets are inputs; tokens and source are not used
-  const void* grad_tokens;  // [cells, channels] of dtype; rows from offsets[regions] on are not read
-  void* grad_x;             // out [cells, channels] of dtype
+  const void* grad_tokens;  // [rows, channels] of dtype; rows from offsets[regions] on are not read
+  int64_t rows;
+  void* grad_x;       // out [cells, channels] of dtype
   void* grad_weight;  // out [regions] float (double for f64), or null: sum over a region's tokens of grad * pooled
 };
 

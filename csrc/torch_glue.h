@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -160,8 +161,8 @@ struct Operators {
     return allocate(like, {(bytes + 7) / 8}, ScalarType::Long);
   }
 
-  // Offsets of `items` + 1 numbers that rise from 0 to `rows`. On a GPU only their shape is looked at here, and a kernel
-  // that meets others stops with an error.
+  // Offsets of `items` + 1 numbers that rise from 0 to `rows`. On a GPU only their shape is looked at here, and a
+  // kernel that meets others stops with an error.
   static void expect_offsets(const char* name, const Tensor& offsets, int64_t rows, int device) {
     expect_tensor(name, offsets, {ScalarType::Long}, {kAny}, device);
     expect(offsets.size(0) >= 1, name, ": expected at least one number, got none");
@@ -185,7 +186,7 @@ struct Operators {
     Region(const Tensor& given, const Tensor& grid_hw, int64_t window, const std::vector<int64_t>& pools) {
       expect_tensor("x", given, floating(), {kAny, kAny}, device_of_first(given));
       expect_tensor("grid_hw", grid_hw, {ScalarType::Long}, {kAny, 2}, kCpu);
-      expect(window >= 1, "window: expected at least 1, got ", window);
+      expect(1 <= window && window <= kMaxWindow, "window: expected from 1 to ", kMaxWindow, ", got ", window);
       expect(pools.size() >= 2 && pools.size() % 2 == 0 && pools.size() <= 2 * kMaxBranches,
              "pools: expected from 1 to ", kMaxBranches, " pairs of numbers, got ", pools.size(), " numbers");
       x = contiguous(given);
@@ -239,25 +240,37 @@ struct Operators {
     return contiguous(*weight);
   }
 
+  // What region_pool writes. On the CPU it has as many rows as there are tokens. On a GPU their number would have to be
+  // waited for, so it has as many as there can be.
+  struct Pooled {
+    Tensor tokens, source, offsets, scratch;
+
+    Pooled(const Tensor& x, RegionArgs& args) {
+      offsets = allocate(x, {args.regions + 1}, ScalarType::Long);
+      args.offsets = out<int64_t>(offsets);
+      int64_t rows = args.cells;
+      if constexpr (kIsCpu) rows = Backend::region_offsets(args);
+      tokens = allocate(x, {rows, args.channels}, x.scalar_type());
+      source = allocate(x, {rows}, ScalarType::Long);
+      scratch = workspace(x, Backend::region_workspace(args.regions));
+      args.tokens = tokens.mutable_data_ptr();
+      args.source = out<int64_t>(source);
+      args.workspace = scratch.mutable_data_ptr();
+    }
+  };
+
   static std::tuple<Tensor, Tensor, Tensor> region_pool(Tensor x, Tensor grid_hw, Tensor choice, int64_t window,
                                                         std::vector<int64_t> pools, std::optional<Tensor> weight) {
     Region region(x, grid_hw, window, pools);
     RegionArgs& args = region.args;
     const Tensor chosen = checked_choice(choice, args, device_of(x));
     const std::optional<Tensor> factor = checked_weight(weight, x, args.regions);
-    Tensor tokens = allocate(x, {args.cells, args.channels}, x.scalar_type());
-    Tensor source = allocate(x, {args.cells}, ScalarType::Long);
-    Tensor offsets = allocate(x, {args.regions + 1}, ScalarType::Long);
-    const Tensor scratch = workspace(x, Backend::region_workspace(args.regions));
     args.choice = in<int64_t>(chosen);
     args.weight = factor ? factor->const_data_ptr() : nullptr;
-    args.tokens = tokens.mutable_data_ptr();
-    args.source = out<int64_t>(source);
-    args.offsets = out<int64_t>(offsets);
-    args.workspace = scratch.mutable_data_ptr();
+    const Pooled pooled(x, args);
     Call call(x);
     Backend::region_pool(args, call);
-    return {tokens, source, offsets};
+    return {pooled.tokens, pooled.source, pooled.offsets};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> region_route(Tensor x, Tensor grid_hw, Tensor context, Tensor bias,
@@ -267,19 +280,19 @@ struct Operators {
     expect_tensor("context", context, {wide(x)}, {args.pictures, args.branches, args.channels}, device_of(x));
     expect_tensor("bias", bias, {wide(x)}, {args.branches}, device_of(x));
     const Tensor packed_context = contiguous(context), packed_bias = contiguous(bias);
-    Tensor tokens = allocate(x, {args.cells, args.channels}, x.scalar_type());
-    Tensor source = allocate(x, {args.cells}, ScalarType::Long);
-    Tensor offsets = allocate(x, {args.regions + 1}, ScalarType::Long);
     Tensor choice = allocate(x, {args.regions}, ScalarType::Long);
-    const Tensor scratch = workspace(x, Backend::region_workspace(args.regions));
-    args.tokens = tokens.mutable_data_ptr();
-    args.source = out<int64_t>(source);
-    args.offsets = out<int64_t>(offsets);
-    args.workspace = scratch.mutable_data_ptr();
-    const RouteArgs route{args, packed_context.const_data_ptr(), packed_bias.const_data_ptr(), out<int64_t>(choice)};
+    args.choice = out<int64_t>(choice);
+    RouteArgs route{args, packed_context.const_data_ptr(), packed_bias.const_data_ptr(), out<int64_t>(choice)};
+    if constexpr (kIsCpu) Backend::region_choose(route);
+    const Pooled pooled(x, args);
     Call call(x);
-    Backend::region_route(route, call);
-    return {tokens, source, offsets, choice};
+    if constexpr (kIsCpu) {
+      Backend::region_pool(args, call);
+    } else {
+      route.region = args;
+      Backend::region_route(route, call);
+    }
+    return {pooled.tokens, pooled.source, pooled.offsets, choice};
   }
 
   static std::tuple<Tensor, Tensor> region_pool_backward(Tensor grad_tokens, Tensor x, Tensor grid_hw, Tensor choice,
@@ -287,17 +300,28 @@ struct Operators {
                                                          std::optional<Tensor> weight) {
     Region region(x, grid_hw, window, pools);
     RegionArgs& args = region.args;
-    expect_tensor("grad_tokens", grad_tokens, {x.scalar_type()}, {args.cells, args.channels}, device_of(x));
-    expect_tensor("offsets", offsets, {ScalarType::Long}, {args.regions + 1}, device_of(x));
-    const Tensor chosen = checked_choice(choice, args, device_of(x)), packed_offsets = contiguous(offsets),
-                 grad = contiguous(grad_tokens);
+    const Tensor chosen = checked_choice(choice, args, device_of(x));
     const std::optional<Tensor> factor = checked_weight(weight, x, args.regions);
-    Tensor grad_x = allocate(x, {args.cells, args.channels}, x.scalar_type());
-    Tensor grad_weight = allocate(x, {factor ? args.regions : 0}, wide(x));
+    expect_tensor("grad_tokens", grad_tokens, {x.scalar_type()}, {kAny, args.channels}, device_of(x));
+    expect_tensor("offsets", offsets, {ScalarType::Long}, {args.regions + 1}, device_of(x));
     args.choice = in<int64_t>(chosen);
     args.weight = factor ? factor->const_data_ptr() : nullptr;
+    Tensor packed_offsets = contiguous(offsets);
+    if constexpr (kIsCpu) {  // on a GPU the kernel stops at others
+      const int64_t* given = in<int64_t>(packed_offsets);
+      const Tensor own = allocate(x, {args.regions + 1}, ScalarType::Long);
+      args.offsets = out<int64_t>(own);
+      const int64_t tokens = Backend::region_offsets(args);
+      expect(std::equal(given, given + args.regions + 1, args.offsets),
+             "offsets: expected region_pool's for this choice");
+      expect(grad_tokens.size(0) >= tokens, "grad_tokens: expected at least ", tokens, " rows, got ",
+             grad_tokens.size(0));
+    }
     args.offsets = const_cast<int64_t*>(in<int64_t>(packed_offsets));
-    const RegionBackwardArgs backward{args, grad.const_data_ptr(), grad_x.mutable_data_ptr(),
+    const Tensor grad = contiguous(grad_tokens);
+    Tensor grad_x = allocate(x, {args.cells, args.channels}, x.scalar_type());
+    Tensor grad_weight = allocate(x, {factor ? args.regions : 0}, wide(x));
+    const RegionBackwardArgs backward{args, grad.const_data_ptr(), grad.size(0), grad_x.mutable_data_ptr(),
                                       factor ? grad_weight.mutable_data_ptr() : nullptr};
     Call call(x);
     Backend::region_pool_backward(backward, call);

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+MAX_WINDOW = 1024
 MAX_BRANCHES = 8
 MAX_COLUMNS = 8
 # Of a column of gather_tokens, and those that messages name.
@@ -71,7 +72,7 @@ def _regions(x: torch.Tensor, grid_hw: torch.Tensor, window: int, pools: list[tu
     """The number of regions."""
     tensor("x", x, _floating(x), [None, None], x.device)
     tensor("grid_hw", grid_hw, [torch.int64], [None, 2], torch.device("cpu"))
-    expect(window >= 1, f"window: expected at least 1, got {window}")
+    expect(1 <= window <= MAX_WINDOW, f"window: expected from 1 to {MAX_WINDOW}, got {window}")
     expect(
         1 <= len(pools) <= MAX_BRANCHES,
         f"pools: expected from 1 to {MAX_BRANCHES} pairs of numbers, got {2 * len(pools)} numbers",

@@ -4,8 +4,10 @@
 "native"), and by `reference.py` (backend "reference") on every device that has no compiled half. MINIFOCUS_BACKEND=native
 or =reference forces one; unset, native is taken where it is there, and one logged line says why where it is not.
 
-So that nothing waits for a GPU, the registered operators return outputs as large as they can get. The functions below have
-the arguments and results of their namesakes in `reference.py`: they cut the outputs to size, which does wait.
+So that nothing waits for a GPU, the registered operators return outputs with room for all that they might keep: on a GPU,
+tokens and their source have a row for each cell, of which the first offsets[-1] count; select_top_p's index has a place for each
+score, those of an item's kept ones first and then -1. The functions below have the arguments and results of their namesakes
+in `reference.py`: they cut the outputs to size, which does wait.
 """
 
 from __future__ import annotations
@@ -71,18 +73,13 @@ def _not_built(half: str) -> str:
     """Why, in the words of scripts/build_operators.py, which wrote it down when minifocus was installed."""
     record = Path(__file__).with_name("_build.txt")
     lines = record.read_text().splitlines() if record.exists() else []
-    return next((line for line in lines if line.startswith(half)), f"{half}: minifocus was not installed, only copied")
+    return next((line for line in lines if line.startswith(f"{half}: not built")), f"_{half}.abi3.so is not there")
 
 
 def _pairs(pools: list[int]) -> list[Pool]:
     paired = len(pools) % 2 == 0
     checks.expect(paired, f"pools: expected from 1 to {checks.MAX_BRANCHES} pairs of numbers, got {len(pools)} numbers")
     return list(zip(pools[::2], pools[1::2], strict=True))
-
-
-def _fill(rows: torch.Tensor, size: int, value: int = 0) -> torch.Tensor:
-    """`rows` and then rows of `value`, `size` in all."""
-    return torch.cat([rows, rows.new_full((size - len(rows), *rows.shape[1:]), value)])
 
 
 def _region_pool(
@@ -93,8 +90,7 @@ def _region_pool(
     pools: list[int],
     weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens, source, offsets = reference.region_pool(x, grid_hw, choice, window, _pairs(pools), weight)
-    return _fill(tokens, len(x)), _fill(source, len(x), -1), offsets
+    return reference.region_pool(x, grid_hw, choice, window, _pairs(pools), weight)
 
 
 def _region_pool_backward(
@@ -107,10 +103,13 @@ def _region_pool_backward(
     pools: list[int],
     weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    checks.region_pool(x, grid_hw, choice, window, _pairs(pools), weight)
-    checks.tensor("grad_tokens", grad_tokens, [x.dtype], list(x.shape), x.device)
+    own = reference.region_pool(x, grid_hw, choice, window, _pairs(pools), weight)[2]
+    checks.tensor("grad_tokens", grad_tokens, [x.dtype], [None, x.shape[1]], x.device)
     checks.tensor("offsets", offsets, [torch.int64], [len(choice) + 1], x.device)
-    grad = grad_tokens[: int(offsets[-1])]
+    checks.expect(torch.equal(own, offsets), "offsets: expected region_pool's for this choice")
+    count, rows = int(own[-1]), len(grad_tokens)
+    checks.expect(rows >= count, f"grad_tokens: expected at least {count} rows, got {rows}")
+    grad = grad_tokens[:count]
     grad_x, grad_weight = reference.region_pool_backward(grad, x, grid_hw, choice, window, _pairs(pools), weight)
     return grad_x, x.new_empty(0, dtype=wide(x.dtype)) if grad_weight is None else grad_weight
 
@@ -123,16 +122,17 @@ def _region_route(
     window: int,
     pools: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    tokens, source, offsets, choice = reference.region_route(x, grid_hw, context, bias, window, _pairs(pools))
-    return _fill(tokens, len(x)), _fill(source, len(x), -1), offsets, choice
+    return reference.region_route(x, grid_hw, context, bias, window, _pairs(pools))
 
 
 def _select_top_p(
     scores: torch.Tensor, cu_visual: torch.Tensor, gamma: float = 0.0, keep: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     kept, count = reference.select_top_p(scores, cu_visual, gamma, keep)
-    pieces = zip(kept.split(count.tolist()), cu_visual.diff().tolist(), strict=True)
-    return torch.cat([kept[:0], *(_fill(own, size, -1) for own, size in pieces)]), count
+    index = torch.full_like(scores, -1, dtype=torch.int64)
+    for own, begin in zip(kept.split(count.tolist()), cu_visual.tolist(), strict=False):
+        index[begin : begin + len(own)] = own
+    return index, count
 
 
 _REFERENCE = {
@@ -161,8 +161,8 @@ def _same_device(first: torch.Tensor, grid_hw: torch.Tensor | None = None, **oth
 @torch.library.register_fake("minifocus::region_pool")
 def _(x, grid_hw, choice, window, pools, weight=None):  # type: ignore[no-untyped-def]
     _same_device(x, grid_hw, choice=choice, weight=weight)
-    index = choice.new_empty
-    return x.new_empty(x.shape), index(x.shape[0]), index(choice.shape[0] + 1)
+    rows = torch.library.get_ctx().new_dynamic_size()  # it depends on what is in choice
+    return x.new_empty(rows, x.shape[1]), choice.new_empty(rows), choice.new_empty(choice.shape[0] + 1)
 
 
 @torch.library.register_fake("minifocus::region_pool_backward")
@@ -174,9 +174,9 @@ def _(grad_tokens, x, grid_hw, choice, offsets, window, pools, weight=None):  # 
 @torch.library.register_fake("minifocus::region_route")
 def _(x, grid_hw, context, bias, window, pools):  # type: ignore[no-untyped-def]
     _same_device(x, grid_hw, context=context, bias=bias)
-    regions = torch.library.get_ctx().new_dynamic_size()  # it depends on what is in grid_hw
-    integers = x.new_empty(x.shape[0], dtype=torch.int64)
-    return x.new_empty(x.shape), integers, integers.new_empty(regions + 1), integers.new_empty(regions)
+    rows, regions = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))  # the latter: of what is in grid_hw
+    source = x.new_empty(rows, dtype=torch.int64)
+    return x.new_empty(rows, x.shape[1]), source, source.new_empty(regions + 1), source.new_empty(regions)
 
 
 @torch.library.register_fake("minifocus::importance")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from record import environment  # noqa: E402
 
 TESTS = {  # the operators that a file's lines are part of, as pytest's -k takes them
-    "region.cu": "test_region_pool or test_region_route",
+    "region.cu": "test_region_pool or test_region_route or look_back",
     "region_backward.cu": "test_region_pool_backward",
     "regions.h": "test_region_pool or test_region_route",
     "vectors.h": "test_region_pool or test_region_route",
@@ -39,11 +39,7 @@ TESTS = {  # the operators that a file's lines are part of, as pytest's -k takes
 }
 BREAKS = [  # file, line, what it becomes
     ("regions.h", "region.width = min(window, pictures.width[p] - region.left);", "region.width = window;"),
-    (
-        "regions.h",
-        "if (pictures.first_region[middle] <= number) p = middle;",
-        "if (pictures.first_region[middle] < number) p = middle;",
-    ),
+    ("regions.h", "pictures.first_region[middle] <= number", "pictures.first_region[middle] < number"),
     (
         "vectors.h",
         "const bool taken = b > a || (b != b && a == a);",
@@ -54,7 +50,11 @@ BREAKS = [  # file, line, what it becomes
     ("region.cu", "const int nearest = sums ? __ffs(sums) - 1 : 31;", "const int nearest = 31;"),
     ("region.cu", "cudaMemsetAsync(args.source, 0xff,", "cudaMemsetAsync(args.source, 0,"),
     ("region.cu", "if (column < k.cached) cache", "if (column <= k.cached) cache"),
-    ("region_backward.cu", "winner[j] = cell;\n          } else if", "winner[j] = 0;\n          } else if"),
+    (
+        "region_backward.cu",
+        "pooled.v[j] = value.v[j];\n              winner[j] = cell;",
+        "pooled.v[j] = value.v[j];\n              winner[j] = 0;",
+    ),
     (
         "importance.cu",
         "if (8 * part + 2 * c + i < keys && product != -INFINITY) added",
@@ -67,14 +67,10 @@ BREAKS = [  # file, line, what it becomes
         "const float right = to_float(k.v[first_key + 8 * part + 2 * c + 1][channel]);",
         "const float right = left;",
     ),
-    (
-        "importance.cu",
-        "__shfl_sync(kAll, b[upper_channels], 4 * (2 * c + 1) + o)",
-        "__shfl_sync(kAll, b[upper_channels], 4 * (2 * c) + o)",
-    ),
+    ("importance.cu", "b[upper_channels], 4 * (2 * c + 1) + o)", "b[upper_channels], 4 * (2 * c) + o)"),
     ("select.cu", "tie ? rank < ties : order > v", "tie ? rank <= ties : order > v"),
     ("select.cu", "__float_as_uint(score == 0.f ? 0.f : score)", "__float_as_uint(score)"),
-    ("select.cu", "rint(double(score) / largest * finest)", "double(score)"),
+    ("select.cu", "ldexp(1., 52 - bits)", "ldexp(1., 12 - bits)"),
     ("gather.cu", "if (row >= 0) value[j]", "if (row > 0) value[j]"),
 ]
 ORDERING = re.compile(r"__syncthreads\(\);|__syncwarp\(\);|__syncthreads_or\((?=\w)")
@@ -115,7 +111,7 @@ def main() -> int:
             original = target.read_text()
             target.write_text(original[:place] + new + original[place + len(old) :])
             start = time.monotonic()
-            chosen = f"emulated and ({TESTS[file]})"
+            chosen = f"(emulated or look_back or layout) and ({TESTS[file]})"
             command = [
                 sys.executable,
                 "-m",

@@ -62,20 +62,10 @@ def gradient_wanted(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str, setting: str) -> None:
-    # A window without pooling leaves no row of `tokens` over: opcheck compares those, which may hold anything, too.
-    arguments = sample(name, setting, pools=((1, 1),))
+    arguments = sample(name, setting)
     if name in ("region_pool", "gather_tokens"):
         arguments = gradient_wanted(arguments)
     torch.library.opcheck(operator(name), arguments)
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["region_pool", "region_route"])
-def test_opcheck_with_rows_left_over(name: str, setting: str) -> None:
-    arguments = sample(name, setting)
-    torch.library.opcheck(
-        operator(name), arguments, test_utils=["test_schema", "test_autograd_registration", "test_faketensor"]
-    )
 
 
 @pytest.mark.parametrize("schema", ops.SCHEMAS, ids=OPERATORS)
@@ -95,12 +85,14 @@ def test_fake_outputs_are_like_the_real_ones(name: str, setting: str) -> None:
     if isinstance(real, torch.Tensor):
         real, fake = [real], [fake]
     assert len(real) == len(fake)
+    unknown = {
+        "region_pool": {0, 1},
+        "region_route": {0, 1, 2, 3},
+    }  # outputs whose first size depends on tensors' contents
     for number, (one, other) in enumerate(zip(real, fake, strict=True)):
         assert (one.dtype, one.device, one.layout) == (other.dtype, other.device, other.layout)
-        if name == "region_route" and number >= 2:  # offsets and choice: as many as grid_hw says, which is not known
-            assert (one.ndim, one.stride()) == (other.ndim, other.stride())
-        else:
-            assert (one.shape, one.stride()) == (other.shape, other.stride())
+        known = slice(number in unknown.get(name, ()), None)
+        assert (one.shape[known], one.stride()) == (other.shape[known], other.stride())
 
 
 # -------------------------------------------------------------------------------------------------- compile and export
@@ -231,7 +223,9 @@ def test_another_backend_is_refused() -> None:
     assert "RuntimeError: MINIFOCUS_BACKEND: expected native or reference, got 'fastest'" in done.stderr
 
 
-@pytest.mark.parametrize("record", [None, "cpu: not built: there is no C++ compiler\ncuda: not built"])
+@pytest.mark.parametrize(
+    "record", [None, "cpu: not built, there is no C++ compiler\ncuda: not built", "cpu: built with g++"]
+)
 def test_without_compiled_operators_one_line_says_why(uncompiled: Path, record: str | None) -> None:
     if record is not None:
         (uncompiled / "_build.txt").write_text(record)
@@ -239,7 +233,7 @@ def test_without_compiled_operators_one_line_says_why(uncompiled: Path, record: 
     assert done.stdout == "reference [1, 2] [2]\n", done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("minifocus: operators run in plain PyTorch on cpu")
-    assert ("there is no C++ compiler" if record else "minifocus was not installed, only copied") in line
+    assert ("there is no C++ compiler" if "not built" in (record or "") else "_cpu.abi3.so is not there") in line
 
 
 def test_native_is_not_replaced_in_silence(uncompiled: Path) -> None:

@@ -6,8 +6,10 @@
 
 namespace minifocus::cpu {
 
-void region_pool(const RegionArgs&);
-void region_route(const RouteArgs&);
+// A region operator here is several calls, so that outputs are allocated once their size is known.
+void region_choose(const RouteArgs&);       // region_route's choice
+int64_t region_offsets(const RegionArgs&);  // writes offsets for the choice; returns the number of tokens
+void region_pool(const RegionArgs&);        // writes tokens and source to these offsets
 void region_pool_backward(const RegionBackwardArgs&);
 void importance(const ImportanceArgs&);
 void select_top_p(const SelectArgs&);

@@ -203,11 +203,6 @@ Real weight_of(const RegionArgs& args, int64_t region) {
 template <typename T>
 void pool(const RegionArgs& args) {
   const Layout layout(args);
-  args.offsets[0] = 0;
-  for (int64_t r = 0; r < args.regions; ++r)
-    args.offsets[r + 1] = args.offsets[r] + num_tokens(layout[r], args.pools[args.choice[r]]);
-  std::fill(args.source + args.offsets[args.regions], args.source + args.cells, -1);
-
   for_each_region(args, [&](int64_t r) {
     const Region region = layout[r];
     for_each_window(region, args.pools[args.choice[r]], args.offsets[r], [&](const Rectangle& window, int64_t token) {
@@ -239,7 +234,7 @@ void pool_backward(const RegionBackwardArgs& backward) {
 }
 
 template <typename T>
-void route(const RouteArgs& args) {
+void choose(const RouteArgs& args) {
   using Wide = typename T::Wide;
   const Layout layout(args.region);
   for_each_region(args.region, [&](int64_t r) {
@@ -249,13 +244,17 @@ void route(const RouteArgs& args) {
                             static_cast<const Wide*>(args.context) + region.picture * per_picture,
                             static_cast<const Wide*>(args.bias));
   });
-  RegionArgs chosen = args.region;
-  chosen.choice = args.choice;
-  chosen.weight = nullptr;
-  pool<T>(chosen);
 }
 
 }  // namespace
+
+int64_t region_offsets(const RegionArgs& args) {
+  const Layout layout(args);
+  args.offsets[0] = 0;
+  for (int64_t r = 0; r < args.regions; ++r)
+    args.offsets[r + 1] = args.offsets[r] + num_tokens(layout[r], args.pools[args.choice[r]]);
+  return args.offsets[args.regions];
+}
 
 void region_pool(const RegionArgs& args) {
   with_dtype(args.dtype, [&](auto number) { pool<decltype(number)>(args); });
@@ -265,8 +264,8 @@ void region_pool_backward(const RegionBackwardArgs& args) {
   with_dtype(args.region.dtype, [&](auto number) { pool_backward<decltype(number)>(args); });
 }
 
-void region_route(const RouteArgs& args) {
-  with_dtype(args.region.dtype, [&](auto number) { route<decltype(number)>(args); });
+void region_choose(const RouteArgs& args) {
+  with_dtype(args.region.dtype, [&](auto number) { choose<decltype(number)>(args); });
 }
 
 }  // namespace minifocus::cpu

@@ -13,8 +13,9 @@ struct Cpu {
   };
   static int64_t region_workspace(int64_t) { return 0; }
   static int64_t importance_workspace(int64_t, int64_t, int64_t) { return 0; }
+  static void region_choose(const RouteArgs& args) { cpu::region_choose(args); }
+  static int64_t region_offsets(const RegionArgs& args) { return cpu::region_offsets(args); }
   static void region_pool(const RegionArgs& args, Call&) { cpu::region_pool(args); }
-  static void region_route(const RouteArgs& args, Call&) { cpu::region_route(args); }
   static void region_pool_backward(const RegionBackwardArgs& args, Call&) { cpu::region_pool_backward(args); }
   static void importance(const ImportanceArgs& args, Call&) { cpu::importance(args); }
   static void select_top_p(const SelectArgs& args, Call&) { cpu::select_top_p(args); }

@@ -64,14 +64,15 @@ __device__ void fill(Tile<T>& tile, const T* from, int64_t pitch, int64_t rows, 
   }
 }
 
-// products += rows [first_row, + 16) of q · keys [first_key, + 8 * Parts) of k, over the channels in the tiles.
+// products += rows [first_row, + 16) of q · keys [first_key, + 8 * Parts) of k, over the tiles' first channels; the
+// mma's sixteen at a time, of which those beyond are 0 in the tiles.
 struct MultiplyAdd {
   template <class T, int Parts>
   static __device__ void add(float (&products)[Parts][4], const Tile<T>& q, int first_row, const Tile<T>& k,
-                             int first_key) {
+                             int first_key, int channels) {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll 4
-    for (int channel = 0; channel < Tile<T>::kChannels; ++channel) {
+    for (int channel = 0; channel < channels; ++channel) {
       const float upper = to_float(q.v[first_row + g][channel]), lower = to_float(q.v[first_row + g + 8][channel]);
 #pragma unroll
       for (int part = 0; part < Parts; ++part) {
@@ -129,11 +130,11 @@ __device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const
 struct TensorCores {
   template <class T, int Parts>
   static __device__ void add(float (&products)[Parts][4], const Tile<T>& q, int first_row, const Tile<T>& k,
-                             int first_key) {
+                             int first_key, int channels) {
     const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
     const auto word = [](const T& first) { return *reinterpret_cast<const unsigned*>(&first); };  // two neighbours
 #pragma unroll
-    for (int channel = 0; channel < Tile<T>::kChannels; channel += 16) {
+    for (int channel = 0; channel < channels; channel += 16) {
       const unsigned a[4] = {word(q.v[first_row + g][channel + 2 * c]), word(q.v[first_row + g + 8][channel + 2 * c]),
                              word(q.v[first_row + g][channel + 8 + 2 * c]),
                              word(q.v[first_row + g + 8][channel + 8 + 2 * c])};
@@ -184,13 +185,13 @@ __device__ void multiply(float (&products)[Parts][4], Tile<T>& q_tile, Tile<T>& 
     if (!whole || !same_keys)
       fill<kKeys, V>(k_tile, k + head / arguments.group * dim + channel, kv_heads * dim, keys, dim - channel);
     __syncthreads();
-    Product::add(products, q_tile, first_row, k_tile, first_key);
+    Product::add(products, q_tile, first_row, k_tile, first_key, int(min(int64_t(Tile<T>::kChannels), dim - channel)));
   }
 }
 
 // Block (x, y, z): text tokens [64 x, + 64) of an item, head y, part z of its keys. Each warp has 16 of the rows.
 template <class T, int V, class Product>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     statistics_kernel(const Arguments arguments, const T* __restrict__ q, const T* __restrict__ k) {
   __shared__ Tile<T> q_tile, k_tile;
   constexpr int kParts = kKeys / 8;
@@ -271,7 +272,7 @@ __device__ __forceinline__ float2 merge(const float2* parts, int64_t pitch) {
 // Block (x, y): keys [64 x, + 64) of an item, its text tokens in groups y, y + kSplits, … of 16. Each warp has 16 of
 // the keys.
 template <class T, int V, class Product>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     maximum_kernel(const Arguments arguments, const T* __restrict__ q, const T* __restrict__ k) {
   __shared__ Tile<T> q_tile, k_tile;
   constexpr int kParts = kKeys / 8 / kWarps;

@@ -11,7 +11,7 @@ constexpr int kThreads = 256;
 struct Kernel {
   Pictures pictures;
   Branches branches;
-  int64_t channels, cells, first_region;
+  int64_t channels, rows, first_region;
   const int64_t* choice;
   const int64_t* offsets;
   const float* weight;  // may be null, and then so is grad_weight
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   DEVICE_CHECK(0 <= branch && branch < k.branches.count);
   const Windows windows(region, k.branches, branch);
   const int64_t first = k.offsets[r];
-  DEVICE_CHECK(0 <= first && first + windows.count <= k.cells);
+  DEVICE_CHECK(0 <= first && first + windows.count <= k.rows);
   const float factor = k.weight ? to_float(from_float<T>(k.weight[r])) : 1.f;
   const int64_t vectors = k.channels / V;
 
@@ -97,7 +97,7 @@ int region_pool_backward(const RegionBackwardArgs& args, void* stream) {
   Kernel k{};
   k.branches = branches_of(region);
   k.channels = region.channels;
-  k.cells = region.cells;
+  k.rows = args.rows;
   k.choice = region.choice;
   k.offsets = region.offsets;
   k.weight = static_cast<const float*>(region.weight);

@@ -82,6 +82,7 @@ void region_pool_backward(py::array grad_tokens, py::array x, std::string dtype,
   args.region.weight = call.optional_input<void>("weight", weight);
   args.region.offsets = const_cast<int64_t*>(call.input<int64_t>("offsets", offsets));
   args.grad_tokens = call.input<void>("grad_tokens", grad_tokens);
+  args.rows = grad_tokens.shape(0);
   args.grad_x = call.output<void>("grad_x", grad_x);
   args.grad_weight = weight.is_none() ? nullptr : call.output<void>("grad_weight", grad_weight);
   call.finish(cuda::region_pool_backward(args, nullptr));
