@@ -319,6 +319,7 @@ def main() -> int:
         return 1
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    report = environment(Path(__file__), "torch")
     clock, results = Clock(arguments.device), []
     with torch.no_grad():
         for case in cases(arguments.device, arguments.quick):
@@ -327,7 +328,7 @@ def main() -> int:
             results.append(measure(case, clock, 3 if arguments.quick else arguments.rounds))
             print_case(results[-1])
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} threads"
-    report = {**environment(Path(__file__), "torch"), "device": device, "cases": results}
+    report |= {"device": device, "cases": results}
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

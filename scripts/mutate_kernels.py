@@ -98,6 +98,7 @@ def main() -> int:
     parser.add_argument("--only", choices=sorted(TESTS), help="the mutants of this file")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     arguments = parser.parse_args()
+    report = environment(Path(__file__), "torch", "hypothesis")
     results, survived = [], 0
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch)
@@ -128,17 +129,20 @@ def main() -> int:
             done = subprocess.run(command, cwd=copy, env=settings, capture_output=True, text=True)
             target.write_text(original)
             lines = [line for line in done.stdout.splitlines() if line.startswith("E  ")]
+            lines += [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
             said = next((line for line in lines if "Error" in line or "assert" in line), lines[0] if lines else "")
             if done.returncode not in (0, 1):
                 raise SystemExit(f"{file}: {what}: pytest did not run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
             outcome = "noticed" if done.returncode else "SURVIVED"
             survived += outcome == "SURVIVED"
-            results.append({"file": file, "mutant": what, "outcome": outcome, "said": said[1:].strip()[:200]})
+            results.append(
+                {"file": file, "mutant": what, "outcome": outcome, "said": said.removeprefix("E").strip()[:200]}
+            )
             print(
                 f"{outcome:9} {file} {what} ({time.monotonic() - start:.0f} s) {results[-1]['said'][:100]}", flush=True
             )
     if arguments.out:
-        report = {**environment(Path(__file__), "torch", "hypothesis"), "survived": survived, "mutants": results}
+        report |= {"survived": survived, "mutants": results}
         arguments.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"{len(results)} mutants, {survived} survived")
     return 1 if survived else 0

@@ -60,7 +60,7 @@ __device__ void fill(Tile<T>& tile, const T* from, int64_t pitch, int64_t rows, 
 #pragma unroll
       for (int j = 0; j < V; ++j) value.v[j] = from_float<T>(0.f);
     }
-    store<V>(&tile.v[row][channel], value);
+    *reinterpret_cast<Vec<T, V>*>(&tile.v[row][channel]) = value;
   }
 }
 

@@ -2,6 +2,8 @@
 // touched 16 bytes at a time where addresses allow (Vec<T, 16 / sizeof(T)>) and one element at a time elsewhere (Vec<T,
 // 1>).
 #pragma once
+#include <cstring>
+
 #include "gpu.h"
 #include "launchers.h"
 
@@ -28,6 +30,7 @@ __device__ __forceinline__ __half from_float(float v) {
 
 template <class T, int V>
 struct alignas(V * sizeof(T)) Vec {
+  static_assert(V == 1 || V * sizeof(T) == 16, "one element or 16 bytes");
   T v[V];
 };
 
@@ -36,9 +39,17 @@ __device__ __forceinline__ Vec<T, V> load(const T* from) {
   return *reinterpret_cast<const Vec<T, V>*>(from);
 }
 
+// To global memory. The intrinsic keeps the compiler from taking the 16 bytes apart, as it does with an ordinary
+// assignment.
 template <int V, class T>
 __device__ __forceinline__ void store(T* to, const Vec<T, V>& value) {
-  *reinterpret_cast<Vec<T, V>*>(to) = value;
+  if constexpr (V == 1) {
+    *to = value.v[0];
+  } else {
+    uint4 word;
+    memcpy(&word, &value, sizeof(word));
+    __stcg(reinterpret_cast<uint4*>(to), word);
+  }
 }
 
 // The first maximum wins, and the first NaN over everything. Returns whether `value` took the place of `best`.
