@@ -34,6 +34,7 @@ weights: install
 	$(BIN)/python weights/train_tiny.py
 
 benchmark: install
+	$(BIN)/python benchmarks/operators.py
 	$(BIN)/python benchmarks/end_to_end.py --json
 
 clean:

@@ -1,6 +1,6 @@
 // What every implementation of an operator is given: plain pointers and sizes, no torch.
 //
-// The CPU half (cpu/) and the CUDA half (cuda/) implement the same five functions on these structs; torch_glue.h checks
+// The CPU half (cpu/) and the CUDA half (cuda/) implement the same functions on these structs; torch_glue.h checks
 // the arguments, allocates the outputs and fills the structs in. Arrays are contiguous; every pointer is on the
 // half's own device unless it says "host". Ragged batches are packed along the first axis with cu_seqlens-style
 // offsets: item b holds rows offsets[b] to offsets[b + 1]. The meaning of each operator is minifocus/reference.py's.
@@ -56,8 +56,7 @@ struct RegionBackwardArgs {
   void* grad_weight;  // out [regions] float (double for f64), or null: sum over a region's tokens of grad * pooled
 };
 
-// importance (Eq. 7 and 8): softmax of scale * q.k over an item's visual tokens, maximum over heads, mean over its
-// text.
+// importance (Eq. 7 and 8): softmax of scale * q.k over an item's visual tokens, maximum over heads, mean over text.
 struct ImportanceArgs {
   const void* q;             // [text, heads, dim] of dtype
   const void* k;             // [visual, kv_heads, dim] of dtype; query head h reads key head h / (heads / kv_heads)

@@ -1,13 +1,13 @@
-// From torch tensors to operators.h's structs and back: checks the arguments, allocates the outputs, fills the structs
-// in.
+// From torch tensors to operators.h's structs and back: checks arguments, allocates outputs, fills the structs in.
 //
 // Written once for both halves. A half gives a Backend:
-//   static constexpr bool kIsCpu;                   tensors' device; on the CPU the contents of index tensors are
-//   checked too struct Call { explicit Call(Tensor); ... };     what must hold while its functions run (a device guard
-//   and a stream) static void region_pool(const RegionArgs&, Call&);  and so on: the implementations static int64_t
-//   region_workspace(regions), importance_workspace(text, visual, heads): bytes
-// A wrong argument gives a RuntimeError that names it, what was expected and what came; minifocus/checks.py says the
-// same.
+//   static constexpr bool kIsCpu;        the tensors' device; on the CPU the contents of index tensors are checked too
+//   struct Call { explicit Call(Tensor); };     what must hold while its functions run: a device guard and a stream
+//   static void region_pool(const RegionArgs&, Call&);     and so on: the implementations
+//   static int64_t region_offsets(const RegionArgs&);      CPU only: the number of tokens, before they are allocated
+//   static int64_t region_workspace(regions), importance_workspace(text, visual, heads);     bytes
+// A wrong argument gives a RuntimeError that names it, what was expected and what came, in the words of
+// minifocus/checks.py.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

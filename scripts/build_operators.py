@@ -162,14 +162,15 @@ def library(half: str) -> str:
 
 def run_ninja(file: Path) -> None:
     """Runs ninja, showing what it and the compilers say; raises Failed with the first error."""
-    command = [sys.executable, "-m", "ninja", "-f", str(file)]
+    ninja = shutil.which("ninja")
+    command = [*([ninja] if ninja else [sys.executable, "-m", "ninja"]), "-f", str(file)]
     said = []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as ninja:
-        assert ninja.stdout is not None
-        for line in ninja.stdout:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
             print(line, end="", flush=True)
             said.append(line.strip())
-    if ninja.returncode:
+    if running.returncode:
         raise Failed(next(filter(re.compile("error|undefined reference").search, said), "ninja failed"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import minifocus
 
@@ -44,6 +46,34 @@ def test_commands_on_the_embedded_model(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
+def test_the_operators_benchmark() -> None:
+    command = [sys.executable, "benchmarks/operators.py", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    recorded = json.loads((ROOT / "benchmarks/results/operators_cpu.json").read_text())
+    assert [case["operator"] for case in report["cases"]] == [case["operator"] for case in recorded["cases"]]
+    assert all(bar["met"] for case in recorded["cases"] for bar in case["bars"].values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which it would run for minutes")
+def test_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/gpu_check.py", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 3
+    assert "torch sees no GPU" in done.stderr
+
+
+def test_the_recorded_mutants_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every change that the script makes still applies, and the record is of these: none has survived."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from mutate_kernels import mutants
+
+    record = json.loads((ROOT / "benchmarks/results/mutants.json").read_text())
+    assert [(row["file"], row["mutant"]) for row in record["mutants"]] == [mutant[:2] for mutant in mutants()]
+    assert {row["outcome"] for row in record["mutants"]} == {"noticed"}
+
+
 def test_options_of_the_commands_on_your_own_model() -> None:
     """Those need a checkpoint that is not here: their options at least are those of --help."""
     shown = subprocess.run(
@@ -61,8 +91,6 @@ def test_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     code, _ = blocks("python")
     model = minifocus.load("weights/tiny", sampler="none")
     assert model.image_processor is not None and model.tokenizer is not None
-    import torch
-
     from minifocus.image import open_image
 
     pixels, size = model.image_processor(open_image("examples/cards.png"))
@@ -78,8 +106,6 @@ def test_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 
 
 def test_python_of_the_operators() -> None:
-    import torch
-
     _, code = blocks("python")
     names = {
         "cells": torch.randn(6 * 5, 8),

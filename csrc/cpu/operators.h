@@ -15,8 +15,7 @@ void importance(const ImportanceArgs&);
 void select_top_p(const SelectArgs&);
 void gather_tokens(const GatherArgs&);
 
-// Runs body(begin, end) on pieces of [0, n), each of at least `grain` (but the last); register.cpp lends torch's
-// threads.
+// Runs body(begin, end) on pieces of [0, n), each of at least `grain` but the last, on torch's threads (register.cpp).
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 int64_t num_threads();
 

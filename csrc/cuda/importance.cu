@@ -1,18 +1,17 @@
-// importance (Eq. 7 and 8): scores[n] = mean over text t of max over heads h of softmax_n(scale * q[t, h] . k[n, h /
-// group]).
+// importance (Eq. 7 and 8): the softmax over the keys n of scale * q[t, h] . k[n, h / group], its maximum over heads h,
+// and the mean of that over text tokens t.
 //
 // The h × T × N products are never stored. Each is computed twice, tile by tile:
-//   1. statistics_kernel   per row (text token, head): the largest product m and sum of exp(product - m), the softmax's
-//                          denominator, of each of kSplits parts of the keys;
-//   2. maximum_kernel      per tile of keys: exp(product - m) / denominator, maximum over heads kept in registers, sum
-//   over
-//                          text tokens; kSplits parts of the text are summed apart, so that there are blocks enough;
+//   1. statistics_kernel   per row (text token, head): the largest product m and the sum of exp(product - m), which is
+//                          the softmax's denominator, of each of kSplits parts of the keys;
+//   2. maximum_kernel      per tile of keys: exp(product - m) / denominator, its maximum over heads kept in registers,
+//                          the sum over text tokens; kSplits parts of the text apart, so that there are blocks enough;
 //   3. mean_kernel         adds those and divides by T.
 // No sum depends on the order in which blocks run. Extra memory: 8 kSplits bytes per (t, h) and 4 kSplits per key.
 //
-// A tile is 64 keys by 16 rows per warp, held as the tensor cores' mma.m16n8k16 holds its results: eight parts of 16 ×
-// 8, of which lane 4 g + c has rows g and g + 8, columns 2 c and 2 c + 1. The products come from those tensor cores
-// (TensorCores) or from plain multiply-adds (MultiplyAdd); the rest of the code is the same.
+// A tile is 64 keys by 16 rows per warp, held as the tensor cores' mma.m16n8k16 holds its results: eight parts of
+// 16 × 8, of which lane 4 g + c has rows g and g + 8, columns 2 c and 2 c + 1. The products come from those tensor
+// cores (TensorCores) or from plain multiply-adds (MultiplyAdd); the rest of the code is the same.
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>

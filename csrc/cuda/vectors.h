@@ -39,8 +39,7 @@ __device__ __forceinline__ Vec<T, V> load(const T* from) {
   return *reinterpret_cast<const Vec<T, V>*>(from);
 }
 
-// To global memory. The intrinsic keeps the compiler from taking the 16 bytes apart, as it does with an ordinary
-// assignment.
+// To global memory. The intrinsic keeps the compiler from taking the 16 bytes apart, as it does with an assignment.
 template <int V, class T>
 __device__ __forceinline__ void store(T* to, const Vec<T, V>& value) {
   if constexpr (V == 1) {
@@ -63,8 +62,7 @@ __device__ __forceinline__ bool keep_first_max(T& best, T value) {
 
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Sum over the block, in a fixed order, for every thread; `scratch` has a float for each warp. All threads must call
-// it.
+// Sum over the block, in a fixed order, for every thread, which must all call it; `scratch` has a float for each warp.
 __device__ __forceinline__ float block_sum(float value, float* scratch) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
