@@ -21,7 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -93,54 +95,62 @@ def mutants() -> list[tuple[str, str, str, int, str]]:
     return found
 
 
+def copy_sources(to: Path) -> Path:
+    for folder in ("csrc", "tests", "minifocus"):
+        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", to)
+    return to
+
+
+def try_out(mutant: tuple[str, str, str, int, str], copies: Queue[Path]) -> dict[str, str]:
+    """The mutant's tests in one of the copies, which is as it was afterwards."""
+    file, what, old, place, new = mutant
+    copy, start = copies.get(), time.monotonic()
+    target = copy / "csrc/cuda" / file
+    original = target.read_text()
+    target.write_text(original[:place] + new + original[place + len(old) :])
+    chosen = f"(emulated or look_back or layout) and ({TESTS[file]})"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_operators.py",
+        "-k",
+        chosen,
+    ]
+    done = subprocess.run(
+        command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True
+    )
+    target.write_text(original)
+    copies.put(copy)
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{file}: {what}: pytest did not run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("E  ", "FAILED", "ERROR"))]
+    said = next((line for line in lines if "Error" in line or "assert" in line), lines[0] if lines else "")
+    outcome = "noticed" if done.returncode else "SURVIVED"
+    said = said.removeprefix("E").strip()[:200]
+    print(f"{outcome:9} {file} {what} ({time.monotonic() - start:.0f} s) {said[:100]}", flush=True)
+    return {"file": file, "mutant": what, "outcome": outcome, "said": said}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", choices=sorted(TESTS), help="the mutants of this file")
+    parser.add_argument("--jobs", type=int, default=2, help="how many are tried at a time")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     arguments = parser.parse_args()
     report = environment(Path(__file__), "torch", "hypothesis")
-    results, survived = [], 0
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch)
-        for folder in ("csrc", "tests", "minifocus"):
-            shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        for file, what, old, place, new in mutants():
-            if arguments.only not in (None, file):
-                continue
-            target = copy / "csrc/cuda" / file
-            original = target.read_text()
-            target.write_text(original[:place] + new + original[place + len(old) :])
-            start = time.monotonic()
-            chosen = f"(emulated or look_back or layout) and ({TESTS[file]})"
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-x",
-                "-p",
-                "no:cacheprovider",
-                "tests/test_operators.py",
-                "-k",
-                chosen,
-            ]
-            settings = {**os.environ, "PYTHONPATH": str(copy)}
-            done = subprocess.run(command, cwd=copy, env=settings, capture_output=True, text=True)
-            target.write_text(original)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("E  ")]
-            lines += [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-            said = next((line for line in lines if "Error" in line or "assert" in line), lines[0] if lines else "")
-            if done.returncode not in (0, 1):
-                raise SystemExit(f"{file}: {what}: pytest did not run:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
-            outcome = "noticed" if done.returncode else "SURVIVED"
-            survived += outcome == "SURVIVED"
-            results.append(
-                {"file": file, "mutant": what, "outcome": outcome, "said": said.removeprefix("E").strip()[:200]}
-            )
-            print(
-                f"{outcome:9} {file} {what} ({time.monotonic() - start:.0f} s) {results[-1]['said'][:100]}", flush=True
-            )
+    wanted = [mutant for mutant in mutants() if arguments.only in (None, mutant[0])]
+    copies: Queue[Path] = Queue()
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
+        for job in range(arguments.jobs):
+            copies.put(copy_sources(Path(scratch) / str(job)))
+        results = list(pool.map(lambda mutant: try_out(mutant, copies), wanted))
+    survived = sum(result["outcome"] == "SURVIVED" for result in results)
     if arguments.out:
         report |= {"survived": survived, "mutants": results}
         arguments.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

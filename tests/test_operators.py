@@ -161,7 +161,7 @@ def test_importance_is_the_same_in_every_run(backend: Backend, drawn: Attention,
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_look_back_goes_beyond_a_warp_of_waiting_regions(seed: int) -> None:
-    """Most of 150 regions are under way at once, so that some find 32 before them that do not know their sums yet."""
+    """100 of 150 regions are under way at once, so that some find 32 before them that do not know their sums yet."""
     drawn = Regions(((1, 150),), 1, 1, ((0, 0), (1, 1)), torch.float32, "random", "contiguous", False, seed)
     arguments = drawn.arguments()
     with EMULATED.taking_turns({"order": "random", "seed": seed, "resident_blocks": 100}) as operators:

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 
@@ -90,6 +91,9 @@ void prepare(Fiber& fiber, void (*entry)()) {
 
 void switch_fiber(Fiber& from, Fiber& to) { emulator_switch_stack(&from.stack_pointer, to.stack_pointer); }
 
+// Each guard takes two of the 65530 mappings that Linux allows a process, which needs others too.
+constexpr size_t kGuarded = 16384;
+
 void Stacks::reserve(size_t count) {
   if (count <= count_) return;
   release();
@@ -98,7 +102,7 @@ void Stacks::reserve(size_t count) {
   if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stacks of the emulated threads");
   memory_ = static_cast<char*>(memory);
   count_ = count;
-  for (size_t i = 0; i < count; i++) mprotect(memory_ + i * kStride, kGuardBytes, PROT_NONE);
+  for (size_t i = 0; i < std::min(count, kGuarded); i++) mprotect(memory_ + i * kStride, kGuardBytes, PROT_NONE);
 }
 
 void Stacks::release() {

@@ -19,7 +19,7 @@ void prepare(Fiber& fiber, void (*entry)());
 // Leaves `from`, which is running, and resumes `to`; returns when something switches back.
 void switch_fiber(Fiber& from, Fiber& to);
 
-// `count` stacks, each below a page that no one may touch, so that an overflow stops the program.
+// `count` stacks, each (up to 16384 of them) above a page that no one may touch, so that an overflow stops the program.
 class Stacks {
  public:
   void reserve(size_t count);

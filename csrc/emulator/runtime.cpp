@@ -69,6 +69,16 @@ void put_static_shared_in_place(Block& block) {
   static_shared_owner = &block;
 }
 
+// The module's other thread-local variables lie among the __shared__ ones, so all of them are put back, come what may.
+struct StaticSharedRestored {
+  const std::vector<unsigned char> original{static_shared, static_shared + static_shared_bytes};
+
+  StaticSharedRestored() { static_shared_owner = nullptr; }
+  ~StaticSharedRestored() {
+    if (!original.empty()) memcpy(static_shared, original.data(), original.size());
+  }
+};
+
 // ---- Taking turns --------------------------------------------------------------------------------------------------
 
 void switch_to(Thread* next) {  // null: the scheduler
@@ -461,10 +471,8 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(void*),
   current.first_block = last_block_serial + 1;
   current.steps = 0;
   begin_launch_checks();
-  const std::vector<unsigned char> original(static_shared, static_shared + static_shared_bytes);
-  static_shared_owner = nullptr;
+  const StaticSharedRestored restored;
   run_blocks(grid, block, shared_bytes);
-  if (!original.empty()) memcpy(static_shared, original.data(), original.size());
   current = Launch{};
   return first_error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
