@@ -20,8 +20,8 @@ developed-with/bin/python "$sources/scripts/check_installed.py" "$sources"
 
 [[ $MINIFOCUS_BUILD == all ]] || exit 0
 free=$(($(df --output=avail -k . | tail -1) / 1024 / 1024))
-if ((free < 12)); then
-  echo "LEFT OUT: the wheel in the CUDA build of torch 2.11, which needs 12 GB of disk; $free GB are free"
+if ((free < 10)); then
+  echo "LEFT OUT: the wheel in the CUDA build of torch 2.11, which needs 10 GB of disk; $free GB are free"
   exit 0
 fi
 rm -rf developed-with

@@ -72,6 +72,7 @@ def test_the_recorded_mutants_are_those_of_the_kernels(monkeypatch: pytest.Monke
     record = json.loads((ROOT / "benchmarks/results/mutants.json").read_text())
     assert [(row["file"], row["mutant"]) for row in record["mutants"]] == [mutant[:2] for mutant in mutants()]
     assert {row["outcome"] for row in record["mutants"]} == {"noticed"}
+    assert f"({len(record['mutants'])} lines" in (ROOT / "README.md").read_text()
 
 
 def test_options_of_the_commands_on_your_own_model() -> None:

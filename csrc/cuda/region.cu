@@ -51,7 +51,7 @@ __device__ unsigned long long look_back(unsigned long long* published, int64_t r
 struct Kernel {
   Pictures pictures;
   Branches branches;
-  int64_t channels, regions, cells;
+  int64_t channels, regions;
   const int64_t* choice;  // region_pool
   const float* weight;    // region_pool; may be null
   const float* context;   // region_route
@@ -177,7 +177,6 @@ int launch(const RegionArgs& args, Kernel k, void* stream_pointer) {
   k.branches = branches_of(args);
   k.channels = args.channels;
   k.regions = args.regions;
-  k.cells = args.cells;
   k.source = args.source;
   k.offsets = args.offsets;
   k.workspace = {static_cast<unsigned long long*>(args.workspace),

@@ -93,10 +93,10 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
     wanted = length;
 
   double largest = 0.;
-  bool counts_more = false;  // a NaN or infinity: no share exceeds anything
+  bool uncountable = false;  // a NaN or infinity: no share exceeds anything
   for (int64_t i = threadIdx.x; i < length; i += blockDim.x) {
     const float score = to_float(scores[i]);
-    counts_more |= !(score < INFINITY);
+    uncountable |= !(score < INFINITY);
     largest = score > largest ? score : largest;
   }
 #pragma unroll
@@ -105,10 +105,10 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
     largest = other > largest ? other : largest;
   }
   if (threadIdx.x % 32 == 0) tallies[threadIdx.x / 32].steps = largest;
-  counts_more = __syncthreads_or(counts_more);
+  uncountable = __syncthreads_or(uncountable);
   for (int warp = 0; warp < (int)blockDim.x / 32; ++warp)
     largest = tallies[warp].steps > largest ? tallies[warp].steps : largest;
-  if (wanted < 0 && (counts_more || largest == 0.)) wanted = length;
+  if (wanted < 0 && (uncountable || largest == 0.)) wanted = length;
 
   const int bits = 64 - __clzll(length);
   const double finest = ldexp(1., 52 - bits);
