@@ -29,9 +29,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Draws the pictures, trains the embedded model on them and writes weights/tiny: by estimate an hour on two cores.
+# Draws the pictures, trains the embedded model on them and writes weights/tiny: an hour on two cores.
 weights: install
-	$(BIN)/python weights/train_tiny.py
+	$(BIN)/python weights/make_tiny.py
 
 benchmark: install
 	$(BIN)/python benchmarks/operators.py

@@ -242,7 +242,7 @@ class Minifocus(Side):
     def _prefill(self) -> tuple[Any, Callable[[Any], Any], float, list[int]]:
         model = self.model
         pictures = model.encode_pictures([self.pixels[0]], [self.settings.size.picture])
-        rows, visual = model.embed(self.ids, pictures)
+        rows, visual = model.embed(self.ids, pictures, before_llm=model.before_llm)
         del pictures
         decoder_started = self.now()
         caches = [self.cache_class() for _ in range(model.config.text.num_hidden_layers)]

@@ -28,7 +28,10 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .conversations import Conversation, Turn
+from .errors import InputError
 from .image import select_best_resolution
+from .prompt import IMAGE
 
 FAMILIES = ("read", "perceive", "reason", "relate")
 COLOURS = {
@@ -403,19 +406,40 @@ def _ask(
 # -------------------------------------------------------------------------------------------------------------- splits
 
 
-def scenes(split: str, seed: int = 0) -> Iterator[Scene]:
-    """The scenes of a split, one after another, every fourth of them dense. ``seed`` skips that many scenes."""
-    for i in range(seed, SPLIT_SIZE):
-        yield draw(SPLITS[split] + i, dense=i % 4 == 3)
+def scenes(split: str, seed: int = 0, dense: bool | None = None) -> Iterator[Scene]:
+    """The scenes of a split, one after another, from its ``seed``-th on.
+
+    ``dense`` None makes every fourth of them dense, True or False all or none. Raises InputError for an unknown split and
+    for a seed that lies outside it: splits never meet.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    if not 0 <= seed < SPLIT_SIZE:
+        raise InputError(f"seed: expected 0 to {SPLIT_SIZE - 1}, a scene of the split, got {seed}")
+    return (draw(SPLITS[split] + i, i % 4 == 3 if dense is None else dense) for i in range(seed, SPLIT_SIZE))
 
 
-def questions(split: str = "test", count: int = 1000, seed: int = 0) -> Iterator[tuple[Image.Image, str, str, str]]:
-    """``count`` tuples (image, question, answer, family), the families in turn, at most one of each a scene."""
-    given, supply = 0, scenes(split, seed)
-    while given < count:
-        scene = next(supply)
+def questions(
+    split: str = "test", count: int = 1000, seed: int = 0, dense: bool | None = None
+) -> Iterator[tuple[Image.Image, str, str, str]]:
+    """``count`` tuples (image, question, answer, family), the families in turn, at most one of each a scene.
+
+    ``split``, ``seed`` and ``dense`` say of which scenes, see ``scenes``. Where those run out there are fewer.
+    """
+    given = 0
+    for scene in scenes(split, seed, dense):
         for family in FAMILIES:
             of_family = [q for q in scene.questions if q.family == family]
             if of_family and given < count:
                 yield scene.image, of_family[0].question, of_family[0].answer, family
                 given += 1
+        if given >= count:
+            return
+
+
+def conversation(scene: Scene) -> Conversation:
+    """All questions about a scene, in its order, as one conversation. Its id is the scene's seed."""
+    turns = [
+        Turn(q.question if i else f"{IMAGE}\n{q.question}", q.answer, q.family) for i, q in enumerate(scene.questions)
+    ]
+    return Conversation(str(scene.seed), (scene.image,), tuple(turns))

@@ -230,10 +230,11 @@ class _Run:
             ids[row, begin:], mask[row, begin:], instruction[row, begin:] = one.ids, True, one.instruction
         device = model.device
         pictures = model.encode_pictures([t for i in inputs for t in i.tiles], [s for i in inputs for s in i.sizes])
-        rows, visual = model.embed(ids.to(device), pictures, mask.to(device), instruction.to(device))
+        mask, instruction = mask.to(device), instruction.to(device)
+        rows, visual = model.embed(ids.to(device), pictures, mask, instruction, model.before_llm)
         del pictures
         self.caches = [LayerCache() for _ in range(model.config.text.num_hidden_layers)]
-        self.prefill: Prefill = model.prefill(rows, visual, self.caches)
+        self.prefill: Prefill = model.prefill(rows, visual, self.caches, last=1)
         self.positions = self.prefill.rows.positions[:, -1]
         logits = model.language_model.lm_head(self.prefill.rows.hidden[:, -1]).float().cpu()
         self.prefill_seconds += time.perf_counter() - started

@@ -52,11 +52,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """q [B, H, S, D], k and v [B, Hkv, T, D] → [B, H, S, D].
+QUERY_BLOCK = 256
 
-    `mask` [B, 1, S, T] is True where a query may look; None means causal, where several tokens come at once, and
-    everything where one token follows a cache.
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """q [B, H, S, D], k and v [B, Hkv, T, D] → [B, H, S, D]; the queries are those of the last S keys.
+
+    `mask` [B, 1, S, T] is True where a query may look, which is at no later key; None means causal, where S = T, and
+    everything where one token follows others.
     """
     groups = q.shape[1] // k.shape[1]
     if q.shape[2] == 1:
@@ -65,7 +68,19 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(q.shape)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    # No query looks at a later key, which a kernel that is given a mask does not know: block by block it need not.
+    ahead, count = k.shape[2] - q.shape[2], q.shape[2]
+    blocks = []
+    for begin in range(0, count, QUERY_BLOCK):
+        end = min(begin + QUERY_BLOCK, count)
+        seen = slice(0, ahead + end)
+        block_mask = mask[:, :, begin:end, seen]
+        blocks.append(
+            F.scaled_dot_product_attention(q[:, :, begin:end], k[:, :, seen], v[:, :, seen], attn_mask=block_mask)
+        )
+    return torch.cat(blocks, dim=2)
 
 
 class LayerCache:
@@ -143,15 +158,19 @@ class Attention(nn.Module):
         mask: torch.Tensor | None = None,
         valid: torch.Tensor | None = None,
         cache: LayerCache | None = None,
+        last: int | None = None,
     ) -> torch.Tensor:
-        """x [B, S, C] → [B, S, C]. With a cache, its tokens come before x and x is added to it."""
-        q = rotate(self.split_heads(self.q_proj(x)), cos, sin)
+        """x [B, S, C] → [B, S, C], or [B, last, C]. With a cache, its tokens come before x and x is added to it."""
+        wanted = slice(None) if last is None else slice(-last, None)
+        q = rotate(self.split_heads(self.q_proj(x[:, wanted])), cos[:, :, wanted], sin[:, :, wanted])
         k = rotate(self.split_heads(self.k_proj(x)), cos, sin)
         v = self.split_heads(self.v_proj(x))
         if cache is not None:
             cache.append(k, v, valid)
             if cache.length > k.shape[2]:
                 k, v, mask = cache.keys, cache.values, cache.mask
+        if mask is not None:
+            mask = mask[:, :, wanted] if mask.shape[2] > 1 else mask
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
@@ -185,19 +204,12 @@ class DecoderLayer(nn.Module):
         mask: torch.Tensor | None = None,
         valid: torch.Tensor | None = None,
         cache: LayerCache | None = None,
+        last: int | None = None,
     ) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, valid, cache)
+        """x [B, S, C] → the same, or of its `last` tokens only: those whose output is read (1, or any with a mask)."""
+        wanted = x if last is None else x[:, -last:]
+        x = wanted + self.self_attn(self.input_layernorm(x), cos, sin, mask, valid, cache, last)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-def prefill_mask(valid: torch.Tensor) -> torch.Tensor | None:
-    """valid [B, S] → who may look at whom, [B, 1, S, S]; None when plain causal attention says it all."""
-    if bool(valid.all()):
-        return None
-    size = valid.shape[1]
-    causal = torch.ones(size, size, dtype=torch.bool, device=valid.device).tril()
-    itself = torch.eye(size, dtype=torch.bool, device=valid.device)  # or softmax over nothing would give NaN
-    return ((causal & valid[:, None, :]) | itself)[:, None]
 
 
 class LlamaModel(nn.Module):
@@ -209,6 +221,9 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.recompute = (
+            False  # gradient checkpointing: layers run again in the backward pass instead of keeping it all
+        )
 
     def decoder_layers(self) -> Iterable[DecoderLayer]:
         return cast(Iterable[DecoderLayer], self.layers)  # nn.ModuleList forgets what it holds
@@ -221,9 +236,14 @@ class LlamaModel(nn.Module):
         rows: Rows,
         caches: list[LayerCache] | None = None,
         before_layer: Callable[[int, DecoderLayer, Rows], Rows] | None = None,
+        last: int | None = None,
     ) -> Rows:
-        """All layers over whole rows. `before_layer` may drop tokens: later layers, and their caches, see the rest."""
-        x, valid, mask = rows.hidden, rows.valid, prefill_mask(rows.valid)
+        """All layers over whole rows. `before_layer` may drop tokens: later layers, and their caches, see the rest.
+
+        With `last`, the hidden states that come back are those of the last so many columns, [B, last, C]: the last layer
+        then computes no others. More than one of them take rows with a mask.
+        """
+        x, valid, mask = rows.hidden, rows.valid, rows.attention_mask()
         cos, sin = self.rope(rows.positions, x.dtype)
         for index, layer in enumerate(self.decoder_layers()):
             if before_layer is not None:
@@ -231,10 +251,14 @@ class LlamaModel(nn.Module):
                 dropped = before_layer(index, layer, rows)
                 if dropped is not rows:
                     rows = dropped
-                    x, valid, mask = rows.hidden, rows.valid, prefill_mask(rows.valid)
+                    x, valid, mask = rows.hidden, rows.valid, rows.attention_mask()
                     cos, sin = self.rope(rows.positions, x.dtype)
-            padded = None if mask is None else valid
-            x = layer(x, cos, sin, mask, padded, caches[index] if caches is not None else None)
+            wanted = last if index == len(self.layers) - 1 else None
+            if self.recompute and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(layer, x, cos, sin, mask, None, None, wanted, use_reentrant=False)
+            else:
+                padded = None if mask is None else valid
+                x = layer(x, cos, sin, mask, padded, caches[index] if caches is not None else None, wanted)
         return rows.with_hidden(self.norm(x))
 
     def decode(self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[LayerCache]) -> torch.Tensor:

@@ -23,7 +23,7 @@ from .rows import Rows, stack_rows
 from .samplers import PictureFeatures, Selection, VisualTokens
 from .tokenizer import Tokenizer
 from .vision import VisionTower
-from .weights import Progress, load_model
+from .weights import Progress, load_model, save_model
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ class Llava(nn.Module):
         pictures: Sequence[PictureFeatures],
         attention_mask: torch.Tensor | None = None,
         instruction_mask: torch.Tensor | None = None,
+        before_llm: samplers.BeforeLLM | None = None,
     ) -> tuple[Rows, list[list[VisualTokens]]]:
-        """Put each picture's tokens, shortened by the before-LLM sampler, in place of its placeholders.
+        """Put each picture's tokens, shortened by `before_llm` where there is one, in place of its placeholders.
 
         input_ids [B, S] with one `image_token_id` per uncompressed visual token; pictures in the order of their
         placeholders. `instruction_mask` [B, S] marks the user's question; by default all text after the row's first
@@ -143,10 +144,8 @@ class Llava(nn.Module):
             done = used = 0
             while used < len(places):
                 picture, begin = self._next_picture(remaining, places[used:], row, len(own))
-                if self.before_llm is None:
-                    visual = samplers.uncompressed(picture)
-                else:
-                    visual = self.before_llm(picture, embeddings[instruction])
+                words = embeddings[instruction]
+                visual = samplers.uncompressed(picture) if before_llm is None else before_llm(picture, words)
                 text = slice(done, begin)
                 pieces.append(_text_piece(embeddings[text], columns[text], instruction[text]))
                 pieces.append(_visual_piece(visual, columns[begin + visual.source], len(own)))
@@ -185,11 +184,15 @@ class Llava(nn.Module):
     # ---- rows through the decoder ----
 
     def prefill(
-        self, rows: Rows, pictures: list[list[VisualTokens]], caches: list[LayerCache] | None = None
+        self,
+        rows: Rows,
+        pictures: list[list[VisualTokens]],
+        caches: list[LayerCache] | None = None,
+        last: int | None = None,
     ) -> Prefill:
         """Run the decoder over whole rows; the inside-LLM sampler drops tokens on the way.
 
-        In training mode they are hidden by a mask instead of removed, so that shapes stay fixed.
+        With `last` 1, the hidden states of the last tokens only come back, [B, 1, C].
         """
         selections: list[tuple[int, Rows, Selection]] = []
         visual = []
@@ -199,13 +202,13 @@ class Llava(nn.Module):
             if selection is not None:
                 # Without the hidden states, which would stay in memory for as long as the answer's trace.
                 selections.append((index, rows.with_hidden(rows.hidden.new_empty(*rows.valid.shape, 0)), selection))
-                rows = rows.mask(selection.kept) if self.training else rows.keep(selection.kept)
+                rows = rows.keep(selection.kept)
             visual.append(((rows.picture >= 0) & rows.valid).sum(dim=1))
             return rows
 
         full = torch.tensor([sum(v.layout.num_tokens for v in own) for own in pictures])
         first = [[_first_column(rows, row, n, v) for n, v in enumerate(own)] for row, own in enumerate(pictures)]
-        rows = self.language_model.model.prefill(rows, caches, before_layer)
+        rows = self.language_model.model.prefill(rows, caches, before_layer, last)
         return Prefill(rows, pictures, selections, first, torch.stack(visual), full)
 
     def forward(
@@ -234,7 +237,8 @@ class Llava(nn.Module):
         input_ids = input_ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         instruction_mask = None if instruction_mask is None else instruction_mask.to(self.device)
-        rows, pictures = self.embed(input_ids, self.encode_pictures(tiles, sizes), attention_mask, instruction_mask)
+        features = self.encode_pictures(tiles, sizes)
+        rows, pictures = self.embed(input_ids, features, attention_mask, instruction_mask, self.before_llm)
         rows = self.prefill(rows, pictures).rows
         logits = self.language_model.lm_head(rows.hidden)
         if torch.equal(rows.source, torch.arange(input_ids.shape[1], device=self.device).expand_as(input_ids)):
@@ -286,6 +290,13 @@ class Llava(nn.Module):
                 raise InputError(f"pixel_values: picture {number} of {size} needs {needed} tiles, got {len(own)}")
             tiles.append(own[:needed])
         return tiles, sizes
+
+    def save(self, folder: str | PathLike[str]) -> None:
+        """Write the model as `load` takes it: weights, the other files of the folder it came from, a learned selector."""
+        target = Path(folder)
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("before_llm.")}
+        save_model(state, self.folder, target, self.config.tie_word_embeddings)
+        samplers.save(self.before_llm, target)
 
     # ---- questions and answers (generate.py) ----
 

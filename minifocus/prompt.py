@@ -29,6 +29,9 @@ TEMPLATES = {
     "raw": "{question}",
 }
 
+ANSWERS = {"vicuna": " {answer}", "mistral": " {answer}"}  # else the answer follows at once
+TURN_ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}  # else the tokenizer's end of sequence
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -48,6 +51,12 @@ def detect_template(tokenizer: Tokenizer | None, text_model_type: str) -> str:
     if tokenizer is not None and tokenizer.token_id("<|im_start|>") is not None:
         return "chatml"
     return "mistral" if text_model_type == "mistral" else "vicuna"
+
+
+def end_token_id(template: str, tokenizer: Tokenizer) -> int | None:
+    """The token that ends an answer in `template`; None if the vocabulary has no such token."""
+    end = TURN_ENDS.get(template)
+    return tokenizer.eos_token_id if end is None else tokenizer.token_id(end)
 
 
 def build_prompt(question: str, num_images: int, template: str) -> Prompt:

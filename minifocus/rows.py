@@ -59,6 +59,20 @@ class Rows:
     def with_hidden(self, hidden: torch.Tensor) -> Rows:
         return replace(self, hidden=hidden)
 
+    def attention_mask(self) -> torch.Tensor | None:
+        """Who may look at whom, bool [B, 1, S, S]; None when plain causal attention says it all."""
+        if bool(self.valid.all()):
+            return None
+        return causal_mask(self.valid[:, None, :])[:, None]
+
+
+def causal_mask(visible: torch.Tensor) -> torch.Tensor:
+    """`visible` [B, S or 1, S], who may be looked at by whom → the same among earlier tokens only, bool [B, S, S]."""
+    size = visible.shape[-1]
+    causal = torch.ones(size, size, dtype=torch.bool, device=visible.device).tril()
+    itself = torch.eye(size, dtype=torch.bool, device=visible.device)  # or softmax over nothing would give NaN
+    return (causal & visible) | itself
+
 
 def stack_rows(rows: list[Rows]) -> Rows:
     """Rows of one sequence each ([1, S_i, …]) → one batch, padded on the left."""

@@ -1,4 +1,4 @@
-"""Strict loading of safetensors: every key accounted for, every shape and dtype checked, before a model exists.
+"""Strict loading of safetensors: every key accounted for, every shape and dtype checked, before a model exists; saving.
 
 Checkpoints of the same model come with four sets of names (`RENAMES`); contents are taken from the shards themselves,
 of which the index only gives the list.
@@ -6,7 +6,9 @@ of which the index only gives the list.
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from .config import Config, read_json
@@ -243,3 +246,46 @@ def load_model(
     if tied:
         model.get_submodule("language_model.lm_head").weight = model.get_parameter(EMBEDDINGS)
     return model.eval()
+
+
+# What `save_model` takes over from the folder that a model came from, where it is there.
+COMPANIONS = (
+    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+
+
+def save_model(
+    state: dict[str, torch.Tensor], source: Path, folder: Path, tied: bool, shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write a folder in Hugging Face's layout: `state`, by this package's names, and the other files of `source`.
+
+    The names are those of a fresh `save_pretrained`, so transformers loads it as well. Each tensor is stored in its own
+    dtype. A tied head is left out. More than `shard_bytes` become several files with an index.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COMPANIONS:
+        if (source / name).is_file() and source.resolve() != folder.resolve():
+            shutil.copyfile(source / name, folder / name)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if not (tied and name == HEAD)}
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, value in tensors.items():
+        if size and size + value.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": sum(v.nbytes for v in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from minifocus import cards
+from minifocus.errors import InputError
 
 SCENES = [*itertools.islice(cards.scenes("test"), 60), *(cards.draw(7_000_000 + i, dense=True) for i in range(12))]
 
@@ -129,3 +130,52 @@ def test_every_family_is_asked_in_turn():
     assert all(image.mode == "RGB" and question and answer for image, question, answer, _ in taken)
     again = list(cards.questions("validation", count=40))
     assert [item[1:] for item in taken] == [item[1:] for item in again]
+
+
+def same(first: cards.Scene, second: cards.Scene) -> bool:
+    return first.image.tobytes() == second.image.tobytes() and first.questions == second.questions
+
+
+def test_every_fourth_scene_is_dense_or_all_or_none():
+    start = cards.SPLITS["validation"] + 6
+    for dense, expected in ((None, (0, 1, 0, 0, 0, 1)), (True, (1,) * 6), (False, (0,) * 6)):
+        taken = list(itertools.islice(cards.scenes("validation", 6, dense), 6))
+        assert [scene.seed for scene in taken] == list(range(start, start + 6))
+        drawn = [cards.draw(start + i, bool(is_dense)) for i, is_dense in enumerate(expected)]
+        assert all(map(same, taken, drawn))
+
+
+def test_questions_of_dense_scenes():
+    for dense in (None, True, False):
+        scenes = itertools.islice(cards.scenes("test", 2, dense), 4)
+        expected = [
+            (scene.image.tobytes(), q.question, q.answer, family)
+            for scene in scenes
+            for family in cards.FAMILIES
+            for q in [q for q in scene.questions if q.family == family][:1]
+        ]
+        taken = [(image.tobytes(), *rest) for image, *rest in cards.questions("test", 10, 2, dense)]
+        assert taken == expected[:10]
+    assert list(cards.questions("test", 0)) == []
+
+
+def test_scenes_of_no_split_are_refused():
+    with pytest.raises(InputError, match="split: expected one of train, validation, test, got 'tests'"):
+        cards.scenes("tests")
+    for seed in (-1, cards.SPLIT_SIZE):
+        with pytest.raises(InputError, match=f"seed: expected 0 to 99999999, a scene of the split, got {seed}"):
+            cards.scenes("train", seed)
+    last = list(cards.scenes("train", cards.SPLIT_SIZE - 1))
+    assert [scene.seed for scene in last] == [cards.SPLITS["validation"] - 1]
+    assert 0 < len(list(cards.questions("train", 1000, cards.SPLIT_SIZE - 1))) <= len(cards.FAMILIES)
+
+
+def test_a_scene_as_a_conversation():
+    scene = cards.draw(5)
+    told = cards.conversation(scene)
+    assert told.id == "5" and told.images == (scene.image,)
+    assert [(turn.answer, turn.family) for turn in told.turns] == [(q.answer, q.family) for q in scene.questions]
+    first, *others = [turn.question for turn in told.turns]
+    assert [first.removeprefix("<image>\n"), *others] == [q.question for q in scene.questions]
+    assert first.startswith("<image>\n")
+    assert cards.conversation(cards.Scene(5, scene.image, [])).turns == ()

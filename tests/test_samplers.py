@@ -203,7 +203,8 @@ def rows_before_layer(model: minifocus.Llava, inputs: Any, instruction: torch.Te
     """The batch as it stands before a decoder layer, by running the layers before it."""
     captured = []
     tiles, sizes = model._split_pixels(inputs.pixel_values, inputs.image_sizes)
-    rows, _ = model.embed(inputs.input_ids, model.encode_pictures(tiles, sizes), inputs.attention_mask, instruction)
+    features = model.encode_pictures(tiles, sizes)
+    rows, _ = model.embed(inputs.input_ids, features, inputs.attention_mask, instruction, model.before_llm)
 
     def before(layer_index: int, layer: Any, rows: Any) -> Any:
         if layer_index == index:
@@ -268,7 +269,7 @@ def test_kept_tokens_keep_their_positions_and_order(folder: Path) -> None:
     model = minifocus.load(folder, sampler="text", keep=3)
     inputs = make_inputs(model, [[(57, 91)]], seed=2)
     tiles, sizes = model._split_pixels(inputs.pixel_values, inputs.image_sizes)
-    rows, pictures = model.embed(inputs.input_ids, model.encode_pictures(tiles, sizes))
+    rows, pictures = model.embed(inputs.input_ids, model.encode_pictures(tiles, sizes), before_llm=model.before_llm)
     caches = [LayerCache() for _ in range(4)]
     done = model.prefill(rows, pictures, caches)
     source = done.rows.source[0]
@@ -306,7 +307,7 @@ def test_cache_equals_recomputation(folder: Path, sampler: str, options: dict[st
 
     tiles, sizes = model._split_pixels(inputs.pixel_values, inputs.image_sizes)
     embedded, pictures = model.embed(
-        inputs.input_ids, model.encode_pictures(tiles, sizes), inputs.attention_mask, instruction
+        inputs.input_ids, model.encode_pictures(tiles, sizes), inputs.attention_mask, instruction, model.before_llm
     )
     caches = [LayerCache() for _ in range(4)]
     prefilled = model.prefill(embedded, pictures, caches).rows

@@ -12,11 +12,13 @@ from ..errors import CheckpointError, InputError
 from .hooks import BeforeLLM, InsideLLM, PictureFeatures, Samplers, Selection, VisualTokens, uncompressed
 from .text_guided import TextGuidedOptions, TextGuidedSampler
 from .vision_guided import (
+    LinearSelector,
     VarianceSelector,
     VisionGuidedOptions,
     VisionGuidedSampler,
     load_selector,
     pools_for,
+    save_selector,
 )
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "VisualTokens",
     "build",
     "names",
+    "save",
     "uncompressed",
 ]
 
@@ -60,6 +63,13 @@ def build(name: str, config: Config, folder: Path, options: Mapping[str, object]
     text = {key: value for key, value in options.items() if key in _TEXT}
     inside = TextGuidedSampler(TextGuidedOptions(**text), config.text) if name in ("focus", "text") else None  # type: ignore[arg-type]
     return Samplers(before, inside)
+
+
+def save(sampler: BeforeLLM | None, folder: Path) -> None:
+    """Write what is learned of a before-LLM sampler; a selector that is there already and is not this one's goes."""
+    (folder / SELECTOR_FILE).unlink(missing_ok=True)
+    if isinstance(sampler, VisionGuidedSampler) and isinstance(sampler.selector, LinearSelector):
+        save_selector(folder / SELECTOR_FILE, sampler.selector, sampler.options)
 
 
 def _vision_guided(config: Config, folder: Path, given: Mapping[str, object]) -> VisionGuidedSampler:

@@ -91,24 +91,8 @@ class TextGuidedSampler:
         if not visual:
             return None
         q_places, k_places = torch.cat(text), torch.cat(visual)
-
-        attention = layer.self_attn
-        hidden = rows.hidden.flatten(0, 1)
-        q = attention.split_heads(attention.q_proj(layer.input_layernorm(hidden[q_places]))[None])
-        k = attention.split_heads(attention.k_proj(layer.input_layernorm(hidden[k_places]))[None])
-        if self.options.rope:
-            positions = rows.positions.flatten()
-            tables = (
-                rope_tables(self.config.rope, self.config.head_dim, positions[p][None], q.dtype)
-                for p in (q_places, k_places)
-            )
-            (q_cos, q_sin), (k_cos, k_sin) = tables
-            q, k = rotate(q, q_cos, q_sin), rotate(k, k_cos, k_sin)
-        offsets = torch.tensor(cu_visual, device=hidden.device)
-        text_offsets = torch.tensor(cu_text, device=hidden.device)
-        scores = importance(
-            q[0].transpose(0, 1), k[0].transpose(0, 1), text_offsets, offsets, self.config.head_dim**-0.5
-        )
+        scores = self.score(layer, rows, q_places, k_places, cu_text, cu_visual)
+        offsets = torch.tensor(cu_visual, device=scores.device)
         index_kept, _ = select_top_p(scores, offsets, self.options.gamma, self.options.keep)
 
         kept = (rows.valid & ~scored).flatten()
@@ -116,3 +100,36 @@ class TextGuidedSampler:
         all_scores = torch.full_like(kept, float("nan"), dtype=scores.dtype)
         all_scores[k_places] = scores
         return Selection(kept.view_as(rows.valid), all_scores.view_as(rows.valid))
+
+    def score(
+        self,
+        layer: DecoderLayer,
+        rows: Rows,
+        words: torch.Tensor,
+        tokens: torch.Tensor,
+        cu_words: list[int],
+        cu_tokens: list[int],
+    ) -> torch.Tensor:
+        """Eq. 6 to 8 before `layer`: the importance of each of `tokens` [N], float32.
+
+        `words` [T] and `tokens` are flat places in [B × S]; item i pairs words cu_words[i] … cu_words[i + 1] - 1 with
+        tokens cu_tokens[i] … cu_tokens[i + 1] - 1. A place may occur in several items.
+        """
+        attention, hidden = layer.self_attn, rows.hidden.flatten(0, 1)
+        q = attention.split_heads(attention.q_proj(layer.input_layernorm(hidden[words]))[None])
+        k = attention.split_heads(attention.k_proj(layer.input_layernorm(hidden[tokens]))[None])
+        if self.options.rope:
+            positions = rows.positions.flatten()
+            tables = (
+                rope_tables(self.config.rope, self.config.head_dim, positions[p][None], q.dtype)
+                for p in (words, tokens)
+            )
+            (q_cos, q_sin), (k_cos, k_sin) = tables
+            q, k = rotate(q, q_cos, q_sin), rotate(k, k_cos, k_sin)
+        return importance(
+            q[0].transpose(0, 1),
+            k[0].transpose(0, 1),
+            torch.tensor(cu_words, device=hidden.device),
+            torch.tensor(cu_tokens, device=hidden.device),
+            self.config.head_dim**-0.5,
+        )

@@ -1,0 +1,59 @@
+"""What a selector learns, and what it takes: the balance loss, small steps, Eq. 2's factor.
+
+python benchmarks/selector.py              # from the stages that `make weights` left in runs/tiny
+
+A selector that starts from nothing is trained beside a frozen model that reads all tokens, under different settings, and
+then asked what scale it gives to regions with text, with other things, and with nothing. To
+benchmarks/results/selector.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from arms import run
+from record import environment
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = {
+    "as the weights here": [],
+    "no balance loss": ["--alpha", "0"],
+    "balance loss / 10": ["--alpha", "0.01"],
+    "balance loss x 5": ["--alpha", "0.5"],
+    "weights' steps x 100": ["--lr-selector", "1e-3"],
+    "Eq. 2 straight-through": ["--straight-through"],
+    "no lean to 1x1 at first": ["--selector-bias", "0"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/tiny")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--count", type=int, default=200, help="scenes to look at")
+    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/selector.json", help="file to write")
+    arguments = parser.parse_args()
+    runs = arguments.runs.resolve()
+    results: dict[str, Any] = {}
+    for number, (name, options) in enumerate(SETTINGS.items()):
+        out = runs / "selector" / str(number)
+        run(
+            [
+                *("examples/train.py", "--model", f"{runs}/full/model", "--out", str(out), "--sampler", "vision"),
+                *("--fresh", "selector", "--freeze", "llm,projector", "--steps", str(arguments.steps)),
+                *("--batch", "6", "--micro-batch", "6", "--first-scene", "40000000", *options),
+            ]
+        )
+        look = ["benchmarks/where.py", "--model", f"{out}/model", "--sampler", "vision", "--line"]
+        found = json.loads(run([*look, "--count", str(arguments.count)]))
+        results[name] = {"options": options, "scales": found["scales"], "tokens": found["tokens_kept"]}
+        print(name, json.dumps(found["scales"]), flush=True)
+    record = {**environment(Path(__file__), "torch", "numpy"), "regions": found["regions"], "settings": results}
+    arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

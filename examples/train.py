@@ -1,0 +1,306 @@
+"""Train a LLaVA-1.5 or LLaVA-NeXT model with FocusLLaVA's samplers.
+
+python examples/train.py --out runs/try --steps 200                        # the embedded model, on pictures drawn for it
+python examples/train.py --stage align --data blip_558k.json --images DIR --model DIR --fresh projector --out runs/align
+python examples/train.py --data llava_665k.json --images DIR --model runs/align/model --out runs/focus
+torchrun --nproc-per-node 8 examples/train.py …                            # the same run, shared by eight processes
+
+Started again with the same arguments, a run goes on from its last checkpoint. It leaves OUT/model (a Hugging Face folder
+with the selector's file), OUT/log.jsonl and OUT/curve.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluate import evaluate
+
+import minifocus
+from minifocus import cards
+from minifocus.conversations import asked_alone, read_conversations
+from minifocus.samplers import SELECTOR_FILE
+from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
+from minifocus.training.curve import draw_curve
+from minifocus.training.examples import Batches, CardScenes, Source
+from minifocus.training.loop import LOG, Process, Settings, fit, keep_freed_memory, make_optimizers
+from minifocus.training.objective import AnswerObjective, Objective
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("vision", "projector", "llm", "selector")
+
+# Learning rates, batch and warm-up by stage: on your own data as the LLaVA line and the paper (§4.1) have them, for the
+# miniature, a thousand times smaller, what was found to work. The selector's weights take the paper's 1e-5 in both: their
+# inputs are products of whole feature vectors (20 ± 30 in the miniature), so that a hundred times as much throws every
+# region from one scale to another within a few steps. Its bias, which the paper does not mention, moves by itself.
+DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
+    ("align", False): dict(
+        lr_projector=1e-3, lr_selector=0.0, lr_selector_bias=0.0, lr_llm=0.0, lr_vision=0.0, batch=256, warmup=0.03
+    ),
+    ("instruct", False): dict(
+        lr_projector=1e-5, lr_selector=1e-5, lr_selector_bias=3e-4, lr_llm=1e-5, lr_vision=2e-6, batch=128, warmup=0.03
+    ),
+    ("align", True): dict(
+        lr_projector=2e-3, lr_selector=0.0, lr_selector_bias=0.0, lr_llm=0.0, lr_vision=0.0, batch=16, warmup=0.05
+    ),
+    ("instruct", True): dict(
+        lr_projector=1e-3, lr_selector=1e-5, lr_selector_bias=3e-3, lr_llm=1e-3, lr_vision=0.0, batch=16, warmup=0.05
+    ),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=str(ROOT / "weights/tiny"), help="folder in Hugging Face's layout to start from")
+    add("--out", required=True, help="folder of the run: checkpoint, log, curve, and the trained model")
+    add(
+        "--stage",
+        default="instruct",
+        choices=("align", "instruct"),
+        help="align: the projector alone, without samplers",
+    )
+    add("--fresh", default="", help="parts to start anew, with commas: projector, selector")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help="conversations in LLaVA's JSON format; default: the miniature's, drawn on the way")
+    data.add_argument("--images", help="folder that the JSON's pictures are named from; default: the JSON's")
+    data.add_argument(
+        "--turns", choices=("chat", "independent"), help="whether a conversation's turns see the ones before"
+    )
+    data.add_argument("--max-turns", type=int, help="of a conversation (miniature: 12)")
+    data.add_argument("--max-tokens", type=int, help="of a sequence; turns that do not fit are left out")
+    data.add_argument("--first-scene", type=int, default=0, help="miniature: the training split's scene to begin with")
+    data.add_argument("--dense", action="store_true", help="miniature: dense scenes only, instead of every fourth")
+    data.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead")
+
+    samplers = parser.add_argument_group("samplers")
+    samplers.add_argument("--sampler", choices=("focus", "vision", "text", "none"), help="default: focus (align: none)")
+    samplers.add_argument("--window", type=int, help="a new selector's: 1, 2, 4, 8 or 12")
+    samplers.add_argument("--branches", type=int, help="a new selector's: 3 or 7")
+    samplers.add_argument("--thumbnail", choices=("keep", "compress", "drop"))
+    samplers.add_argument("--straight-through", action="store_true", help="Eq. 2's factor as p / p.detach()")
+    samplers.add_argument("--selector-bias", type=float, default=1.0, help="a new selector's lean to the finest scale")
+    samplers.add_argument("--alpha", type=float, default=Objective.alpha, help="the balance loss' factor")
+    samplers.add_argument("--scale-weights", help="Eq. 10's weights, coarse to fine, with commas")
+    samplers.add_argument("--gamma", default="0.75,0.95", help="the range to draw gamma from")
+    samplers.add_argument(
+        "--layers", default="0.25,0.75", help="the range of depths to draw the text sampler's layer from"
+    )
+    samplers.add_argument(
+        "--sampler-dropout", type=float, default=0.0, help="a sample's chance to go without a sampler"
+    )
+
+    steps = parser.add_argument_group("steps")
+    steps.add_argument("--steps", type=int, help="default: one pass over the data (miniature: 500)")
+    steps.add_argument("--batch", type=int, help="examples per step, over all processes")
+    steps.add_argument("--micro-batch", type=int, help="examples per forward pass of a process (miniature: 4; else 1)")
+    steps.add_argument("--warmup", type=float, help="share of the steps over which the learning rates rise")
+    steps.add_argument("--final-lr", type=float, default=0.0, help="where the cosine ends, as a share of the peak")
+    for part in PARTS:
+        steps.add_argument(f"--lr-{part}", type=float, help=f"peak learning rate of the {part}; 0 freezes it")
+    steps.add_argument("--lr-selector-bias", type=float, help="peak learning rate of the selector's bias")
+    steps.add_argument("--freeze", default="", help=f"parts to leave as they are, with commas: {', '.join(PARTS)}")
+    steps.add_argument("--optimizer", choices=("adamw", "muon"), help="default: adamw (miniature: muon for matrices)")
+    steps.add_argument("--weight-decay", type=float, default=0.0)
+    steps.add_argument("--beta2", type=float, default=0.98)
+    steps.add_argument("--max-grad-norm", type=float, default=1.0)
+    steps.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    steps.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    steps.add_argument("--device", help="default: cuda where there is one, else cpu")
+    steps.add_argument("--seed", type=int, default=0)
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    output.add_argument("--log-every", type=int, default=10)
+    output.add_argument(
+        "--validate", type=int, default=0, help="ask this many questions of the validation split (or data)"
+    )
+    output.add_argument("--validate-every", type=int, default=200)
+    output.add_argument("--validation-data", help="a JSON file to validate on, with --data")
+    return parser.parse_args()
+
+
+def names(text: str, option: str, known: tuple[str, ...]) -> set[str]:
+    found = {name.strip() for name in text.split(",") if name.strip()}
+    if found - set(known):
+        raise minifocus.InputError(f"--{option}: expected some of {', '.join(known)}, got {text!r}")
+    return found
+
+
+def numbers(text: str, option: str, count: int | None = None) -> tuple[float, ...]:
+    try:
+        values = tuple(float(value) for value in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or (count is not None and len(values) != count):
+        wanted = f"{count} numbers" if count else "numbers"
+        raise minifocus.InputError(f"--{option}: expected {wanted} with commas between, got {text!r}")
+    return values
+
+
+def load_model(arguments: argparse.Namespace, fresh: set[str], device: torch.device) -> minifocus.Llava:
+    """The model to train, in float32, with its samplers; parts that are to start anew do."""
+    sampler = arguments.sampler
+    given = {"window": arguments.window, "branches": arguments.branches, "thumbnail": arguments.thumbnail}
+    options = {name: value for name, value in given.items() if value is not None}
+    if arguments.straight_through:
+        options["straight_through"] = True
+    has_selector = (Path(arguments.model) / SELECTOR_FILE).is_file() and "selector" not in fresh
+    learned = sampler in ("focus", "vision")
+    if not learned and options:
+        raise minifocus.InputError(f"--{next(iter(options))}: sampler {sampler!r} has no such option")
+    if learned and not has_selector:
+        inside = "text" if sampler == "focus" else "none"
+        model = minifocus.load(arguments.model, inside, device, "float32")
+        full = VisionGuidedOptions(**options)
+        selector = LinearSelector(
+            model.config.vision.grid**2, len(pools_for(full.window, full.branches)), full.score_pool
+        )
+        with torch.no_grad():
+            # From reading everything, the selector has to find out what it can do without.
+            selector.bias[-1] = arguments.selector_bias
+        model.before_llm = VisionGuidedSampler(selector, full).to(device)
+    else:
+        model = minifocus.load(arguments.model, sampler, device, "float32", **options)
+    if "projector" in fresh:
+        torch.manual_seed(arguments.seed)
+        for layer in (model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2):
+            layer.reset_parameters()
+        if model.config.anyres:
+            torch.nn.init.normal_(model.image_newline, std=model.config.text.hidden_size**-0.5)
+    model.language_model.model.recompute = arguments.gradient_checkpointing
+    return model
+
+
+def learning_rate(name: str, rates: dict[str, float], model: minifocus.Llava) -> float:
+    """By a parameter's name; 0 also for what no loss reaches: the tower's norm and blocks after the features' layers."""
+    name = name.removeprefix("model.")
+    if name.startswith("vision_tower."):
+        block = name.removeprefix("vision_tower.encoder.layers.").split(".")[0]
+        unused = "post_layernorm" in name or (block.isdigit() and int(block) >= max(model.config.feature_layers))
+        return 0.0 if unused else rates["vision"]
+    if name.startswith("before_llm."):
+        return rates["selector_bias" if name.endswith(".bias") else "selector"]
+    return rates["llm" if name.startswith("language_model.") else "projector"]
+
+
+def train(arguments: argparse.Namespace) -> None:
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    process = Process.join(device)
+    miniature = arguments.data is None
+    for name, value in DEFAULTS[arguments.stage, miniature].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    arguments.sampler = arguments.sampler or ("none" if arguments.stage == "align" else "focus")
+    arguments.optimizer = arguments.optimizer or ("muon" if miniature else "adamw")
+    arguments.turns = arguments.turns or ("independent" if miniature else "chat")
+    frozen, fresh = names(arguments.freeze, "freeze", PARTS), names(arguments.fresh, "fresh", PARTS[1::2])
+    rates = {part: 0.0 if part in frozen else getattr(arguments, f"lr_{part}") for part in PARTS}
+    rates["selector_bias"] = 0.0 if "selector" in frozen else arguments.lr_selector_bias
+
+    model = load_model(arguments, fresh, device)
+    source: Source
+    if miniature:
+        source = CardScenes(first=arguments.first_scene, dense=True if arguments.dense else None)
+    else:
+        source = read_conversations(arguments.data, arguments.images)
+    independent = arguments.turns == "independent"
+    batches = Batches(
+        model,
+        source,
+        arguments.micro_batch or (4 if miniature else 1),
+        arguments.seed,
+        independent,
+        arguments.max_turns or (12 if miniature else None),
+        arguments.max_tokens,
+        shuffle=not miniature,
+    )
+    steps = arguments.steps or (500 if miniature else max(1, len(source) // arguments.batch))
+    settings = Settings(
+        steps=steps,
+        batch=arguments.batch,
+        micro_batch=batches.size,
+        warmup_steps=round(arguments.warmup * steps),
+        final_lr=arguments.final_lr,
+        max_grad_norm=arguments.max_grad_norm,
+        muon=arguments.optimizer == "muon",
+        betas=(0.9, arguments.beta2),
+        weight_decay=arguments.weight_decay,
+        bf16=device.type == "cuda" if arguments.bf16 is None else arguments.bf16,
+        save_every=arguments.save_every,
+        log_every=arguments.log_every,
+    )
+    weights = arguments.scale_weights
+    objective = Objective(
+        alpha=arguments.alpha,
+        scale_weights=None if weights is None else numbers(weights, "scale-weights"),
+        gamma=numbers(arguments.gamma, "gamma", 2),
+        layers=numbers(arguments.layers, "layers", 2),
+        sampler_dropout=arguments.sampler_dropout,
+        independent=independent,
+    )
+    task = AnswerObjective(model, objective, arguments.seed)
+    optimizers = make_optimizers(task, partial(learning_rate, rates=rates, model=model), settings)
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    ignored = ("out", "device", "save_every", "log_every", "validate", "validate_every", "validation_data", "workers")
+    identity = {name: value for name, value in vars(arguments).items() if name not in ignored}
+
+    def validate() -> dict[str, Any]:
+        if miniature:
+            asked = cards.questions("validation", arguments.validate, dense=True if arguments.dense else None)
+            questions, count = asked, arguments.validate
+        else:
+            held_out = read_conversations(arguments.validation_data, arguments.images)
+            every = [q for conversation in held_out for q in asked_alone(conversation)][: arguments.validate]
+            questions, count = iter(every), len(every)
+        result = evaluate(model, questions, 16, count)
+        return {name: result[name] for name in ("accuracy", "families", "tokens")}
+
+    seconds = fit(
+        task,
+        optimizers,
+        batches,
+        settings,
+        out,
+        device,
+        identity,
+        workers=arguments.workers,
+        validate=validate if arguments.validate and (miniature or arguments.validation_data) else None,
+        validate_every=arguments.validate_every,
+        title=arguments.stage,
+    )
+    if process.rank == 0:
+        model.save(out / "model")
+        print(f"{settings.steps} steps in {seconds:.0f} s; the model is in {out / 'model'}")
+        try:
+            draw_curve(out / LOG, out / "curve.png")
+        except ImportError:
+            print(f"{out / 'curve.png'} is not drawn: it needs matplotlib", file=sys.stderr)
+    process.leave()
+
+
+def main() -> int:
+    try:
+        train(parse_arguments())
+    except (minifocus.CheckpointError, minifocus.InputError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Questions and answers about pictures in LLaVA's JSON format, read strictly.
+
+A file is a JSON list of records, or, where its name ends in .jsonl, one record per line:
+
+    {"id": "7", "image": "a.png",                 (or a list of names; absent for a conversation about no picture)
+     "conversations": [{"from": "human", "value": "<image>\\nWhat does the sign say?"}, {"from": "gpt", "value": "stop"}],
+     "families": ["read"]}                        (optional, not LLaVA's: the family of each question)
+
+The two sides take turns, and there is one `<image>` in the questions for each picture. What is not so is refused with the
+file, the record and the key. Other keys are of no concern here.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .errors import InputError
+from .prompt import IMAGE
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question as it stands in the file, with its `<image>` places, the answer to it, and its family if it has one."""
+
+    question: str
+    answer: str
+    family: str | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns about `images`, which are in the order of the `<image>` places. `id` need not be unique: LLaVA's are not."""
+
+    id: str
+    images: tuple[Path | Image.Image, ...]
+    turns: tuple[Turn, ...]
+
+
+def read_conversations(
+    file: str | PathLike[str], image_folder: str | PathLike[str] | None = None
+) -> list[Conversation]:
+    """All records of a file, in its order. Pictures are named relative to `image_folder`: by default the file's own.
+
+    A record without an id gets its number, from 0. A first turn of "gpt" answers nothing and is left out, as LLaVA's own
+    training does; a "system" turn is refused. Raises InputError for whatever does not follow the format. Pictures are
+    not looked for: a file of 665,000 records names too many. Whoever opens one (`minifocus.image.open_image`) checks it.
+    """
+    path = Path(file)
+    if image_folder is not None and not Path(image_folder).is_dir():
+        raise InputError(f"{image_folder}: expected a folder with pictures: there is none")
+    folder = path.parent if image_folder is None else Path(image_folder)
+    conversations: list[Conversation] = []
+    for place, record in _records(path):
+        try:
+            conversations.append(_conversation(record, len(conversations), folder))
+        except InputError as error:
+            raise InputError(f"{path}: {place}: {error}") from None
+    if not conversations:
+        raise InputError(f"{path}: expected at least one record, got none")
+    return conversations
+
+
+def asked_alone(
+    conversation: Conversation,
+) -> Iterator[tuple[tuple[Path | Image.Image, ...], str, str, str | None]]:
+    """Each turn as if it were the only one, about all of the pictures: (images, question, answer, family).
+
+    The question keeps its `<image>` places if they are all of the conversation's. Otherwise it loses them, and
+    `build_prompt` puts all of the pictures in front of it: so a later turn is asked about what the first one showed.
+    """
+    for turn in conversation.turns:
+        question = turn.question
+        if question.count(IMAGE) != len(conversation.images):
+            question = question.replace(IMAGE, "").strip()
+        yield conversation.images, question, turn.answer, turn.family
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The file's records, unchecked, each with its place. Lines count from 1 as in editors, records from 0 as in JSON."""
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "not a file" if path.exists() else "no such file"
+        raise InputError(f"{path}: expected a JSON file: this is {kind}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not readable as text: {error}") from error
+    if path.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold a U+2028
+            if line.strip():
+                yield f"line {number}", _parse(line, f"{path}: line {number}")
+        return
+    records = _parse(text, str(path))
+    if not isinstance(records, list):
+        raise InputError(f"{path}: expected a list of records, got {reprlib.repr(records)}")
+    for number, record in enumerate(records):
+        yield f"record {number}", record
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not readable as JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that is there twice, json would silently drop the first."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"a key is there twice in {reprlib.repr(pairs)}")
+    return fields
+
+
+def _conversation(record: Any, number: int, folder: Path) -> Conversation:
+    """Check one record. Errors begin with the key."""
+    if not isinstance(record, dict):
+        raise InputError(f"expected an object, got {reprlib.repr(record)}")
+    name = record.get("id")
+    if name is not None and type(name) not in (str, int):
+        raise _error("id", "text or a whole number", name)
+    images = record.get("image")
+    images = [] if images is None else [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise _error("image", "a picture's name or a list of them", record["image"])
+    turns = _turns(record)
+    places = sum(turn.question.count(IMAGE) for turn in turns)
+    if places != len(images):
+        raise _error("conversations", f"one {IMAGE} for each of {len(images)} pictures", places)
+    return Conversation(str(number if name is None else name), tuple(folder / image for image in images), turns)
+
+
+def _turns(record: dict[str, Any]) -> tuple[Turn, ...]:
+    said = record.get("conversations")
+    if not isinstance(said, list):
+        raise _error("conversations", "a list of what human and gpt say in turn", said)
+    skip = 1 if said and isinstance(said[0], dict) and said[0].get("from") == "gpt" else 0
+    values = [
+        _value(f"conversations[{i}]", said[i], "gpt" if (i - skip) % 2 else "human") for i in range(skip, len(said))
+    ]
+    if not values or len(values) % 2:
+        raise InputError(f"conversations: expected questions with an answer to each, got {len(values)} turns")
+    questions, answers = values[::2], values[1::2]
+    families = record.get("families")
+    if families is None:
+        families = [None] * len(questions)
+    elif not isinstance(families, list) or not all(isinstance(family, str) and family for family in families):
+        raise _error("families", "a list of names", families)
+    if len(families) != len(questions):
+        raise _error("families", f"one for each of {len(questions)} questions", families)
+    return tuple(Turn(*turn) for turn in zip(questions, answers, families, strict=True))
+
+
+def _value(key: str, said: Any, side: str) -> str:
+    """What `side` says: text with words, and with `<image>` places in a question only."""
+    if not isinstance(said, dict):
+        raise _error(key, 'an object with "from" and "value"', said)
+    if said.get("from") != side:
+        raise _error(f"{key}.from", repr(side), said.get("from"))
+    value = said.get("value")
+    if not isinstance(value, str) or not value.replace(IMAGE, "").strip():
+        raise _error(f"{key}.value", "text", value)
+    if side == "gpt" and IMAGE in value:
+        raise _error(f"{key}.value", f"an answer without {IMAGE}", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, a tokenizer cannot read it
+        raise _error(f"{key}.value", "whole characters", value) from None
+    return value
+
+
+def _error(key: str, expected: str, got: Any) -> InputError:
+    return InputError(f"{key}: expected {expected}, got {reprlib.repr(got)}")

@@ -1,0 +1,46 @@
+"""The picture of a run: its losses, the share of each scale and the tokens kept, from its log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .loop import read_log
+
+PANELS = {
+    "loss": ("loss", "balance_loss"),
+    "share of regions": ("scale_",),
+    "share of visual tokens": ("tokens", "tokens_entered"),
+    "exact answers": ("accuracy",),
+}
+
+
+def draw_curve(log: Path, picture: Path) -> None:
+    """Write a PNG. Raises ImportError without matplotlib."""
+    import matplotlib  # only here: nothing else needs it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_log(log)
+    names = sorted({name for line in lines for name in line} - {"step", "seconds", "lr"})
+    panels = {
+        title: [
+            name for name in names if any(name == key or (key.endswith("_") and name.startswith(key)) for key in keys)
+        ]
+        for title, keys in PANELS.items()
+    }
+    panels = {title: own for title, own in panels.items() if own}
+    figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(4.2 * max(1, len(panels)), 3.2), squeeze=False)
+    for axis, (title, own) in zip(axes[0], panels.items(), strict=False):
+        for name in own:
+            points = [(line["step"], line[name]) for line in lines if isinstance(line.get(name), int | float)]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 20 else None)
+        axis.set(title=title, xlabel="step")
+        if title == "loss":
+            axis.set_yscale("log")
+        axis.legend(fontsize="small")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)

@@ -1,0 +1,111 @@
+"""What is minimised: the answers' cross-entropy and the balance loss, with randomness in the samplers (paper §3.2, §3.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..errors import InputError
+from ..samplers.vision_guided import VisionGuidedSampler, balance_loss
+from .examples import Batch
+from .packed import Guidance, forward
+
+if TYPE_CHECKING:
+    from ..model import Llava
+
+
+@dataclass(frozen=True)
+class Objective:
+    """
+    alpha            the balance loss' factor (Eq. 3), 0.1 in the paper; 0: none
+    scale_weights    one weight per scale, coarse to fine (Eq. 10, "imbalance"); they are made to sum to the number of scales
+    gamma            the text-guided sampler's share, drawn per sample from this range. The paper draws it at random and does
+                     not say from where: this range is a guess
+    layers           its layer, drawn per sample from this range of depths, both ends included; the paper's 8 … 24 of 32
+    sampler_dropout  each of the two samplers is off for a sample with this probability, so that one set of weights
+                     answers with and without them; not in the paper
+    independent      the turns of a conversation do not see one another
+    """
+
+    alpha: float = 0.1
+    scale_weights: tuple[float, ...] | None = None
+    gamma: tuple[float, float] = (0.75, 0.95)
+    layers: tuple[float, float] = (0.25, 0.75)
+    sampler_dropout: float = 0.0
+    independent: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.alpha >= 0:
+            raise InputError(f"alpha: expected a number of at least 0, got {self.alpha}")
+        if self.scale_weights is not None and not (min(self.scale_weights) >= 0 < sum(self.scale_weights)):
+            raise InputError(f"scale_weights: expected numbers of at least 0, not all 0, got {self.scale_weights}")
+        for name, (low, high), least in (("gamma", self.gamma, 1e-9), ("layers", self.layers, 0.0)):
+            if not least <= low <= high <= 1:
+                raise InputError(f"{name}: expected a range between 0 and 1, got {low} to {high}")
+        if not 0 <= self.sampler_dropout <= 1:
+            raise InputError(f"sampler_dropout: expected a probability, got {self.sampler_dropout}")
+
+
+def draw_guidance(objective: Objective, depth: int, seed: int, position: int, size: int, model: Llava) -> Guidance:
+    """How the examples at `position` … `position + size - 1` of a run are sampled: it follows from the seed alone."""
+    low, high = (round(share * depth) for share in objective.layers)
+    pooled, layers, gammas = [], [], []
+    for place in range(position, position + size):
+        rng = np.random.default_rng([seed, 2, place])
+        keep_map, keep_all = rng.random(2) < objective.sampler_dropout
+        layer = int(rng.integers(min(low, depth - 1), min(high, depth - 1) + 1))
+        pooled.append(model.before_llm is not None and not keep_map)
+        layers.append(None if model.inside_llm is None or keep_all else layer)
+        gammas.append(float(rng.uniform(*objective.gamma)))
+    return Guidance(pooled, layers, gammas)
+
+
+class AnswerObjective(nn.Module):
+    """A model with its loss. Parameters: the model's, under `model.`."""
+
+    def __init__(self, model: Llava, objective: Objective, seed: int):
+        super().__init__()
+        self.model, self.objective, self.seed = model, objective, seed
+        before, weights = model.before_llm, objective.scale_weights
+        self.scale_weights: torch.Tensor | None = None
+        if isinstance(before, VisionGuidedSampler) and weights is not None:
+            if len(weights) != len(before.pools):
+                raise InputError(f"scale_weights: expected {len(before.pools)}, one per scale, got {len(weights)}")
+            self.scale_weights = torch.tensor(weights) * len(weights) / sum(weights)
+
+    def forward(self, batch: Batch, num_targets: int, num_batches: int) -> tuple[torch.Tensor, dict[str, float]]:
+        """The part of a step's loss that this micro-batch adds, and figures to report.
+
+        num_targets, num_batches: the answers' tokens and the micro-batches of the whole step, over all processes. The
+        cross-entropy is a mean over the step's tokens, the balance loss a mean over its micro-batches.
+        """
+        depth = self.model.config.text.num_hidden_layers
+        size = len(batch.pictures)
+        guidance = draw_guidance(self.objective, depth, self.seed, batch.position, size, self.model)
+        output = forward(self.model, batch, guidance, self.objective.independent)
+        answers = F.cross_entropy(output.logits.float(), output.targets, reduction="sum")
+        loss = answers / num_targets
+        figures = {
+            "loss": float(answers.detach()) / max(len(output.targets), 1),
+            "tokens": float(output.share.mean()),
+            "tokens_entered": float(output.entered.mean()),
+        }
+        logits = [p.logits for own in output.pictures for p in own if p.logits is not None]
+        if isinstance(self.model.before_llm, VisionGuidedSampler):
+            # A step in which no picture was pooled still gives the selector a gradient, of zero, as other processes may.
+            loss = loss + 0.0 * sum(p.float().sum() for p in self.model.before_llm.parameters() if p.requires_grad)
+            if logits:
+                scores = torch.cat(logits).float()
+                weights = None if self.scale_weights is None else self.scale_weights.to(scores.device)
+                balance = balance_loss(scores, self.objective.alpha, weights)
+                loss = loss + balance / num_batches
+                shares = F.one_hot(scores.argmax(-1), scores.shape[1]).float().mean(0).tolist()
+                figures["balance_loss"] = float(balance.detach())
+                for (down, across), share in zip(self.model.before_llm.pools, shares, strict=True):
+                    figures[f"scale_{down}x{across}"] = share
+        return loss, figures

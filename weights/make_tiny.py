@@ -1,0 +1,104 @@
+"""Make everything in weights/tiny from nothing: ``python weights/make_tiny.py`` (or ``make weights``).
+
+A list of commands, each of which can be run by itself, goes on from its last checkpoint and does nothing when it is done:
+
+1. ``files``   config.json and a tokenizer, trained on the questions
+2. ``vision``  the vision tower's pretraining; it stands in for CLIP's and is frozen from here on
+3. ``warmup``  projector and decoder learn to answer, with two aids: stands in for a pretrained language model and an
+               aligned projector
+4. ``full``    instruction tuning with all visual tokens (examples/train.py)
+5. ``focus``   instruction tuning with both samplers (examples/train.py), off now and then, so that the same weights
+               answer without them
+
+Checkpoints and logs go to ``runs/tiny``; weights/tiny gets the model, weights/training the logs, curves and a record.
+The work is shared by processes of one thread each: one process of several threads is many times slower when something
+else runs on the machine, for each of its operators waits for the slowest thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = {"vision": 2800, "warmup": 1200, "full": 450, "focus": 650}
+
+
+def commands(runs: Path, steps: dict[str, int], scenes: int, validate: int) -> dict[str, list[str]]:
+    """Stage → script and arguments."""
+    train = ["examples/train.py", "--batch", "12", "--micro-batch", "6", "--validate", str(validate)]
+    return {
+        "files": ["weights/tiny_files.py", f"{runs}/files"],
+        "vision": [
+            *("weights/tiny_vision.py", "--model", f"{runs}/files", "--out", f"{runs}/vision"),
+            *("--steps", str(steps["vision"]), "--scenes", str(scenes)),
+        ],
+        "warmup": [
+            *("weights/tiny_warmup.py", "--model", f"{runs}/files", "--tower", f"{runs}/vision/tower.safetensors"),
+            *("--out", f"{runs}/warmup", "--steps", str(steps["warmup"])),
+        ],
+        "full": [
+            *(*train, "--model", f"{runs}/warmup/model", "--out", f"{runs}/full", "--steps", str(steps["full"])),
+            *("--sampler", "none", "--first-scene", "10000000", "--final-lr", "0.3"),
+            *("--lr-llm", "1.5e-3", "--lr-projector", "1.5e-3"),
+        ],
+        "focus": [
+            *(*train, "--model", f"{runs}/full/model", "--out", f"{runs}/focus", "--steps", str(steps["focus"])),
+            *("--sampler", "focus", "--sampler-dropout", "0.25", "--first-scene", "20000000"),
+        ],
+    }
+
+
+def run(stage: str, command: list[str], processes: int) -> float:
+    """One stage; returns its seconds."""
+    shared = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    whole = [sys.executable, *(shared if processes > 1 and stage != "files" else []), *command]
+    print("$", " ".join(["python", *whole[1:]]), flush=True)
+    begun = time.perf_counter()
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {})
+    done = subprocess.run(whole, cwd=ROOT, env=environment, check=False)
+    if done.returncode:
+        sys.exit(f"error: stage {stage!r} ended with {done.returncode}; started again, it goes on from its checkpoint")
+    return time.perf_counter() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "weights/tiny", help="model folder to write")
+    parser.add_argument(
+        "--record", type=Path, default=ROOT / "weights/training", help="folder for logs, curves and record"
+    )
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs/tiny", help="checkpoints, to go on from")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="two steps of each stage, to try the script out")
+    arguments = parser.parse_args()
+    runs = arguments.runs.resolve()
+    steps = dict.fromkeys(STEPS, 2) if arguments.quick else STEPS
+    seconds = {}
+    for stage, command in commands(runs, steps, *((16, 8) if arguments.quick else (9000, 400))).items():
+        seconds[stage] = round(run(stage, command, arguments.processes), 1)
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    arguments.record.mkdir(parents=True, exist_ok=True)
+    for file in (runs / "focus/model").iterdir():
+        shutil.copyfile(file, arguments.output / file.name)
+    for stage in STEPS:
+        shutil.copyfile(runs / stage / "log.jsonl", arguments.record / f"{stage}.jsonl")
+        if (runs / stage / "curve.png").exists():
+            shutil.copyfile(runs / stage / "curve.png", arguments.record / f"{stage}.png")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from record import environment
+
+    record = {**environment(Path(__file__), "torch", "numpy", "sentencepiece"), "steps": steps, "seconds": seconds}
+    (arguments.record / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"{sum(seconds.values()) / 60:.1f} minutes; the model is in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
