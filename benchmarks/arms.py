@@ -32,8 +32,8 @@ SAMPLERS = {"control": "none", "focus": "focus", "single": "focus"}
 def run(command: list[str]) -> str:
     """The last line that a command printed."""
     print("$", " ".join(["python", *command]), flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    shared = os.environ | ({"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {})
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=shared, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"error: it ended with {done.returncode}")
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""

@@ -12,6 +12,7 @@ with the selector's file), OUT/log.jsonl and OUT/curve.png.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from functools import partial
@@ -126,6 +127,42 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """What argparse does not, and what nothing that is called later does."""
+
+    def expect(fits: bool, name: str, expected: str) -> None:
+        if not fits:
+            option = name.replace("_", "-")
+            raise minifocus.InputError(f"--{option}: expected {expected}, got {getattr(arguments, name)}")
+
+    at_least_1 = (
+        "steps",
+        "batch",
+        "micro_batch",
+        "max_turns",
+        "max_tokens",
+        "save_every",
+        "log_every",
+        "validate_every",
+    )
+    at_least_0 = ("first_scene", "workers", "validate", "seed", "weight_decay", "final_lr", "lr_selector_bias")
+    for least, options in ((1, at_least_1), (0, (*at_least_0, *(f"lr_{part}" for part in PARTS)))):
+        for name in options:
+            value = getattr(arguments, name)
+            expect(value is None or least <= value < math.inf, name, f"a number of at least {least}")
+    expect(arguments.warmup is None or 0 <= arguments.warmup <= 1, "warmup", "a share from 0 to 1")
+    expect(0 <= arguments.beta2 < 1, "beta2", "a number from 0 to below 1")
+    expect(arguments.max_grad_norm > 0, "max_grad_norm", "a number above 0")
+    expect(math.isfinite(arguments.selector_bias), "selector_bias", "a finite number")
+    if arguments.data is None:
+        for name in ("images", "validation_data"):
+            expect(getattr(arguments, name) is None, name, "--data beside it")
+    else:
+        for name in ("dense", "first_scene"):
+            expect(not getattr(arguments, name), name, "no --data, as it is of the miniature")
+        expect(not arguments.validate or arguments.validation_data, "validate", "--validation-data beside it")
+
+
 def names(text: str, option: str, known: tuple[str, ...]) -> set[str]:
     found = {name.strip() for name in text.split(",") if name.strip()}
     if found - set(known):
@@ -154,11 +191,14 @@ def load_model(arguments: argparse.Namespace, fresh: set[str], device: torch.dev
     has_selector = (Path(arguments.model) / SELECTOR_FILE).is_file() and "selector" not in fresh
     learned = sampler in ("focus", "vision")
     if not learned and options:
-        raise minifocus.InputError(f"--{next(iter(options))}: sampler {sampler!r} has no such option")
+        option = next(iter(options)).replace("_", "-")
+        raise minifocus.InputError(f"--{option}: sampler {sampler!r} has no such option")
     if learned and not has_selector:
         inside = "text" if sampler == "focus" else "none"
         model = minifocus.load(arguments.model, inside, device, "float32")
         full = VisionGuidedOptions(**options)
+        if full.thumbnail != "keep" and not model.config.anyres:
+            raise minifocus.InputError(f"--thumbnail: LLaVA-1.5 has no thumbnail to {full.thumbnail}")
         selector = LinearSelector(
             model.config.vision.grid**2, len(pools_for(full.window, full.branches)), full.score_pool
         )
@@ -191,7 +231,11 @@ def learning_rate(name: str, rates: dict[str, float], model: minifocus.Llava) ->
 
 
 def train(arguments: argparse.Namespace) -> None:
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check(arguments)
+    try:
+        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise minifocus.InputError(f"--device: {str(error).splitlines()[0]}") from error
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -253,16 +297,20 @@ def train(arguments: argparse.Namespace) -> None:
     task = AnswerObjective(model, objective, arguments.seed)
     optimizers = make_optimizers(task, partial(learning_rate, rates=rates, model=model), settings)
     out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise minifocus.InputError(f"--out: {out}: {error}") from error
     ignored = ("out", "device", "save_every", "log_every", "validate", "validate_every", "validation_data", "workers")
     identity = {name: value for name, value in vars(arguments).items() if name not in ignored}
+
+    held_out = read_conversations(arguments.validation_data, arguments.images) if arguments.validation_data else []
 
     def validate() -> dict[str, Any]:
         if miniature:
             asked = cards.questions("validation", arguments.validate, dense=True if arguments.dense else None)
             questions, count = asked, arguments.validate
         else:
-            held_out = read_conversations(arguments.validation_data, arguments.images)
             every = [q for conversation in held_out for q in asked_alone(conversation)][: arguments.validate]
             questions, count = iter(every), len(every)
         result = evaluate(model, questions, 16, count)

@@ -75,7 +75,8 @@ def locate(scene: cards.Scene) -> Places:
     top, left, rows, cols = unpadded_grid((height, width), canvas, cards.TILE, GRID)
     whole = patch_cover(view.boxes(boxes), canvas[0] // PATCH, canvas[1] // PATCH)
     cells = np.pad(whole[:, top : top + rows, left : left + cols], ((0, 0), (0, 0), (0, 1)))
-    things = np.concatenate([thumbnail.reshape(len(boxes), -1), cells.reshape(len(boxes), -1)], axis=1) > 0.05
+    shares = [thumbnail.reshape(len(boxes), GRID * GRID), cells.reshape(len(boxes), rows * (cols + 1))]
+    things = np.concatenate(shares, axis=1) > 0.05
     place = np.arange(things.shape[1]) - GRID * GRID
     newline = (place >= 0) & (place % (cols + 1) == cols)
     digits = np.zeros((len(boxes), 3), np.int64)

@@ -2,10 +2,10 @@
 
     python scripts/gpu_check.py --out DIR
 
-In order, each step with a time limit of its own, under 8 minutes in all: build both halves for this GPU; the tests marked
-`gpu`; importance's tensor-core kernels; compute-sanitizer's memcheck and racecheck on a few calls of every operator; the
-benchmarks. DIR/gpu_check.json holds every step's result, the commit, the device and the versions; DIR/<step>.log what it
-printed. A step that fails does not keep the next from running, but the build does.
+In order, each step with a time limit of its own, under 10 minutes in all: build both halves for this GPU; the tests marked
+`gpu`; the benchmarks, with importance's tensor-core kernels and without; 20 steps of training in bfloat16; compute-sanitizer's
+memcheck and racecheck on a few calls of every operator. DIR/gpu_check.json holds every step's result, the commit, the device
+and the versions; DIR/<step>.log what it printed. A step that fails does not keep the next from running, but the build does.
 
 Exit status: 0 all passed, 1 a step failed, 2 usage, 3 there is no GPU.
 """
@@ -18,6 +18,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -86,6 +87,8 @@ def steps(capability: tuple[int, int], out: Path) -> list[tuple[str, list[str], 
             60,
         ),
     ]
+    train = [python, "examples/train.py", "--device", "cuda", "--bf16", "--steps", "20", "--log-every", "1"]
+    every.append(("training", [*train, "--out", tempfile.mkdtemp()], {}, 50))
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     for tool in ("memcheck", "racecheck"):
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-c", SANITIZED]

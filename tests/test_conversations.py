@@ -442,6 +442,23 @@ def test_the_accounts() -> None:
     assert unnamed["intervals"] == {"all": unnamed["interval_95"]}
 
 
+def test_what_is_asked_of_the_miniature(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = []
+
+    def questions(*arguments: Any) -> Any:
+        taken.append(arguments)
+        return iter([(None, "say red", "red", "read"), (None, "say no", "yes", "relate")])
+
+    monkeypatch.setattr(cards, "questions", questions)
+    monkeypatch.setattr(minifocus, "load", lambda *arguments, **options: Parrot())
+    assert evaluate(monkeypatch, "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["families"] == {"read": 1.0, "relate": 0.0}
+    assert evaluate(monkeypatch, "--dense", "--seed", 7, "--count", 5, "--split", "validation") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in shown[1:4]] == [["read", "100.0%"], ["relate", "0.0%"], ["all", "50.0%"]]
+    assert taken == [("test", 1000, 0, None), ("validation", 5, 7, True)]
+
+
 def test_an_error_names_the_questions() -> None:
     with pytest.raises(InputError, match="^questions 3 to 4: prompt: boom$"):
         evaluation.evaluate(Parrot(), [(None, q, "red", None) for q in ("a", "b", "c", "boom", "d")], batch=2)

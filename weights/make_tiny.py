@@ -26,6 +26,8 @@ import sys
 import time
 from pathlib import Path
 
+from minifocus.training.curve import draw_curve
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = {"vision": 2800, "warmup": 1200, "full": 450, "focus": 650}
 
@@ -78,11 +80,18 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="two steps of each stage, to try the script out")
     arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from record import environment
+
+    record = environment(Path(__file__), "torch", "numpy", "sentencepiece")
     runs = arguments.runs.resolve()
     steps = dict.fromkeys(STEPS, 2) if arguments.quick else STEPS
-    seconds = {}
+    runs.mkdir(parents=True, exist_ok=True)
+    times = runs / "seconds.json"  # of all runs that it took
+    seconds = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
     for stage, command in commands(runs, steps, *((16, 8) if arguments.quick else (9000, 400))).items():
-        seconds[stage] = round(run(stage, command, arguments.processes), 1)
+        seconds[stage] = round(seconds.get(stage, 0) + run(stage, command, arguments.processes), 1)
+        times.write_text(json.dumps(seconds), encoding="utf-8")
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     arguments.record.mkdir(parents=True, exist_ok=True)
@@ -90,12 +99,8 @@ def main() -> None:
         shutil.copyfile(file, arguments.output / file.name)
     for stage in STEPS:
         shutil.copyfile(runs / stage / "log.jsonl", arguments.record / f"{stage}.jsonl")
-        if (runs / stage / "curve.png").exists():
-            shutil.copyfile(runs / stage / "curve.png", arguments.record / f"{stage}.png")
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from record import environment
-
-    record = {**environment(Path(__file__), "torch", "numpy", "sentencepiece"), "steps": steps, "seconds": seconds}
+        draw_curve(arguments.record / f"{stage}.jsonl", arguments.record / f"{stage}.png")
+    record |= {"steps": steps, "seconds": seconds}
     (arguments.record / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"{sum(seconds.values()) / 60:.1f} minutes; the model is in {arguments.output}")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from .loop import read_log
 
 PANELS = {
-    "loss": ("loss", "balance_loss"),
-    "share of regions": ("scale_",),
-    "share of visual tokens": ("tokens", "tokens_entered"),
-    "exact answers": ("accuracy",),
+    "loss": lambda name: name == "loss" or name.endswith("_loss"),
+    "share of regions": lambda name: name.startswith("scale_"),
+    "share of visual tokens": lambda name: name in ("tokens", "tokens_entered"),
+    "exact answers": lambda name: name == "accuracy",
 }
 
 
@@ -23,12 +23,7 @@ def draw_curve(log: Path, picture: Path) -> None:
 
     lines = read_log(log)
     names = sorted({name for line in lines for name in line} - {"step", "seconds", "lr"})
-    panels = {
-        title: [
-            name for name in names if any(name == key or (key.endswith("_") and name.startswith(key)) for key in keys)
-        ]
-        for title, keys in PANELS.items()
-    }
+    panels = {title: [name for name in names if belongs(name)] for title, belongs in PANELS.items()}
     panels = {title: own for title, own in panels.items() if own}
     figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(4.2 * max(1, len(panels)), 3.2), squeeze=False)
     for axis, (title, own) in zip(axes[0], panels.items(), strict=False):

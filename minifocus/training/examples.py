@@ -238,5 +238,21 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
     def share(self, numbers: Sequence[int], workers: int = 0) -> Iterator[Batch]:
         """These micro-batches one after another, made ahead by `workers` processes where there are some."""
-        loader = torch.utils.data.DataLoader(self, batch_size=None, sampler=numbers, num_workers=workers)
-        return iter(loader)
+        loader = torch.utils.data.DataLoader(_OrError(self), batch_size=None, sampler=numbers, num_workers=workers)
+        for batch in loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
+class _OrError(torch.utils.data.Dataset[Any]):
+    """Errors as values: raised in a worker process, they would come with its traceback in their text."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def __getitem__(self, number: int) -> Batch | CheckpointError | InputError:
+        try:
+            return self.batches[number]
+        except (CheckpointError, InputError) as error:
+            return error

@@ -86,6 +86,10 @@ class Process:
     def join(device: torch.device) -> Process:
         """Meet the others, if there are any."""
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+            # Imported with a group there, as DistributedDataParallel would, it keeps that group's threads alive beyond
+            # `leave`, and now and then Python aborts at its end.
+            import torch._dynamo  # noqa: F401
+
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return Process.current()
 
@@ -247,9 +251,8 @@ def fit(
         for optimizer in optimizers:
             optimizer.step()
 
-        _average(
-            averages, [parts for own_figures in zip(*process.gather(figures), strict=True) for parts in own_figures]
-        )
+        every = zip(*process.gather(figures), strict=True)  # the first micro-batch of each process, the second …
+        _average(averages, [parts for together in every for parts in together])
         done = step + 1
         if log is not None:
             bar.update()
@@ -326,7 +329,7 @@ def _resume(
             parameter.copy_(state["parameters"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
-    return state["steps"], state["seconds"], state["averages"]
+    return state["steps"], state["seconds"], state.get("averages", {})
 
 
 def keep_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ class Objective:
     def __post_init__(self) -> None:
         if not self.alpha >= 0:
             raise InputError(f"alpha: expected a number of at least 0, got {self.alpha}")
-        if self.scale_weights is not None and not (min(self.scale_weights) >= 0 < sum(self.scale_weights)):
+        if self.scale_weights is not None and not (min(self.scale_weights) >= 0 < sum(self.scale_weights) < math.inf):
             raise InputError(f"scale_weights: expected numbers of at least 0, not all 0, got {self.scale_weights}")
         for name, (low, high), least in (("gamma", self.gamma, 1e-9), ("layers", self.layers, 0.0)):
             if not least <= low <= high <= 1:

@@ -1,0 +1,641 @@
+"""examples/train.py as it is run: interrupted and resumed, shared by two processes, every part frozen or fresh, refused."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from checkpoints import add_tokenizer, build, save
+from safetensors.torch import load_file, safe_open
+
+import minifocus
+from minifocus import cards
+from minifocus.conversations import read_conversations
+from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, save_selector
+from minifocus.training.examples import Batches, CardScenes
+from minifocus.training.loop import Log, Settings, read_log
+from minifocus.training.objective import AnswerObjective, Objective, draw_guidance
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "weights/tiny"
+Tensors = dict[str, torch.Tensor]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def example(name: str) -> ModuleType:
+    """examples/NAME.py as a module. Its folder is on the path, and what it imports from there known, only meanwhile."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / f"examples/{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with mock.patch.object(sys, "path", [str(ROOT / "examples"), *sys.path]), mock.patch.dict(sys.modules):
+        spec.loader.exec_module(module)
+    return module
+
+
+trainer, draw_cards = example("train"), example("draw_cards")
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+def train(*arguments: Any) -> Done:
+    """The command in this process, but for its setting of glibc, which would stay."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, "argv", ["train.py", *map(str, arguments)]))
+        stack.enter_context(mock.patch.object(trainer, "keep_freed_memory", lambda: None))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        try:
+            code = trainer.main()
+        except SystemExit as leaving:
+            code = int(leaving.code or 0)
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def command(*arguments: Any, processes: int = 1) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*arguments: Any, processes: int = 1) -> None:
+    done = subprocess.run(
+        command(*arguments, processes=processes), capture_output=True, text=True, timeout=500, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def weights(folder: Path) -> Tensors:
+    """Of a run's model, the selector's among them."""
+    tensors = load_file(folder / "model.safetensors")
+    if (folder / "selector.safetensors").exists():
+        tensors |= {f"selector.{name}": value for name, value in load_file(folder / "selector.safetensors").items()}
+    return tensors
+
+
+def changed(before: Tensors, after: Tensors) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def largest_difference(a: Tensors, b: Tensors) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def part_of(name: str) -> str:
+    if name.startswith("vision_tower."):
+        return "unused" if "post_layernorm" in name else "vision"
+    return {"language_model": "llm", "selector": "selector"}.get(name.split(".")[0], "projector")
+
+
+def figures(folder: Path) -> list[dict[str, Any]]:
+    """The log without what no two runs share."""
+    return [
+        {name: value for name, value in line.items() if name != "seconds"} for line in read_log(folder / "log.jsonl")
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- interrupted, resumed
+
+RESUMED = ["--steps", 6, "--batch", 4, "--micro-batch", 2, "--max-turns", 2, "--save-every", 2, "--log-every", 1]
+RESUMED += ["--sampler-dropout", 0.3, "--lr-vision", 1e-4]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps that nothing interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run(ROOT / "examples/train.py", "--out", out, *RESUMED)
+    return out
+
+
+def test_a_killed_run_goes_on_where_its_checkpoint_is(whole: Path, tmp_path: Path) -> None:
+    """In the end, weights and log are those of the run that was not interrupted: bit for bit."""
+    out = tmp_path / "killed"
+    arguments = command(ROOT / "examples/train.py", "--out", out, *RESUMED)
+    killed = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    try:
+        deadline = time.monotonic() + 300
+        while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
+            assert killed.poll() is None
+            time.sleep(0.005)
+    finally:
+        killed.send_signal(signal.SIGKILL)
+    assert killed.wait(60) == -signal.SIGKILL
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert checkpoint["steps"] in (2, 4) and not (out / "model").exists()
+    assert len(figures(out)) < 6
+
+    # Whatever had been written when the process died: a line that is cut off, and one of a step that will be repeated.
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "loss": 0.1}\n{"step": 6, "lo')
+    subprocess.run(arguments, check=True, capture_output=True, env=ENVIRONMENT, timeout=500)
+    assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert not changed(weights(out / "model"), weights(whole / "model"))  # the order of a selector's metadata is random
+    assert [line["step"] for line in figures(out)] == [1, 2, 3, 4, 5, 6]
+    assert figures(out) == figures(whole)
+    assert (
+        changed(weights(TINY), weights(whole / "model")) >= {"selector.bias", "lm_head.weight"} & weights(TINY).keys()
+    )
+
+
+def test_a_run_that_is_done_stays_as_it_is_and_other_arguments_are_refused(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    done = train("--out", out, *RESUMED)
+    assert done.code == 0, done.err
+    assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert figures(out) == figures(whole)
+
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    for other, words in (
+        (["--lr-llm", 2e-3], "lr_llm: 0.001 there, 0.002 here"),
+        (["--seed", 1], "seed: 0 there, 1 here"),
+        (["--steps", 8], "steps: 6 there, 8 here"),
+        (["--bf16"], "bf16: "),
+        (["--freeze", "projector"], "freeze: '' there, 'projector' here"),
+    ):
+        done = train("--out", out, *RESUMED, *other)
+        assert (done.code, done.out) == (2, "") and done.err.count("\n") == 1, done.err
+        assert done.err.startswith(f"error: {out / 'checkpoint.pt'}: of another run") and words in done.err
+    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    (out / "checkpoint.pt").write_bytes(b"nonsense")
+    done = train("--out", out, *RESUMED)
+    assert done.code == 2 and done.err.startswith(f"error: {out / 'checkpoint.pt'}: not a checkpoint of a run")
+
+
+def test_the_trained_folder_loads(whole: Path) -> None:
+    """With the weights of the last checkpoint, here and in transformers."""
+    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+
+    model = minifocus.load(whole / "model", sampler="focus")
+    checkpoint = torch.load(whole / "checkpoint.pt", weights_only=True)
+    own = {f"model.{name}": value for name, value in model.named_parameters()}
+    assert checkpoint["parameters"] and all(torch.equal(own[n], v) for n, v in checkpoint["parameters"].items())
+    untrained = own.keys() - checkpoint["parameters"].keys()
+    assert untrained == {name for name in own if "post_layernorm" in name}
+
+    image, question, _, _ = next(iter(cards.questions("test", 1, seed=5000)))
+    assert model.generate(image, question).tokens.equivalent < 1
+    model = minifocus.load(whole / "model", sampler="none")
+    processor = AutoProcessor.from_pretrained(whole / "model", backend="pil")
+    oracle = LlavaNextForConditionalGeneration.from_pretrained(whole / "model")
+    inputs = processor(images=image, text=f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
+    with torch.inference_mode():
+        logits = oracle(**inputs).logits
+        ours = model(inputs["input_ids"], inputs["pixel_values"], inputs["image_sizes"], inputs["attention_mask"])
+    assert (ours - logits).abs().max() <= 1e-5 * max(float(logits.std()) / 4, 1)
+
+
+def test_the_log_and_its_picture(whole: Path, tmp_path: Path) -> None:
+    lines = read_log(whole / "log.jsonl")
+    keys = {"step", "seconds", "lr", "loss", "balance_loss", "tokens", "tokens_entered"}
+    assert all(line.keys() == keys | {"scale_4x4", "scale_2x2", "scale_1x1"} for line in lines)
+    assert lines == sorted(lines, key=lambda line: line["seconds"]) and lines[0]["seconds"] >= 0
+    for line in lines:
+        assert 0 < line["tokens"] <= line["tokens_entered"] <= 1 and line["loss"] > 0
+        assert line["scale_4x4"] + line["scale_2x2"] + line["scale_1x1"] == pytest.approx(1, abs=1e-4)
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    with Image.open(whole / "curve.png") as curve:
+        assert curve.format == "PNG" and curve.width > 600
+    from minifocus.training.curve import draw_curve
+
+    (tmp_path / "log.jsonl").write_text("")
+    draw_curve(tmp_path / "log.jsonl", tmp_path / "empty.png")  # a log without lines is no error
+
+
+# -------------------------------------------------------------------------------------------------- shared by processes
+
+
+def write_data(folder: Path, text_only: int = 0) -> Path:
+    """Three drawn scenes, and conversations about no picture."""
+    draw_cards.write_json(folder, "train", 3)
+    file = folder / "cards.json"
+    records = json.loads(file.read_text())
+    for number in range(text_only):
+        said = [{"from": "human", "value": f"What is {number}?"}, {"from": "gpt", "value": "a number"}]
+        records.append({"id": f"text {number}", "conversations": said * 2})
+    file.write_text(json.dumps(records))
+    return file
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"), text_only=2)
+
+
+def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
+    """Weights but for the order of sums, and the log; some micro-batches leave out the selector, others the tower."""
+    seed = 20
+    arguments = ["--data", data, "--steps", 3, "--batch", 4, "--micro-batch", 1, "--max-turns", 2, "--log-every", 1]
+    arguments += ["--sampler-dropout", 0.5, "--seed", seed, "--warmup", 0]
+    arguments += [word for part in ("vision", "projector", "llm", "selector") for word in (f"--lr-{part}", 1e-4)]
+
+    # Of each step, whether the two micro-batches after which gradients are exchanged have a picture, and one that is pooled.
+    model, objective = minifocus.load(TINY, "focus"), Objective(sampler_dropout=0.5)
+    batches = Batches(model, read_conversations(data), 1, seed)
+    last = [(4 * step + 2, 4 * step + 3) for step in range(3)]
+    pictures = [tuple(bool(batches.conversation(n).images) for n in pair) for pair in last]
+    pooled = [tuple(draw_guidance(objective, 4, seed, n, 1, model).pooled[0] for n in pair) for pair in last]
+    assert pictures == [(False, False), (True, False), (True, True)] and pooled[2] == (True, False)
+
+    done = train("--out", tmp_path / "one", *arguments)
+    assert done.code == 0, done.err
+    run(ROOT / "examples/train.py", "--out", tmp_path / "two", *arguments, processes=2)
+    one, two = (weights(tmp_path / name / "model") for name in ("one", "two"))
+    assert largest_difference(one, two) <= 1e-5
+    assert {part_of(name) for name in changed(weights(TINY), two)} == {"vision", "projector", "llm", "selector"}
+    assert largest_difference(weights(TINY), two) > 1e-4
+    for ours, theirs in zip(figures(tmp_path / "one"), figures(tmp_path / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-5)
+
+
+TOY = """
+import json, sys, types
+from pathlib import Path
+import torch
+from minifocus.training.loop import Process, Settings, fit
+
+class Task(torch.nn.Module):
+    # The mean over a step's targets of a squared error, and the mean over its micro-batches of a penalty.
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        self.sometimes = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        self.seen = []
+
+    def forward(self, batch, num_targets, num_batches):
+        self.seen.append((batch.number, num_targets, num_batches))
+        loss = ((batch.x @ self.weight - 1) ** 2).sum() / num_targets + (self.weight ** 4).sum() / num_batches
+        if batch.number % 3 == 0:
+            loss = loss + (self.sometimes - batch.number) ** 2 / num_targets
+        return loss, {"number": float(batch.number)}
+
+class Batches:
+    def share(self, numbers, workers=0):
+        for number in numbers:
+            x = torch.randn(1 + number % 4, 2, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+            yield types.SimpleNamespace(number=number, x=x, num_targets=len(x))
+
+def train(folder, batch, **options):
+    task = Task()
+    optimizer = torch.optim.SGD([{"params": list(task.parameters()), "lr": 0.02, "peak_lr": 0.02}])
+    settings = Settings(**{**dict(steps=3, batch=batch, micro_batch=1, max_grad_norm=1e9, log_every=1), **options})
+    folder.mkdir(parents=True, exist_ok=True)
+    fit(task, [optimizer], Batches(), settings, folder, torch.device("cpu"), {})
+    return task
+
+if __name__ == "__main__":
+    process = Process.join(torch.device("cpu"))
+    task = train(Path(sys.argv[1]), 4)
+    seen = process.gather(task.seen)
+    if process.rank == 0:
+        result = dict(seen=seen, weights=[p.tolist() for p in task.parameters()])
+        (Path(sys.argv[1]) / "result.json").write_text(json.dumps(result))
+    process.leave()
+"""
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    file = tmp_path_factory.mktemp("toy") / "toy.py"
+    file.write_text(textwrap.dedent(TOY))
+    spec = importlib.util.spec_from_file_location("toy", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def toy_targets(step: int, batch: int = 4) -> int:
+    return sum(1 + number % 4 for number in range(batch * step, batch * step + batch))
+
+
+def test_gradients_of_accumulated_and_shared_micro_batches(toy: ModuleType, tmp_path: Path) -> None:
+    """Plain gradient descent on the step's whole loss, whatever the number of processes: no factor is lost in averages."""
+    weight, sometimes = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.tensor(0.5, dtype=torch.float64)
+    batches = list(toy.Batches().share(range(12)))
+    for step in range(3):
+        own, targets = batches[4 * step : 4 * step + 4], toy_targets(step)
+        w, s = weight.clone().requires_grad_(), sometimes.clone().requires_grad_()
+        loss = sum(((batch.x @ w - 1) ** 2).sum() for batch in own) / targets + (w**4).sum()
+        loss = loss + sum((s - batch.number) ** 2 for batch in own if batch.number % 3 == 0) / targets
+        loss.backward()
+        factor = 0.5 * (1 + math.cos(math.pi * step / 3))
+        assert w.grad is not None and s.grad is not None
+        weight, sometimes = weight - 0.02 * factor * w.grad, sometimes - 0.02 * factor * s.grad
+    expected = [weight.tolist(), sometimes.tolist()]
+
+    task = toy.train(tmp_path / "one", 4)
+    assert [p.tolist() for p in task.parameters()] == [pytest.approx(value, rel=1e-12) for value in expected]
+    assert task.seen == [(number, toy_targets(number // 4), 4) for number in range(12)]
+    run(toy.__file__, tmp_path / "two", processes=2)
+    result = json.loads((tmp_path / "two/result.json").read_text())
+    assert result["weights"] == [pytest.approx(value, rel=1e-12) for value in expected]
+    assert result["seen"] == [[[n, toy_targets(n // 4), 4] for n in range(rank, 12, 2)] for rank in (0, 1)]
+    assert figures(tmp_path / "one") == figures(tmp_path / "two")
+    assert [line["number"] for line in figures(tmp_path / "one")] == pytest.approx([1.5, 1.7, 2.09])
+
+
+def test_the_loop_s_parts(toy: ModuleType, tmp_path: Path) -> None:
+    """The learning rates' course, a step that is not finite, a batch that cannot be shared out, the log's lines."""
+    settings = Settings(steps=10, batch=1, micro_batch=1, warmup_steps=4, final_lr=0.2)
+    factors = [settings.lr_factor(step) for step in range(10)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and factors == sorted(factors[:4]) + sorted(factors[4:])[::-1]
+    assert factors[7] == pytest.approx(0.6) and settings.lr_factor(10) == pytest.approx(0.2)
+
+    clipped = toy.train(tmp_path / "clipped", 4, steps=1, max_grad_norm=1e-3)
+    start = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    moved = torch.cat([clipped.weight.detach() - start, clipped.sometimes.detach()[None] - 0.5]).norm()
+    assert float(moved) == pytest.approx(0.02 * 1e-3, rel=1e-3)
+    infinite = mock.patch.object(toy.Task, "forward", lambda self, *_: (self.weight.sum() * math.inf, {}))
+    with infinite, pytest.raises(minifocus.InputError, match="step 1: the gradient is not finite"):
+        toy.train(tmp_path / "infinite", 4)
+    with pytest.raises(
+        minifocus.InputError, match="batch: expected a multiple of micro_batch x processes = 3 x 1, got 4"
+    ):
+        toy.train(tmp_path / "uneven", 4, micro_batch=3)
+
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n{"step": 2, "accuracy": 0.5}\n{"step": 3, "lo')
+    log = Log(file, 2)
+    log.write(step=3, loss=1.23456789)
+    assert read_log(file) == [
+        {"step": 1, "loss": 2.0},
+        {"step": 2, "loss": 1.5},
+        {"step": 2, "accuracy": 0.5},
+        {"step": 3, "loss": 1.23457},
+    ]
+    assert read_log(tmp_path / "none.jsonl") == []
+
+
+# ------------------------------------------------------------------------------------------------------ every option once
+
+SHORT = ["--steps", 2, "--batch", 2, "--micro-batch", 1, "--max-turns", 2, "--log-every", 1, "--warmup", 0]
+
+
+def short(out: Path, *arguments: Any) -> Tensors:
+    done = train("--out", out, *SHORT, *arguments)
+    assert done.code == 0, done.err
+    assert str(out / "model") in done.out
+    trained = weights(out / "model")
+    assert all(bool(value.isfinite().all()) for value in trained.values())
+    return trained
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
+    return short(tmp_path_factory.mktemp("runs") / "plain")
+
+
+def test_gradient_checkpointing_changes_nothing(plain: Tensors, tmp_path: Path) -> None:
+    from torch.utils import checkpoint
+
+    with mock.patch.object(checkpoint, "checkpoint", wraps=checkpoint.checkpoint) as recomputed:
+        again = short(tmp_path, "--gradient-checkpointing")
+    assert recomputed.call_count == 4 * 4  # layers × micro-batches
+    assert largest_difference(plain, again) <= 1e-5
+
+
+def test_bf16_stays_near(plain: Tensors, tmp_path: Path) -> None:
+    """Weights and files stay float32; the steps go nearly the same way."""
+    start, half = weights(TINY), short(tmp_path, "--bf16")
+    assert {value.dtype for value in half.values()} == {torch.float32}
+    names = [name for name in changed(start, plain) if part_of(name) in ("llm", "projector")]
+    assert len(names) > 30
+    for name in names:
+        ours, theirs = (plain[name] - start[name]).flatten(), (half[name] - start[name]).flatten()
+        assert torch.cosine_similarity(ours, theirs, dim=0) > 0.8, name
+        assert not torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trained"),
+    [
+        (["--freeze", "llm,selector", "--lr-vision", 1e-4], {"vision", "projector"}),
+        (["--freeze", "vision, projector", "--lr-vision", 1e-4], {"llm", "selector"}),
+        (["--lr-llm", 0, "--lr-projector", 0, "--optimizer", "adamw", "--weight-decay", 0.1], {"selector"}),
+    ],
+)
+def test_frozen_parts_stay_bit_for_bit(tmp_path: Path, arguments: list[Any], trained: set[str]) -> None:
+    start = weights(TINY)
+    moved = changed(start, short(tmp_path, *arguments))
+    # Of a vocabulary's embeddings a step moves those that it read, and so the table.
+    assert moved == {name for name in start if part_of(name) in trained}
+
+
+def test_aligning_a_fresh_projector(tmp_path: Path) -> None:
+    """Only the projector and the newline are trained, from new weights that follow from the seed; no selector is left."""
+    start = {name: value for name, value in weights(TINY).items() if part_of(name) != "selector"}
+    arguments = ["--stage", "align", "--fresh", "projector", "--lr-projector", 1e-6]
+    first = short(tmp_path / "a", *arguments)
+    assert changed(start, first) == {name for name in start if part_of(name) == "projector"}
+    assert changed(start, first) >= {"image_newline", "multi_modal_projector.linear_1.weight"}
+    again = short(tmp_path / "b", *arguments, "--lr-projector", 2e-6)
+    other = short(tmp_path / "c", *arguments, "--seed", 1)
+    for name in changed(start, first):
+        assert (first[name] - again[name]).abs().max() < 1e-3 * first[name].abs().max()
+        assert (first[name] - other[name]).abs().max() > 0.1 * first[name].abs().max()
+    assert not (tmp_path / "a/model/selector.safetensors").exists()
+
+    # The next stage: a new selector, that begins by reading everything.
+    trained = short(tmp_path / "d", "--model", tmp_path / "a/model", "--freeze", "selector", "--selector-bias", 2.5)
+    assert trained["selector.bias"].tolist() == [0, 0, 2.5] and not trained["selector.weight"].any()
+    assert figures(tmp_path / "d")[-1]["scale_1x1"] == 1
+
+
+def test_a_fresh_selector_of_another_kind(tmp_path: Path) -> None:
+    trained = short(tmp_path, "--fresh", "selector,projector", "--window", 8, "--branches", 7, "--straight-through")
+    start = weights(TINY)
+    assert trained["selector.weight"].shape == (7, 64) and trained["selector.bias"].shape == (7,)
+    assert trained["selector.weight"].any()
+    name = "multi_modal_projector.linear_2.weight"
+    assert (trained[name] - start[name]).abs().max() > 0.1 * start[name].abs().max()
+    with safe_open(tmp_path / "model/selector.safetensors", "pt") as stored:
+        assert stored.metadata()["window"] == "8" and stored.metadata()["branches"] == "7"
+    model = minifocus.load(tmp_path / "model", "focus")
+    image, question, _, _ = next(iter(cards.questions("test", 1)))
+    model.generate(image, question, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("turns", ["chat", "independent"])
+def test_data_of_one_s_own(data: Path, tmp_path: Path, turns: str) -> None:
+    """A JSON file that draw_cards.py wrote, once through by default, read ahead or not; validation changes no weight."""
+    arguments = ["--data", data, "--turns", turns, "--batch", 2, "--max-turns", 2, "--log-every", 1, "--lr-llm", 1e-4]
+    done = train("--out", tmp_path / "plain", *arguments)
+    assert done.code == 0, done.err
+    assert [line["step"] for line in figures(tmp_path / "plain")] == [1, 2]  # 5 conversations, 2 a step
+    start, trained = weights(TINY), weights(tmp_path / "plain/model")
+    assert {part_of(name) for name in changed(start, trained)} == {"vision", "projector", "llm", "selector"}
+
+    options = ["--workers", 1, "--validate", 3, "--validation-data", data, "--validate-every", 1]
+    done = train("--out", tmp_path / "other", *arguments, *options)
+    assert done.code == 0, done.err
+    assert not changed(trained, weights(tmp_path / "other/model"))
+    lines = figures(tmp_path / "other")
+    assert [line for line in lines if "loss" in line] == figures(tmp_path / "plain")
+    validated = [line for line in lines if "accuracy" in line]
+    assert [line["step"] for line in validated] == [1, 2]
+    assert all(0 <= line["accuracy"] <= 1 and line["tokens"]["equivalent"] < 1 for line in validated)
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+def test_every_trained_parameter_has_a_gradient(kind: str, tmp_path: Path) -> None:
+    """And no other: of the tower, the blocks up to the one whose features are taken. LLaVA-1.5 has no newline."""
+    folder = save(build(kind, seed=1), tmp_path)
+    add_tokenizer(folder)
+    save_selector(folder / "selector.safetensors", LinearSelector(16, 3), VisionGuidedOptions())
+    model = minifocus.load(folder, "focus")
+    task = AnswerObjective(model, Objective(independent=True), 0).train()
+    rates = dict.fromkeys(("vision", "projector", "llm", "selector", "selector_bias"), 1.0)
+    named = dict(task.named_parameters())
+    trained = {name for name in named if trainer.learning_rate(name, rates, model) > 0}
+    batch = Batches(model, CardScenes(count=4), 2, 0, independent=True, max_turns=2)[0]
+    task(batch, 1, 1)[0].backward()
+    assert {name for name, value in named.items() if value.grad is not None} == trained
+    left = named.keys() - trained
+    assert {
+        name.removeprefix("model.vision_tower.").split(".self")[0].split(".mlp")[0].split(".layer_norm")[0]
+        for name in left
+    } == {
+        "post_layernorm.weight",
+        "post_layernorm.bias",
+        "encoder.layers.2",
+    }
+    for part in rates:
+        only = {other: float(other == part) for other in rates}
+        of_part = {name for name in trained if trainer.learning_rate(name, only, model) > 0}
+        assert of_part and all(
+            part_of(name.removeprefix("model.").replace("before_llm.", "")) == part.removesuffix("_bias")
+            for name in of_part
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[SimpleNamespace]:
+    folder = tmp_path_factory.mktemp("refused")
+    lost = json.loads(data.read_text())[:1]
+    lost[0]["image"] = "lost.png"
+    (folder / "lost.json").write_text(json.dumps(lost))
+    llava = save(build("llava", seed=1), folder / "llava")
+    silent = save(build("llava_next", seed=1), folder / "silent")
+    save_selector(silent / "selector.safetensors", LinearSelector(16, 3), VisionGuidedOptions())
+    add_tokenizer(llava)
+    (folder / "file").write_text("")
+    return SimpleNamespace(folder=folder, data=data, lost=folder / "lost.json", llava=llava, silent=silent)
+
+
+BAD: list[tuple[Sequence[Any], str]] = [
+    (["--model", "nowhere"], "nowhere: expected the folder of a model, found nothing"),
+    (["--model", "{silent}"], "silent has none"),
+    (["--out", "{folder}/file"], "--out: {folder}/file: "),
+    (["--device", "abacus"], "--device: "),
+    (["--device", "cuda:99"], "device: 'cuda:99' is not usable here"),
+    (["--data", "none.json"], "none.json: expected a JSON file: this is no such file"),
+    (["--data", "{data}", "--images", "none"], "none: expected a folder with pictures"),
+    (["--data", "{lost}"], "lost.png: expected a picture file"),
+    (["--data", "{lost}", "--workers", 1], "lost.png: expected a picture file"),
+    (["--data", "{data}", "--max-tokens", 3], "its first turn takes "),
+    (["--data", "{data}", "--dense"], "--dense: expected no --data"),
+    (["--data", "{data}", "--first-scene", 2], "--first-scene: expected no --data"),
+    (["--data", "{data}", "--validate", 2], "--validate: expected --validation-data beside it, got 2"),
+    (["--data", "{data}", "--validate", 2, "--validation-data", "none.json"], "none.json: expected a JSON file"),
+    (["--images", "."], "--images: expected --data beside it, got ."),
+    (["--validation-data", "x"], "--validation-data: expected --data beside it, got x"),
+    *(
+        ([f"--{option}", value], f"--{option}: expected a number of at least {least}, got {value}")
+        for least, options in (
+            (1, "steps batch micro-batch max-turns max-tokens save-every log-every validate-every"),
+            (0, "seed first-scene workers validate weight-decay final-lr lr-vision lr-projector lr-llm lr-selector"),
+        )
+        for option in options.split()
+        for value in [least - 1 if least else "-1.0" if option.startswith(("lr", "weight", "final")) else -1]
+    ),
+    (["--lr-selector-bias", "-0.5"], "--lr-selector-bias: expected a number of at least 0, got -0.5"),
+    (["--lr-llm", "nan"], "--lr-llm: expected a number of at least 0, got nan"),
+    (["--lr-llm", "inf"], "--lr-llm: expected a number of at least 0, got inf"),
+    (["--warmup", "1.5"], "--warmup: expected a share from 0 to 1, got 1.5"),
+    (["--warmup", "nan"], "--warmup: expected a share from 0 to 1, got nan"),
+    (["--beta2", "1"], "--beta2: expected a number from 0 to below 1, got 1.0"),
+    (["--max-grad-norm", "0"], "--max-grad-norm: expected a number above 0, got 0.0"),
+    (["--selector-bias", "nan"], "--selector-bias: expected a finite number, got nan"),
+    (["--batch", 5, "--micro-batch", 2], "batch: expected a multiple of micro_batch x processes = 2 x 1, got 5"),
+    (["--freeze", "tower"], "--freeze: expected some of vision, projector, llm, selector, got 'tower'"),
+    (["--freeze", "vision,projector,llm,selector"], "learning rates: expected at least one above 0"),
+    (["--fresh", "llm"], "--fresh: expected some of projector, selector, got 'llm'"),
+    (["--window", 5], "window: "),
+    (["--window", 5, "--fresh", "selector"], "window: expected one of (1, 2, 4, 8, 12), got 5"),
+    (["--branches", 5, "--fresh", "selector"], "branches: expected 3 or 7, got 5"),
+    (["--thumbnail", "drop", "--sampler", "text"], "--thumbnail: sampler 'text' has no such option"),
+    (["--straight-through", "--sampler", "none"], "--straight-through: sampler 'none' has no such option"),
+    (["--thumbnail", "drop", "--model", "{llava}"], "--thumbnail: LLaVA-1.5 has no thumbnail to drop"),
+    (["--alpha", "-1"], "alpha: expected a number of at least 0, got -1.0"),
+    (["--gamma", "0.9"], "--gamma: expected 2 numbers with commas between, got '0.9'"),
+    (["--gamma", "0.9,0.5"], "gamma: expected a range between 0 and 1, got 0.9 to 0.5"),
+    (["--layers", "a,b"], "--layers: expected 2 numbers with commas between, got 'a,b'"),
+    (["--layers", "0.5,1.5"], "layers: expected a range between 0 and 1, got 0.5 to 1.5"),
+    (["--scale-weights", "1,one,1"], "--scale-weights: expected numbers with commas between, got '1,one,1'"),
+    (["--scale-weights", "1,1"], "scale_weights: expected 3, one per scale, got 2"),
+    (["--scale-weights", "1,1,inf"], "scale_weights: expected numbers of at least 0"),
+    (["--sampler-dropout", "2"], "sampler_dropout: expected a probability, got 2.0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(map(str, arguments)) for arguments, _ in BAD])
+def test_bad_arguments(places: SimpleNamespace, tmp_path: Path, arguments: Sequence[Any], words: str) -> None:
+    done = train("--out", tmp_path, "--steps", 1, *(str(word).format(**vars(places)) for word in arguments))
+    assert done.code == 2 and not done.out
+    assert done.err.startswith("error: ") and words.format(**vars(places)) in done.err
+    assert done.err.count("\n") == 1 and "Traceback" not in done.err, done.err
+
+
+@pytest.mark.parametrize("arguments", [["--stage", "tune"], ["--steps", "many"], ["--sampler", "best"], ["--unknown"]])
+def test_what_argparse_refuses(tmp_path: Path, arguments: list[str]) -> None:
+    done = train("--out", tmp_path, *arguments)
+    assert done.code == 2 and f"error: {'argument ' * (arguments != ['--unknown'])}" in done.err
+    assert arguments[0] in done.err and "Traceback" not in done.err
+
+
+def test_as_a_command() -> None:
+    """The exit code and the line of an error as a shell sees them; --help names every option."""
+    done = subprocess.run(
+        command(ROOT / "examples/train.py", "--out", "x", "--steps", 0), capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --steps: expected a number of at least 1, got 0\n"
+    assert not Path("x").exists()
