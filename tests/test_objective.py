@@ -37,7 +37,7 @@ from minifocus.samplers.vision_guided import (
 )
 from minifocus.training.examples import NO_LABEL, Batch, Batches, CardScenes, Example, collate, encode
 from minifocus.training.objective import AnswerObjective, Objective, draw_guidance
-from minifocus.training.packed import Guidance, forward
+from minifocus.training.packed import Guidance, PackedRows, forward
 
 TINY = Path(__file__).resolve().parent.parent / "weights/tiny"
 END = 2
@@ -89,7 +89,7 @@ def routings(draw: st.DrawFn) -> tuple[list[list[float]], list[float], float]:
     return z, [branches * w / sum(raw) for w in raw], draw(st.floats(0, 2))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(routings())
 def test_balance_loss_and_its_gradient_are_the_equations(case: tuple[list[list[float]], list[float], float]) -> None:
     """The gradient goes through P_s alone: f_s counts, and is a constant of it. (f_s is a float32 whatever the logits are.)"""
@@ -547,6 +547,35 @@ def test_each_turn_is_guided_by_its_own_question(folder: Path, independent: bool
                 model.inside_llm = PromptAlone([inside], batch.labels != NO_LABEL)
                 expected.append(at_answers(model(**plain_inputs(model, batch)), batch))
     assert close(packed.logits, torch.cat(expected))
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32), st.integers(1, 8), st.integers(1, 3), st.booleans())
+def test_who_looks_at_whom(seed: int, size: int, turns: int, independent: bool) -> None:
+    """The mask of any rows, cell by cell: a picture that turns share looks at what any of them has kept."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    none = torch.zeros(2, size, dtype=torch.int64)
+    turn, picture = draw(-1, turns, 2, size), draw(-1, 1, 2, size)
+    valid, seen = draw(0, 4, 2, size) > 0, draw(0, 2, 2, turns, size).bool()
+    rows = PackedRows(
+        none[..., None].float(), valid, none, none, picture, none.bool(), none.bool(), turn, seen, independent
+    )
+    mask = rows.attention_mask()
+    assert mask.shape == (2, 1, size, size)
+    for row in range(2):
+        for who in range(size):
+            own = int(turn[row, who])
+            is_text_of_a_turn = own >= 0 and int(picture[row, who]) < 0
+            for whom in range(size):
+                views = [own] if is_text_of_a_turn else range(turns)
+                looks = valid[row, whom] and any(seen[row, view, whom] for view in views)
+                if independent and int(turn[row, whom]) not in (-1, own):
+                    looks = False
+                assert mask[row, 0, who, whom] == (who == whom or (whom < who and bool(looks)))
 
 
 class DropFirst:
