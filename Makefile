@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test install lint weights benchmark clean
+.PHONY: demo test test_lmms_eval install lint weights benchmark clean
 
 demo: install
 	$(BIN)/python examples/generate.py --figure examples/answer.png
@@ -32,6 +32,19 @@ lint: install
 # Draws the pictures, trains the embedded model on them and writes weights/tiny: an hour on two cores.
 weights: install
 	$(BIN)/python weights/make_tiny.py
+
+# lmms-eval has an environment of its own: 1 GB of packages besides torch, among them torchvision, whose wheel on PyPI needs
+# CUDA. Beside a CPU torch all that imports it fails (timm, transformers); nothing here needs torchvision or timm.
+LMMS := .venv/lmms-eval/bin/python
+test_lmms_eval: .venv/lmms-eval/installed
+	$(LMMS) -m pytest tests/test_lmms_eval.py
+
+.venv/lmms-eval/installed: constraints.txt
+	$(PYTHON) -m venv .venv/lmms-eval
+	$(LMMS) -m pip install --quiet --constraint constraints.txt torch
+	$(LMMS) -m pip install --quiet --constraint constraints.txt lmms-eval==0.7.3 pytest pytest-timeout hypothesis
+	$(LMMS) -m pip uninstall --quiet --yes torchvision timm
+	touch $@
 
 benchmark: install
 	$(BIN)/python benchmarks/operators.py
