@@ -902,7 +902,7 @@ def test_prompts_of_a_subword_vocabulary(file: str, template: str, tmp_path_fact
     assert model.tokenizer is not None
     words = st.text("abZ 09.,:?!é日😀\n", min_size=1, max_size=12).filter(lambda text: text.strip())
 
-    @settings(max_examples=60)
+    @settings(max_examples=30)
     @given(st.lists(st.tuples(words, words), min_size=1, max_size=3), st.booleans())
     def check(pairs: list[tuple[str, str]], independent: bool) -> None:
         turns = tuple(Turn(question.strip() if independent else question, answer) for question, answer in pairs)

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -67,7 +68,7 @@ def train(*arguments: Any) -> Done:
     """The command in this process, but for its setting of glibc, which would stay."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(sys, "argv", ["train.py", *map(str, arguments)]))
+        stack.enter_context(mock.patch.object(sys, "argv", ["train.py", "--device", "cpu", *map(str, arguments)]))
         stack.enter_context(mock.patch.object(trainer, "keep_freed_memory", lambda: None))
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
@@ -126,8 +127,8 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 
 # ------------------------------------------------------------------------------------------------- interrupted, resumed
 
-RESUMED = ["--steps", 6, "--batch", 4, "--micro-batch", 2, "--max-turns", 2, "--save-every", 2, "--log-every", 1]
-RESUMED += ["--sampler-dropout", 0.3, "--lr-vision", 1e-4]
+RESUMED = ["--steps", 6, "--batch", 2, "--micro-batch", 1, "--max-turns", 2, "--save-every", 2, "--log-every", 1]
+RESUMED += ["--sampler-dropout", 0.3, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,7 @@ def test_the_trained_folder_loads(whole: Path) -> None:
     own = {f"model.{name}": value for name, value in model.named_parameters()}
     assert checkpoint["parameters"] and all(torch.equal(own[n], v) for n, v in checkpoint["parameters"].items())
     untrained = own.keys() - checkpoint["parameters"].keys()
-    assert untrained == {name for name in own if "post_layernorm" in name}
+    assert untrained == {name for name in own if "vision_tower" in name}
 
     image, question, _, _ = next(iter(cards.questions("test", 1, seed=5000)))
     assert model.generate(image, question).tokens.equivalent < 1
@@ -257,11 +258,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
-    """Weights but for the order of sums, and the log; some micro-batches leave out the selector, others the tower."""
+    """Weights but for the order of sums, and the log; some micro-batches leave out the selector, others all pictures."""
     seed = 20
     arguments = ["--data", data, "--steps", 3, "--batch", 4, "--micro-batch", 1, "--max-turns", 2, "--log-every", 1]
     arguments += ["--sampler-dropout", 0.5, "--seed", seed, "--warmup", 0]
-    arguments += [word for part in ("vision", "projector", "llm", "selector") for word in (f"--lr-{part}", 1e-4)]
+    arguments += [word for part in ("projector", "llm", "selector") for word in (f"--lr-{part}", 1e-4)]
+    arguments += ["--freeze", "vision", "--device", "cpu"]
 
     # Of each step, whether the two micro-batches after which gradients are exchanged have a picture, and one that is pooled.
     model, objective = minifocus.load(TINY, "focus"), Objective(sampler_dropout=0.5)
@@ -276,7 +278,7 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
     run(ROOT / "examples/train.py", "--out", tmp_path / "two", *arguments, processes=2)
     one, two = (weights(tmp_path / name / "model") for name in ("one", "two"))
     assert largest_difference(one, two) <= 1e-5
-    assert {part_of(name) for name in changed(weights(TINY), two)} == {"vision", "projector", "llm", "selector"}
+    assert {part_of(name) for name in changed(weights(TINY), two)} == {"projector", "llm", "selector"}
     assert largest_difference(weights(TINY), two) > 1e-4
     for ours, theirs in zip(figures(tmp_path / "one"), figures(tmp_path / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-5)
@@ -325,6 +327,8 @@ if __name__ == "__main__":
         result = dict(seen=seen, weights=[p.tolist() for p in task.parameters()])
         (Path(sys.argv[1]) / "result.json").write_text(json.dumps(result))
     process.leave()
+    # Where there is /proc: no thread is left that could get in the way of Python's end.
+    sys.exit(", ".join(str(t) for t in Path("/proc/self/task").glob("*/comm") if "gloo" in t.read_text()) or 0)
 """
 
 
@@ -361,7 +365,13 @@ def test_gradients_of_accumulated_and_shared_micro_batches(toy: ModuleType, tmp_
     task = toy.train(tmp_path / "one", 4)
     assert [p.tolist() for p in task.parameters()] == [pytest.approx(value, rel=1e-12) for value in expected]
     assert task.seen == [(number, toy_targets(number // 4), 4) for number in range(12)]
-    run(toy.__file__, tmp_path / "two", processes=2)
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    places = [
+        {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port} for rank in (0, 1)
+    ]
+    both = [subprocess.Popen(command(toy.__file__, tmp_path / "two"), env={**ENVIRONMENT, **own}) for own in places]
+    assert [process.wait(300) for process in both] == [0, 0]
     result = json.loads((tmp_path / "two/result.json").read_text())
     assert result["weights"] == [pytest.approx(value, rel=1e-12) for value in expected]
     assert result["seen"] == [[[n, toy_targets(n // 4), 4] for n in range(rank, 12, 2)] for rank in (0, 1)]
@@ -417,28 +427,30 @@ def short(out: Path, *arguments: Any) -> Tensors:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
-    return short(tmp_path_factory.mktemp("runs") / "plain")
+    return short(tmp_path_factory.mktemp("runs") / "plain", "--fresh", "projector")
 
 
 def test_gradient_checkpointing_changes_nothing(plain: Tensors, tmp_path: Path) -> None:
     from torch.utils import checkpoint
 
     with mock.patch.object(checkpoint, "checkpoint", wraps=checkpoint.checkpoint) as recomputed:
-        again = short(tmp_path, "--gradient-checkpointing")
+        again = short(tmp_path, "--fresh", "projector", "--gradient-checkpointing")
     assert recomputed.call_count == 4 * 4  # layers × micro-batches
     assert largest_difference(plain, again) <= 1e-5
 
 
 def test_bf16_stays_near(plain: Tensors, tmp_path: Path) -> None:
-    """Weights and files stay float32; the steps go nearly the same way."""
-    start, half = weights(TINY), short(tmp_path, "--bf16")
+    """Weights and files stay float32; the decoder's steps go nearly the same way. The projector is new, for there to be
+    much to learn: what is left to a trained model is small, and rounding with it."""
+    start, half = weights(TINY), short(tmp_path, "--fresh", "projector", "--bf16")
     assert {value.dtype for value in half.values()} == {torch.float32}
-    names = [name for name in changed(start, plain) if part_of(name) in ("llm", "projector")]
-    assert len(names) > 30
+    names = [name for name in plain if part_of(name) == "llm"]
+    ours, theirs = (torch.cat([(run[name] - start[name]).flatten() for name in names]) for run in (plain, half))
+    assert not torch.equal(ours, theirs)
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.99
     for name in names:
-        ours, theirs = (plain[name] - start[name]).flatten(), (half[name] - start[name]).flatten()
-        assert torch.cosine_similarity(ours, theirs, dim=0) > 0.8, name
-        assert not torch.equal(ours, theirs)
+        ours, theirs = ((run[name] - start[name]).flatten() for run in (plain, half))
+        assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9, name
 
 
 @pytest.mark.parametrize(
@@ -631,11 +643,10 @@ def test_what_argparse_refuses(tmp_path: Path, arguments: list[str]) -> None:
     assert arguments[0] in done.err and "Traceback" not in done.err
 
 
-def test_as_a_command() -> None:
-    """The exit code and the line of an error as a shell sees them; --help names every option."""
-    done = subprocess.run(
-        command(ROOT / "examples/train.py", "--out", "x", "--steps", 0), capture_output=True, text=True, env=ENVIRONMENT
-    )
+def test_as_a_command(tmp_path: Path) -> None:
+    """The exit code and the line of an error as a shell sees them."""
+    arguments = command(ROOT / "examples/train.py", "--out", "new", "--steps", 0)
+    done = subprocess.run(arguments, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --steps: expected a number of at least 1, got 0\n"
-    assert not Path("x").exists()
+    assert not list(tmp_path.iterdir())
