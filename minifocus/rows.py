@@ -52,10 +52,6 @@ class Rows:
             moved[name] = moved[name].where(valid, value)
         return Rows(valid=valid, **moved)
 
-    def mask(self, kept: torch.Tensor) -> Rows:
-        """The same rows with the other tokens hidden from attention: what `keep` does, differentiable and of fixed shape."""
-        return replace(self, valid=self.valid & kept)
-
     def with_hidden(self, hidden: torch.Tensor) -> Rows:
         return replace(self, hidden=hidden)
 

@@ -291,9 +291,9 @@ def test_generation_options(given: dict[str, Any], expected: tuple[dict[str, Any
 
 
 def test_other_kinds_of_tasks_are_refused(adapter: Minifocus) -> None:
-    with pytest.raises(NotImplementedError, match="generate_until_multi_round: expected a task of single questions"):
+    with pytest.raises(minifocus.InputError, match="generate_until_multi_round: expected a task of single questions"):
         adapter.generate_until_multi_round([])
-    with pytest.raises(NotImplementedError, match="loglikelihood: expected a task of output_type generate_until"):
+    with pytest.raises(minifocus.InputError, match="loglikelihood: expected a task of output_type generate_until"):
         adapter.loglikelihood([])
 
 

@@ -923,3 +923,16 @@ def test_prompts_of_a_subword_vocabulary(file: str, template: str, tmp_path_fact
         assert at >= len(example.input_ids)
 
     check()
+
+
+def test_a_selector_trained_alone_survives_a_batch_without_pooled_pictures() -> None:
+    """Neither decoder nor projector has a gradient then: the loss must still have one to go back from."""
+    model = minifocus.load(TINY, "focus")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("selector" in name)
+    task = AnswerObjective(model, Objective(sampler_dropout=1.0, independent=True), 0).train()
+    batch = Batches(model, CardScenes(), 1, 0, independent=True, max_turns=1, shuffle=False)[0]
+    loss, _ = task(batch, batch.num_targets, 1)
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert len(gradients) == 2 and all(g is not None and not g.any() for g in gradients)

@@ -112,13 +112,15 @@ class Minifocus(lmms):
         return texts
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError(
+        raise minifocus.InputError(
             "loglikelihood: expected a task of output_type generate_until, got multiple_choice, whose pairs of numbers "
             "lmms-eval 0.7.3 turns into text before it scores them"
         )
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        raise NotImplementedError("generate_until_multi_round: expected a task of single questions, got a conversation")
+        raise minifocus.InputError(
+            "generate_until_multi_round: expected a task of single questions, got a conversation"
+        )
 
     def _batches(self, requests: Sequence[Instance], plans: Sequence[Any]) -> Iterator[list[int]]:
         """Places of requests with the same options; the longest questions first, so that memory runs out early if at all."""

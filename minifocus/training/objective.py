@@ -98,7 +98,7 @@ class AnswerObjective(nn.Module):
         }
         logits = [p.logits for own in output.pictures for p in own if p.logits is not None]
         if isinstance(self.model.before_llm, VisionGuidedSampler):
-            # A step in which no picture was pooled still gives the selector a gradient, of zero, as other processes may.
+            # Where the selector alone is trained and no picture was pooled, nothing else has a gradient to go back from.
             loss = loss + 0.0 * sum(p.float().sum() for p in self.model.before_llm.parameters() if p.requires_grad)
             if logits:
                 scores = torch.cat(logits).float()
