@@ -339,10 +339,9 @@ def _perceive(rng: np.random.Generator, objects: list[Object]) -> list[tuple[str
         if len(same) == 1:
             pairs.append((f"What colour is the {kind}?", same[0].colour))
     cards = [o for o in objects if o.kind == "card"]
-    if cards:
-        card = cards[rng.integers(len(cards))]
-        what = "word" if card.number is None else "number"
-        pairs.append((f"What colour is the card with the {what} {card.text}?", card.colour))
+    for i in rng.permutation(len(cards))[:2]:
+        what = "word" if cards[i].number is None else "number"
+        pairs.append((f"What colour is the card with the {what} {cards[i].text}?", cards[i].colour))
     return pairs
 
 

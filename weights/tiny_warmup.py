@@ -40,12 +40,12 @@ FIRST_SCENE = 60_000_000  # place in the training split
 EMPTY_KEPT = 0.1  # share of the tokens that show no thing which stay
 GAZE_LAYERS = {1: False, 2: True}  # layer → whether it is shown where to find answers, or where the things named are
 GAZE_HEADS = 2
-MAX_TURNS = 10
+MAX_TURNS = 12
 
 
 @dataclass(frozen=True)
 class Gaze:
-    """Where a token of a turn had better look: at some things of the scene (by number), or at one digit of one."""
+    """Where a token of a turn had better look: at some things of the scene (by number), or at one digit of the first."""
 
     token: int
     things: tuple[int, ...]
@@ -97,7 +97,7 @@ def gazes(turn: Turn, objects: list[cards.Object], tokenizer: Tokenizer, image_t
     spans = [(first - begin, last - begin) for first, last in encoded.offsets[skip:]]
     named = mentions(turn.question, objects)
     wanted = [
-        Gaze(i, things)
+        Gaze(i, things, digit=first - start if turn.question[start:end].isdigit() else None)
         for start, end, things in named
         for i, (first, last) in enumerate(spans)
         if first < end and last > start
@@ -113,8 +113,14 @@ def gazes(turn: Turn, objects: list[cards.Object], tokenizer: Tokenizer, image_t
     return wanted
 
 
+def learned_early(question: cards.Question) -> bool:
+    """Whether a question is of a kind that needs few examples: what stands on a thing, or what a thing that is named is."""
+    from_text = question.question.startswith("What colour is the card with")
+    return question.family in ("read", "perceive") and not from_text
+
+
 class GuidedBatches(Batches):
-    """Fresh scenes; of their questions mostly those of the families that take longest to learn."""
+    """Fresh scenes; of their questions first those that take longest to learn."""
 
     def __init__(self, model: Llava, size: int, seed: int):
         super().__init__(model, range(cards.SPLIT_SIZE), size, seed, independent=True)  # type: ignore[arg-type]
@@ -128,7 +134,7 @@ class GuidedBatches(Batches):
             rng = np.random.default_rng([self.seed, 3, position])
             scene = next(s for s in cards.scenes("train", FIRST_SCENE + position) if s.questions)
             asked = [scene.questions[i] for i in rng.permutation(len(scene.questions))]
-            asked = sorted(asked, key=lambda q: q.family in ("read", "perceive"))[:MAX_TURNS]
+            asked = sorted(asked, key=learned_early)[:MAX_TURNS]
             turns = tuple(Turn(q.question, q.answer, q.family) for q in asked)
             examples.append(encode(self.model, Conversation(str(position), (scene.image,), turns), independent=True))
             places.append(locate(scene))
