@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--dense-count", type=int, default=4000, help="questions about dense scenes")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/accuracy.json", help="file to write")
     arguments = parser.parse_args()
+    record = environment(Path(__file__), "torch", "numpy", "pillow")
     results: dict[str, Any] = {}
     for name, options in (
         ("mixed", ["--count", str(arguments.count)]),
@@ -38,11 +39,7 @@ def main() -> None:
         "--count",
         str(arguments.dense_count // 8),
     ]
-    record = {
-        **environment(Path(__file__), "torch", "numpy", "pillow"),
-        "results": results,
-        "where": json.loads(run(look)),
-    }
+    record |= {"results": results, "where": json.loads(run(look))}
     arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

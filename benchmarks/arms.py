@@ -9,7 +9,8 @@ the same unseen questions about dense scenes:
     focus     both samplers
     single    both samplers from the start of instruction tuning, as in the paper (one stage, of as many steps as the two)
 
-An arm that is there already is not trained again. Results go to benchmarks/results/arms.json.
+Arms are trained side by side, each by one process of one thread; one that is there already is not trained again. The
+results so far go to benchmarks/results/arms.json whenever an arm is done.
 """
 
 from __future__ import annotations
@@ -20,89 +21,110 @@ import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from record import environment
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLERS = {"control": "none", "focus": "focus", "single": "focus"}
+sys.path.insert(0, str(ROOT / "weights"))
+from make_tiny import FOCUS  # noqa: E402
+
+SAMPLERS = {"control": ("--sampler", "none"), "focus": FOCUS, "single": FOCUS}
 
 
-def run(command: list[str]) -> str:
-    """The last line that a command printed."""
+def run(command: list[str], log: Path | None = None) -> str:
+    """The last line that a command printed. What it says of its progress goes to `log`, or to the terminal."""
     print("$", " ".join(["python", *command]), flush=True)
-    shared = os.environ | ({"OMP_NUM_THREADS": "1"} if "torch.distributed.run" in command else {})
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=shared, stdout=subprocess.PIPE, text=True)
+    environ = os.environ | ({"OMP_NUM_THREADS": "1"} if log else {})
+    with (log or Path(os.devnull)).open("a", encoding="utf-8") as progress:
+        stderr = progress if log else None
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=stderr, text=True
+        )
     if done.returncode:
-        sys.exit(f"error: it ended with {done.returncode}")
+        raise SystemExit(f"error: {command[0]} ended with {done.returncode}" + (f", see {log}" if log else ""))
     return done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
 
 
-def train(arm: str, seed: int, runs: Path, steps: int, earlier: int, processes: int) -> Path:
-    """Train an arm unless it is there; returns its model's folder."""
-    out = runs / "arms" / f"{arm}-{seed}"
-    start, count = ("warmup", earlier + steps) if arm == "single" else ("full", steps)
-    if not (out / "model" / "model.safetensors").exists():
-        shared = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        run(
-            [
-                *(shared if processes > 1 else []),
-                *("examples/train.py", "--model", f"{runs / start}/model", "--out", str(out), "--seed", str(seed)),
-                *("--sampler", SAMPLERS[arm], "--steps", str(count), "--batch", "12", "--micro-batch", "6"),
-                *("--first-scene", str(30_000_000 + 1_000_000 * seed)),
-            ]
-        )
-    return out / "model"
-
-
-def ask(model: Path, sampler: str, count: int) -> dict[str, Any]:
-    """Its answers to unseen questions about dense scenes, from its folder if they were asked before."""
-    file = model.parent / f"answers-{sampler}-{count}.json"
+def once(file: Path, command: list[str], log: Path) -> dict[str, Any]:
+    """The JSON object that a command prints as its last line, from `file` if it was run before."""
     if not file.exists():
-        command = ["examples/evaluate.py", "--model", str(model), "--sampler", sampler, "--dense", "--json"]
-        file.write_text(run([*command, "--count", str(count)]) + "\n", encoding="utf-8")
+        file.write_text(run(command, log) + "\n", encoding="utf-8")
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return result
 
 
-def main() -> int:
+def result_of(arm: str, seed: int, runs: Path, steps: int, earlier: int, count: int) -> dict[str, Any]:
+    """Train an arm unless that was done, ask it `count` questions about dense scenes, and look where it looks."""
+    out = runs / "arms" / f"{arm}-{seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    start = "warmup" if arm == "single" else "full"
+    if not (out / "model/model.safetensors").exists():
+        command = [
+            *("examples/train.py", "--model", f"{runs / start}/model", "--out", str(out), "--seed", str(seed)),
+            *("--steps", str(steps + (earlier if arm == "single" else 0)), "--batch", "12", "--micro-batch", "6"),
+            *("--first-scene", str(30_000_000 + 1_000_000 * seed), *SAMPLERS[arm]),
+        ]
+        run(command, out / "progress.txt")
+    model, sampler = str(out / "model"), SAMPLERS[arm][1]
+    asked = ["examples/evaluate.py", "--model", model, "--sampler", sampler, "--dense", "--json", "--count", str(count)]
+    found = {"seed": seed, **once(out / f"answers-{count}.json", asked, out / "progress.txt")}
+    if sampler == "focus":
+        found["where"] = once(
+            out / "where.json", ["benchmarks/where.py", "--model", model, "--line"], out / "progress.txt"
+        )
+    return found
+
+
+def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One arm's seeds together; `spread` is the range of their accuracies."""
+    accuracies = [one["accuracy"] for one in found]
+    return {
+        "accuracy": statistics.mean(accuracies),
+        "spread": max(accuracies) - min(accuracies),
+        "families": {f: statistics.mean(one["families"][f] for one in found) for f in found[0]["families"]},
+        "equivalent": statistics.mean(one["tokens"]["equivalent"] for one in found),
+        "seeds": found,
+    }
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/tiny")
     parser.add_argument("--arms", default="control,focus,single", help="with commas between")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--count", type=int, default=4000, help="questions")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=2, help="arms at a time")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/arms.json", help="file to write")
     arguments = parser.parse_args()
+    record = environment(Path(__file__), "torch", "numpy")
     runs = arguments.runs.resolve()
     lines = [json.loads(line) for line in (runs / "full/log.jsonl").read_text(encoding="utf-8").splitlines()]
     earlier = lines[-1]["step"]
-    arms: dict[str, Any] = {}
-    for arm in arguments.arms.split(","):
-        found = []
-        for seed in range(1, arguments.seeds + 1):
-            model = train(arm, seed, runs, arguments.steps, earlier, arguments.processes)
-            found.append({"seed": seed, **ask(model, SAMPLERS[arm], arguments.count)})
-            if arm == "focus":
-                found[-1]["where"] = json.loads(run(["benchmarks/where.py", "--model", str(model), "--line"]))
-        accuracies = [one["accuracy"] for one in found]
-        arms[arm] = {
-            "steps": arguments.steps + (earlier if arm == "single" else 0),
-            "accuracy": statistics.mean(accuracies),
-            "spread": max(accuracies) - min(accuracies),
-            "families": {f: statistics.mean(one["families"][f] for one in found) for f in found[0]["families"]},
-            "equivalent": statistics.mean(one["tokens"]["equivalent"] for one in found),
-            "seeds": found,
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arguments.arms.split(",")}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        waiting = {
+            pool.submit(result_of, arm, seed, runs, arguments.steps, earlier, arguments.count): arm
+            for arm in found
+            for seed in range(1, arguments.seeds + 1)
         }
-        print(
-            f"{arm}: {arms[arm]['accuracy']:.2%}, spread {arms[arm]['spread']:.2%}, {arms[arm]['equivalent']:.1%} tokens"
-        )
-    record = {**environment(Path(__file__), "torch", "numpy"), "earlier_steps": earlier, "arms": arms}
-    arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return 0
+        for done in as_completed(waiting):
+            arm = waiting[done]
+            found[arm] = sorted([*found[arm], done.result()], key=lambda one: one["seed"])
+            arms = {
+                name: {"steps": arguments.steps + (earlier if name == "single" else 0), **summary(own)}
+                for name, own in found.items()
+                if own
+            }
+            print(
+                f"{arm}: {arms[arm]['accuracy']:.2%} ± {arms[arm]['spread']:.2%}, {arms[arm]['equivalent']:.1%} tokens"
+            )
+            result = {**record, "earlier_steps": earlier, "arms": arms}
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

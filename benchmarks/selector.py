@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="scenes to look at")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/selector.json", help="file to write")
     arguments = parser.parse_args()
+    record = environment(Path(__file__), "torch", "numpy")
     runs = arguments.runs.resolve()
     results: dict[str, Any] = {}
     for number, (name, options) in enumerate(SETTINGS.items()):
@@ -51,7 +52,7 @@ def main() -> None:
         found = json.loads(run([*look, "--count", str(arguments.count)]))
         results[name] = {"options": options, "scales": found["scales"], "tokens": found["tokens_kept"]}
         print(name, json.dumps(found["scales"]), flush=True)
-    record = {**environment(Path(__file__), "torch", "numpy"), "regions": found["regions"], "settings": results}
+    record |= {"regions": found["regions"], "settings": results}
     arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
