@@ -241,7 +241,7 @@ class Minifocus(Side):
 
     def _prefill(self) -> tuple[Any, Callable[[Any], Any], float, list[int]]:
         model = self.model
-        pictures = model.encode_pictures([self.pixels[0]], [self.settings.size.picture])
+        pictures = model.encode_pictures([self.pixels[0]], [self.settings.size.picture], model.before_llm)
         rows, visual = model.embed(self.ids, pictures, before_llm=model.before_llm)
         del pictures
         decoder_started = self.now()

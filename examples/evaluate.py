@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from sampler_options import add_sampler_options, sampler_options
 from tqdm import tqdm
 
 import minifocus
@@ -39,11 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "weights/tiny"), help="folder in Hugging Face's layout")
     parser.add_argument("--template", choices=list(TEMPLATES), help="default: the model's")
-    parser.add_argument("--sampler", default="focus", choices=minifocus.samplers.names())
-    parser.add_argument("--gamma", type=float, help="text-guided: share of the importance to keep (0.85)")
-    parser.add_argument("--keep", type=int, help="text-guided: keep this many tokens per picture instead")
-    parser.add_argument("--layer", type=int, help="text-guided: act before this layer (a quarter of the depth)")
-    parser.add_argument("--selector", help="vision-guided: a selector file, or 'variance'")
+    add_sampler_options(parser)
     parser.add_argument("--data", help="a file in LLaVA's JSON format, see minifocus/conversations.py")
     parser.add_argument("--images", help="the folder that --data names pictures from; default: its own")
     parser.add_argument("--split", choices=list(cards.SPLITS), help="of the miniature; default: test")
@@ -161,8 +158,7 @@ def check(arguments: argparse.Namespace) -> None:
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     questions, total = questions_of(arguments)
-    names = ("gamma", "keep", "layer", "selector")
-    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    options = sampler_options(arguments)
     model = minifocus.load(arguments.model, arguments.sampler, arguments.device, **options)
     result = evaluate(
         model,
@@ -189,8 +185,8 @@ def print_result(sampler: str, result: dict[str, Any]) -> None:
     print(f"  {'all':10} {share(result['accuracy'], result['interval_95'])} of {result['count']}")
     tokens = result["tokens"]
     print(
-        f"  visual tokens: {tokens['full']:.0f}, {tokens['after_vision']:.0f} after the vision-guided sampler, "
-        f"{tokens['after_text']:.0f} after the text-guided one; equivalent to {tokens['equivalent']:.1%}"
+        f"  visual tokens: {tokens['full']:.0f}, of which {tokens['after_vision']:.0f} enter the language model and "
+        f"{tokens['after_text']:.0f} reach its last layer; equivalent to {tokens['equivalent']:.1%}"
     )
     print(f"  {result['samples_per_second']:.1f} questions per second")
 

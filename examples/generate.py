@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sampler_options import add_sampler_options, sampler_options
 from tqdm import tqdm
 
 import minifocus
@@ -26,13 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--image", action="append", help="picture; several for several <image> places in the prompt")
     parser.add_argument("--prompt", default="What number is on the red card?", help="the question")
     parser.add_argument("--template", help="vicuna, mistral, llama3, chatml or raw; default: the model's")
-    parser.add_argument("--sampler", default="focus", choices=minifocus.samplers.names())
-    parser.add_argument("--gamma", type=float, help="text-guided: share of the importance to keep (0.85)")
-    parser.add_argument("--keep", type=int, help="text-guided: keep this many tokens per picture instead")
-    parser.add_argument("--layer", type=int, help="text-guided: act before this layer (a quarter of the depth)")
-    parser.add_argument(
-        "--selector", help="vision-guided: a selector file, or 'variance' for the training-free stand-in"
-    )
+    add_sampler_options(parser)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's")
     parser.add_argument("--max-new-tokens", type=int, default=256)
@@ -47,9 +42,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_model(arguments: argparse.Namespace) -> minifocus.Llava:
-    """Load with a progress bar (on a terminal only); sampler options are passed on only where they were given."""
-    names = ("gamma", "keep", "layer", "selector")
-    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    """Load with a progress bar, on a terminal only."""
+    options = sampler_options(arguments)
     with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -78,8 +72,8 @@ def report(arguments: argparse.Namespace, answer: minifocus.Answer) -> dict[str,
 def print_accounts(answer: minifocus.Answer) -> None:
     tokens, seconds = answer.tokens, answer.decode_seconds
     print(
-        f"\nvisual tokens  {tokens.full} in the picture, {tokens.after_vision} after the vision-guided sampler, "
-        f"{tokens.after_text} after the text-guided one; equivalent to {tokens.equivalent:.1%}"
+        f"\nvisual tokens  {tokens.full} in the picture, {tokens.after_vision} enter the language model, "
+        f"{tokens.after_text} reach its last layer; equivalent to {tokens.equivalent:.1%}"
     )
     rate = f" ({len(answer.token_ids) / seconds:.0f} tokens/s)" if seconds else ""
     print(f"time           {answer.prefill_seconds:.3f} s to read, {seconds:.3f} s to answer{rate}")

@@ -229,7 +229,8 @@ class _Run:
             begin = longest - len(one.ids)
             ids[row, begin:], mask[row, begin:], instruction[row, begin:] = one.ids, True, one.instruction
         device = model.device
-        pictures = model.encode_pictures([t for i in inputs for t in i.tiles], [s for i in inputs for s in i.sizes])
+        tiles, sizes = [t for i in inputs for t in i.tiles], [s for i in inputs for s in i.sizes]
+        pictures = model.encode_pictures(tiles, sizes, model.before_llm)
         mask, instruction = mask.to(device), instruction.to(device)
         rows, visual = model.embed(ids.to(device), pictures, mask, instruction, model.before_llm)
         del pictures

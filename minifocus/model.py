@@ -22,7 +22,7 @@ from .prompt import detect_template
 from .rows import Rows, stack_rows
 from .samplers import PictureFeatures, Selection, VisualTokens
 from .tokenizer import Tokenizer
-from .vision import VisionTower
+from .vision import Block, VisionTower
 from .weights import Progress, load_model, save_model
 
 
@@ -91,23 +91,57 @@ class Llava(nn.Module):
             return vision.grid**2 + self.config.keep_cls
         return num_visual_tokens(size, self.config.grid_pinpoints, vision.image_size, vision.patch_size)
 
-    def encode_pictures(self, tiles: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[PictureFeatures]:
-        """Tiles of each picture [T_i, 3, S, S] and its (h, w) → its projected feature maps (paper §3.1)."""
+    def encode_pictures(
+        self,
+        tiles: Sequence[torch.Tensor],
+        sizes: Sequence[tuple[int, int]],
+        before_llm: samplers.BeforeLLM | None = None,
+    ) -> list[PictureFeatures]:
+        """Tiles of each picture [T_i, 3, S, S] and its (h, w) → its projected feature maps (paper §3.1).
+
+        `before_llm` may take cues from the vision tower on the way.
+        """
         if not tiles:
             return []
         pixels = torch.cat(list(tiles)).to(self.device, self.dtype)
-        features = self.multi_modal_projector(self.vision_tower(pixels))  # [all tiles, grid² (+1), C]
-        grid = self.config.vision.grid
-        pictures = []
-        for own, size in zip(features.split([len(t) for t in tiles]), sizes, strict=True):
-            if self.config.anyres:
-                leading, cells = stitch(own, size, self.config.grid_pinpoints, self.config.vision.image_size)
-                pictures.append(PictureFeatures(cells, leading.unflatten(0, (grid, grid)), leading, self.image_newline))
-            else:
-                leading = own[0, : own.shape[1] - grid**2]  # the CLS token, if it is kept
-                cells = own[0, len(leading) :].unflatten(0, (grid, grid))
-                pictures.append(PictureFeatures(cells, cells, leading, None))
-        return pictures
+        cues: list[torch.Tensor] = []
+
+        def look(index: int, block: Block, x: torch.Tensor) -> None:
+            assert before_llm is not None
+            found = before_llm.look(index, block, x)
+            if found is not None:
+                cues.append(found)
+
+        hidden = self.vision_tower(pixels, look if before_llm is not None else None)
+        features = self.multi_modal_projector(hidden)  # [all tiles, grid² (+1), C]
+        counts = [len(t) for t in tiles]
+        all_cues = torch.cat(cues, dim=-1).split(counts) if cues else [None] * len(counts)
+        return [
+            self._picture(own, own_cues, size)
+            for own, own_cues, size in zip(features.split(counts), all_cues, sizes, strict=True)
+        ]
+
+    def _picture(self, features: torch.Tensor, cues: torch.Tensor | None, size: tuple[int, int]) -> PictureFeatures:
+        """The views' features [T, grid² (+1), C] and cues [T, grid², K] → maps of the picture."""
+        side = self.config.vision.grid
+        square = (side, side)
+        if not self.config.anyres:
+            leading = features[0, : features.shape[1] - side**2]  # the CLS token, if it is kept
+            cells = features[0, len(leading) :].unflatten(0, square)
+            seen = None if cues is None else cues[0].unflatten(0, square)
+            return PictureFeatures(cells, cells, leading, None, cues=None if seen is None else (seen, seen))
+
+        def stitched(of_views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return stitch(of_views, size, self.config.grid_pinpoints, self.config.vision.image_size)
+
+        leading, cells = stitched(features)
+        views = torch.arange(len(features), device=features.device)[:, None, None].expand(-1, side**2, 1)
+        tile = stitched(views)[1].squeeze(-1)
+        around = None
+        if cues is not None:
+            small, whole = stitched(cues)
+            around = (whole, small.unflatten(0, square))
+        return PictureFeatures(cells, leading.unflatten(0, square), leading, self.image_newline, tile, around)
 
     def embed(
         self,
@@ -197,12 +231,19 @@ class Llava(nn.Module):
         selections: list[tuple[int, Rows, Selection]] = []
         visual = []
 
+        leaving: list[torch.Tensor] = []  # what a selection at the layer before keeps
+
         def before_layer(index: int, layer: DecoderLayer, rows: Rows) -> Rows:
+            if leaving:
+                rows = rows.keep(leaving.pop())
             selection = self.inside_llm(index, layer, rows) if self.inside_llm is not None else None
             if selection is not None:
                 # Without the hidden states, which would stay in memory for as long as the answer's trace.
                 selections.append((index, rows.with_hidden(rows.hidden.new_empty(*rows.valid.shape, 0)), selection))
-                rows = rows.keep(selection.kept)
+                if selection.after:
+                    leaving.append(selection.kept)
+                else:
+                    rows = rows.keep(selection.kept)
             visual.append(((rows.picture >= 0) & rows.valid).sum(dim=1))
             return rows
 
@@ -237,7 +278,7 @@ class Llava(nn.Module):
         input_ids = input_ids.to(self.device)
         attention_mask = None if attention_mask is None else attention_mask.to(self.device)
         instruction_mask = None if instruction_mask is None else instruction_mask.to(self.device)
-        features = self.encode_pictures(tiles, sizes)
+        features = self.encode_pictures(tiles, sizes, self.before_llm)
         rows, pictures = self.embed(input_ids, features, attention_mask, instruction_mask, self.before_llm)
         rows = self.prefill(rows, pictures).rows
         logits = self.language_model.lm_head(rows.hidden)
@@ -322,13 +363,13 @@ def _first_column(rows: Rows, row: int, number: int, visual: VisualTokens) -> in
 
 
 def _text_piece(hidden: torch.Tensor, source: torch.Tensor, instruction: torch.Tensor) -> Rows:
-    none = torch.zeros_like(instruction)
-    return Rows(hidden, ~none, source, source, torch.full_like(source, -1), none, instruction)
+    none, nowhere = torch.zeros_like(instruction), torch.full_like(source, -1)
+    return Rows(hidden, ~none, source, source, nowhere, nowhere[:, None].expand(-1, 2), none, instruction)
 
 
 def _visual_piece(visual: VisualTokens, source: torch.Tensor, number: int) -> Rows:
-    none = torch.zeros_like(visual.newline)
-    return Rows(visual.tokens, ~none, source, source, torch.full_like(source, number), visual.newline, none)
+    none, cell = torch.zeros_like(visual.newline), visual.layout.coordinates(visual.source)
+    return Rows(visual.tokens, ~none, source, source, torch.full_like(source, number), cell, visual.newline, none)
 
 
 def _join(pieces: list[Rows]) -> Rows:
@@ -350,8 +391,8 @@ def load(
 ) -> Llava:
     """Load a LLaVA-1.5 or LLaVA-NeXT folder in Hugging Face's layout.
 
-    sampler       "focus" (both of FocusLLaVA's), "vision", "text" or "none"; `options` are the sampler's own, such as
-                  gamma, layer, keep, window, selector (see minifocus.samplers)
+    sampler       "focus" (both of FocusLLaVA's), "vision", "text", "none", or one of the field's training-free methods
+                  (`minifocus.samplers.names()`); `options` are the sampler's own, such as gamma, layer, selector, ratio
     dtype         "float32", "bfloat16", "float16" or the torch dtype; None: the checkpoint's
     check_finite  refuse weights with NaN or infinity (one pass over them)
     progress      called with (bytes read, bytes in all)

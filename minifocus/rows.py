@@ -8,7 +8,7 @@ import torch
 
 from .ops import gather_tokens
 
-_PADDING = {"source": -1, "picture": -1}  # where it is not 0
+_PADDING = {"source": -1, "picture": -1, "cell": -1}  # where it is not 0
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Rows:
     source       [B, S]     int64, the column of `input_ids` that the token stands for (a pooled visual token:
                             the placeholder of its window's first cell); -1 for padding
     picture      [B, S]     int64, which picture of its row a visual token belongs to; -1 for text
+    cell         [B, S, 2]  int64, (row, column) of a visual token on its map, or on the thumbnail; -1 for all others
     newline      [B, S]     bool, the tokens that end a row of a picture's feature map
     instruction  [B, S]     bool, the tokens of the user's question
     """
@@ -30,6 +31,7 @@ class Rows:
     positions: torch.Tensor
     source: torch.Tensor
     picture: torch.Tensor
+    cell: torch.Tensor
     newline: torch.Tensor
     instruction: torch.Tensor
 
@@ -49,7 +51,8 @@ class Rows:
         gathered = gather_tokens(columns, (first + order).where(valid, -1).flatten())
         moved = {name: column.unflatten(0, valid.shape) for name, column in zip(names, gathered, strict=True)}
         for name, value in _PADDING.items():
-            moved[name] = moved[name].where(valid, value)
+            column = moved[name]
+            moved[name] = column.where(valid.view(*valid.shape, *[1] * (column.dim() - 2)), value)
         return Rows(valid=valid, **moved)
 
     def with_hidden(self, hidden: torch.Tensor) -> Rows:

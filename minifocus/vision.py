@@ -5,6 +5,8 @@ Parameter names are Hugging Face's (including `pre_layrnorm`, sic), so that a ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,11 +41,12 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
+    def split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """[N, tokens, C] → [N, H, tokens, D]."""
+        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [N, H, tokens, D]
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (self.split_heads(proj(x)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -92,16 +95,23 @@ class VisionTower(nn.Module):
         # Part of every CLIP checkpoint, and never applied to the features that LLaVA takes.
         self.post_layernorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, pixel_values: torch.Tensor, before_block: Callable[[int, Block, torch.Tensor], None] | None = None
+    ) -> torch.Tensor:
         """pixel_values [N, 3, S, S] → [N, grid² (+ 1 with `keep_cls`), C × feature layers].
 
-        Blocks above the highest layer asked for are not run.
+        Blocks above the highest layer asked for are not run. `before_block` is called with every block's number (from 0),
+        the block and its input [N, 1 + grid², C]: also for the first block that is not run, where there is one.
         """
         x = self.pre_layrnorm(self.embeddings(pixel_values))
         states = {0: x}
-        for index, block in enumerate(self.encoder.layers[: max(self.feature_layers)], start=1):
+        for index, block in enumerate(self.encoder.layers[: max(self.feature_layers) + 1]):
+            if before_block is not None:
+                before_block(index, block, x)  # type: ignore[arg-type]
+            if index == max(self.feature_layers):
+                break
             x = block(x)
-            if index in self.feature_layers:
-                states[index] = x
+            if index + 1 in self.feature_layers:
+                states[index + 1] = x
         features = torch.cat([states[layer] for layer in self.feature_layers], dim=-1)
         return features if self.keep_cls else features[:, 1:]

@@ -199,3 +199,19 @@ def add_tokenizer(folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def rows_before_layer(model: Any, inputs: Any, instruction: torch.Tensor | None, index: int) -> Any:
+    """The batch as it stands before a decoder layer, by running the layers before it."""
+    captured = []
+    tiles, sizes = model._split_pixels(inputs.pixel_values, inputs.image_sizes)
+    features = model.encode_pictures(tiles, sizes, model.before_llm)
+    rows, _ = model.embed(inputs.input_ids, features, inputs.attention_mask, instruction, model.before_llm)
+
+    def before(layer_index: int, layer: Any, rows: Any) -> Any:
+        if layer_index == index:
+            captured.append(rows)
+        return rows
+
+    model.language_model.model.prefill(rows, None, before)
+    return captured[0]

@@ -562,7 +562,17 @@ def test_who_looks_at_whom(seed: int, size: int, turns: int, independent: bool) 
     turn, picture = draw(-1, turns, 2, size), draw(-1, 1, 2, size)
     valid, seen = draw(0, 4, 2, size) > 0, draw(0, 2, 2, turns, size).bool()
     rows = PackedRows(
-        none[..., None].float(), valid, none, none, picture, none.bool(), none.bool(), turn, seen, independent
+        hidden=none[..., None].float(),
+        valid=valid,
+        positions=none,
+        source=none,
+        picture=picture,
+        cell=none[..., None].expand(-1, -1, 2),
+        newline=none.bool(),
+        instruction=none.bool(),
+        turn=turn,
+        seen=seen,
+        independent=independent,
     )
     mask = rows.attention_mask()
     assert mask.shape == (2, 1, size, size)

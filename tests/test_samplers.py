@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import IMAGE_TOKEN, build, make_inputs, save
+import torch.nn.functional as F
+from checkpoints import IMAGE_TOKEN, build, make_inputs, rows_before_layer, save
 
 import minifocus
 from minifocus import samplers
 from minifocus.llama import LayerCache
 from minifocus.reference import split_regions
+from minifocus.rows import Rows
 from minifocus.samplers.hooks import Layout, PictureFeatures
 from minifocus.samplers.text_guided import TextGuidedOptions, TextGuidedSampler
 from minifocus.samplers.vision_guided import (
@@ -200,22 +202,6 @@ def test_balance_loss_is_eq_3_to_5_and_10() -> None:
 # ---- the text-guided sampler ----
 
 
-def rows_before_layer(model: minifocus.Llava, inputs: Any, instruction: torch.Tensor | None, index: int) -> Any:
-    """The batch as it stands before a decoder layer, by running the layers before it."""
-    captured = []
-    tiles, sizes = model._split_pixels(inputs.pixel_values, inputs.image_sizes)
-    features = model.encode_pictures(tiles, sizes)
-    rows, _ = model.embed(inputs.input_ids, features, inputs.attention_mask, instruction, model.before_llm)
-
-    def before(layer_index: int, layer: Any, rows: Any) -> Any:
-        if layer_index == index:
-            captured.append(rows)
-        return rows
-
-    model.language_model.model.prefill(rows, None, before)
-    return captured[0]
-
-
 @pytest.mark.parametrize("options", [*TEXT, dict(text="last")])
 @torch.inference_mode()
 def test_selection_is_the_paper_s_rule(folder: Path, options: dict[str, Any]) -> None:
@@ -288,6 +274,14 @@ BOTH = [
     *(("text", options) for options in TEXT),
     ("focus", dict()),
     ("focus", dict(window=2, keep=4, layer=2)),
+    *((name, {}) for name in samplers.names() if name not in ("focus", "vision", "text", "none")),
+    ("avgpool", dict(window=3, thumbnail="compress")),
+    ("maxpool", dict(thumbnail="drop")),
+    ("prumerge+", dict(ratio=0.4, per="map")),
+    ("fastv", dict(keep=5, layer=3)),
+    ("pyramiddrop", dict(ratio=0.7, layers=(0, 3))),
+    ("feather", dict(second=0.5, stride=2)),
+    ("aim", dict(ratio=0.3, begin=0, end=4, rounds=3)),
 ]
 
 
@@ -308,7 +302,11 @@ def test_cache_equals_recomputation(folder: Path, sampler: str, options: dict[st
 
     tiles, sizes = model._split_pixels(inputs.pixel_values, inputs.image_sizes)
     embedded, pictures = model.embed(
-        inputs.input_ids, model.encode_pictures(tiles, sizes), inputs.attention_mask, instruction, model.before_llm
+        inputs.input_ids,
+        model.encode_pictures(tiles, sizes, model.before_llm),
+        inputs.attention_mask,
+        instruction,
+        model.before_llm,
     )
     caches = [LayerCache() for _ in range(4)]
     prefilled = model.prefill(embedded, pictures, caches).rows
@@ -318,11 +316,8 @@ def test_cache_equals_recomputation(folder: Path, sampler: str, options: dict[st
         hidden.append(model.language_model.model.decode(token, positions, caches))
     cached = model.language_model.lm_head(torch.stack(hidden, dim=1))
 
-    if (
-        options.get("text") == "all"
-    ):  # the answer's tokens would vote too: mark the prompt's text as the question instead
-        assert isinstance(model.inside_llm, TextGuidedSampler)
-        model.inside_llm = PromptVotes(model.inside_llm, inputs.input_ids)  # type: ignore[assignment]
+    if model.inside_llm is not None and (sampler not in ("text", "focus") or options.get("text") == "all"):
+        model.inside_llm = PromptVotes(model.inside_llm, 8)  # the answer's tokens would have a say
     whole = model(
         torch.cat([inputs.input_ids, answer], dim=1),
         inputs.pixel_values,
@@ -334,16 +329,18 @@ def test_cache_equals_recomputation(folder: Path, sampler: str, options: dict[st
 
 
 class PromptVotes:
-    """The text-guided sampler with text="all", told that columns beyond the prompt are not the prompt's text."""
+    """An inside-LLM sampler that is shown the prompt alone; the answer's tokens, columns beyond it, stay."""
 
-    def __init__(self, sampler: TextGuidedSampler, prompt: torch.Tensor):
-        self.sampler, self.columns = sampler, prompt.shape[1]
+    def __init__(self, sampler: Any, answer: int):
+        self.sampler, self.answer = sampler, answer
 
     def __call__(self, index: int, layer: Any, rows: Any) -> Any:
-        answer = rows.source >= self.columns
-        hidden_answer = replace(rows, valid=rows.valid & ~answer)
-        selection = self.sampler(index, layer, hidden_answer)
-        return selection and samplers.Selection(selection.kept | answer, selection.scores)
+        prompt = Rows(**{field.name: getattr(rows, field.name)[:, : -self.answer] for field in fields(Rows)})
+        selection = self.sampler(index, layer, prompt)
+        if selection is None:
+            return None
+        kept, scores = (F.pad(value, (0, self.answer), value=1) for value in (selection.kept, selection.scores))
+        return replace(selection, kept=kept, scores=scores)
 
 
 @pytest.mark.parametrize(("sampler", "options"), BOTH)
@@ -393,7 +390,9 @@ def test_all_fine_and_gamma_1_change_only_the_order(folder: Path) -> None:
 
 
 def test_names() -> None:
-    assert samplers.names() == ["focus", "vision", "text", "none"]
+    trained = ["focus", "vision", "text", "none"]
+    before = "avgpool maxpool random uniform similarity fastervlm vtc-cls hired globalcom2 fopru prumerge prumerge+"
+    assert samplers.names() == [*trained, *before.split(), "fastv", "pyramiddrop", "feather", "aim"]
 
 
 def test_variance_is_announced_in_one_line(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -410,7 +409,7 @@ def test_no_selector_is_an_error_that_names_the_ways_out(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("sampler", "options", "message"),
     [
-        ("fastest", {}, "sampler: expected one of focus, vision, text, none, got 'fastest'"),
+        ("fastest", {}, "sampler: expected one of focus, vision, text, none, avgpool, .*, aim, got 'fastest'"),
         ("focus", dict(gama=0.5), "gama: not an option of sampler 'focus'; its options: .*gamma"),
         ("none", dict(gamma=0.5), "gamma: not an option of sampler 'none'; its options: none"),
         ("vision", dict(gamma=0.5, selector="variance"), "gamma: not an option of sampler 'vision'"),

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..config import Config
 from ..errors import CheckpointError, InputError
+from .aim import AIMOptions, Dropping, Merging
+from .chance import Random, RandomOptions, Uniform
+from .cls_attention import VTCCLS, FasterVLM, FasterVLMOptions, VTCCLSOptions
+from .fastv import FastV, FastVOptions
+from .feather import Feather, FeatherOptions
+from .fopru import FoPru, FoPruOptions
+from .globalcom2 import GlobalCom2, GlobalCom2Options
+from .hired import HiRED, HiREDOptions
 from .hooks import BeforeLLM, InsideLLM, PictureFeatures, Samplers, Selection, VisualTokens, uncompressed
+from .pooling import Pooling, PoolingOptions
+from .prumerge import PruMerge, PruMergeOptions
+from .pruning import PruningOptions
+from .pyramiddrop import PyramidDrop, PyramidDropOptions
+from .similarity import Similarity, SimilarityOptions
 from .text_guided import TextGuidedOptions, TextGuidedSampler
 from .vision_guided import (
     LinearSelector,
@@ -30,6 +44,7 @@ __all__ = [
     "VisualTokens",
     "build",
     "names",
+    "options_of",
     "save",
     "uncompressed",
 ]
@@ -37,14 +52,41 @@ __all__ = [
 SELECTOR_FILE = "selector.safetensors"
 _VISION = {field.name for field in dataclasses.fields(VisionGuidedOptions)} | {"selector"}
 _TEXT = {field.name for field in dataclasses.fields(TextGuidedOptions)}
-_OPTIONS = {"focus": _VISION | _TEXT, "vision": _VISION, "text": _TEXT, "none": set()}
+_FOCUS = {"focus": _VISION | _TEXT, "vision": _VISION, "text": _TEXT, "none": set()}
+
+# Training-free methods of the field: options, and the samplers that they make for a model.
+_METHODS: dict[str, tuple[type, Callable[[Any, Config], Samplers]]] = {
+    "avgpool": (PoolingOptions, lambda options, config: Samplers(Pooling(options, config, "mean"))),
+    "maxpool": (PoolingOptions, lambda options, config: Samplers(Pooling(options, config, "max"))),
+    "random": (RandomOptions, lambda options, config: Samplers(Random(options, config))),
+    "uniform": (PruningOptions, lambda options, config: Samplers(Uniform(options, config))),
+    "similarity": (SimilarityOptions, lambda options, config: Samplers(Similarity(options, config))),
+    "fastervlm": (FasterVLMOptions, lambda options, config: Samplers(FasterVLM(options, config))),
+    "vtc-cls": (VTCCLSOptions, lambda options, config: Samplers(VTCCLS(options, config))),
+    "hired": (HiREDOptions, lambda options, config: Samplers(HiRED(options, config))),
+    "globalcom2": (GlobalCom2Options, lambda options, config: Samplers(GlobalCom2(options, config))),
+    "fopru": (FoPruOptions, lambda options, config: Samplers(FoPru(options, config))),
+    "prumerge": (PruMergeOptions, lambda options, config: Samplers(PruMerge(options, config))),
+    "prumerge+": (PruMergeOptions, lambda options, config: Samplers(PruMerge(options, config, plus=True))),
+    "fastv": (FastVOptions, lambda options, config: Samplers(None, FastV(options, config.text))),
+    "pyramiddrop": (PyramidDropOptions, lambda options, config: Samplers(None, PyramidDrop(options, config.text))),
+    "feather": (FeatherOptions, lambda options, config: Samplers(None, Feather(options, config.text))),
+    "aim": (AIMOptions, lambda options, config: Samplers(Merging(options, config), Dropping(options, config.text))),
+}
 
 _log = logging.getLogger("minifocus")
 
 
 def names() -> list[str]:
     """The methods that `build` (and so `minifocus.load`) knows."""
-    return list(_OPTIONS)
+    return [*_FOCUS, *_METHODS]
+
+
+def options_of(name: str) -> set[str]:
+    """The options that method `name` takes; InputError for an unknown one."""
+    if name not in names():
+        raise InputError(f"sampler: expected one of {', '.join(names())}, got {name!r}")
+    return _FOCUS[name] if name in _FOCUS else {field.name for field in dataclasses.fields(_METHODS[name][0])}
 
 
 def build(name: str, config: Config, folder: Path, options: Mapping[str, object]) -> Samplers:
@@ -53,12 +95,14 @@ def build(name: str, config: Config, folder: Path, options: Mapping[str, object]
     `selector` is "variance", a file's path, or None for `folder`/selector.safetensors. Raises InputError for an unknown
     name or option or a value out of range, and CheckpointError where a trained selector is wanted and not there.
     """
-    if name not in _OPTIONS:
-        raise InputError(f"sampler: expected one of {', '.join(names())}, got {name!r}")
+    known = options_of(name)
     for key in options:
-        if key not in _OPTIONS[name]:
-            known = ", ".join(sorted(_OPTIONS[name])) or "none"
-            raise InputError(f"{key}: not an option of sampler {name!r}; its options: {known}")
+        if key not in known:
+            listed = ", ".join(sorted(known)) or "none"
+            raise InputError(f"{key}: not an option of sampler {name!r}; its options: {listed}")
+    if name in _METHODS:
+        of_method, make = _METHODS[name]
+        return make(of_method(**options), config)
     before = _vision_guided(config, folder, options) if name in ("focus", "vision") else None
     text = {key: value for key, value in options.items() if key in _TEXT}
     inside = TextGuidedSampler(TextGuidedOptions(**text), config.text) if name in ("focus", "text") else None  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ package knows which methods there are.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..llama import DecoderLayer
 from ..rows import Rows
+from ..vision import Block
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,17 @@ class Layout:
         row, column = inside // max(self.row_length, 1), inside % max(self.row_length, 1)
         return torch.where((inside >= 0) & (column < self.width), row * self.width + column, -1)
 
+    def coordinates(self, places: torch.Tensor) -> torch.Tensor:
+        """Places in the sequence → [n, 2], (row, column) on the map, or on the thumbnail among the leading tokens; -1
+        for newlines and for leading tokens that are no thumbnail."""
+        cells, width = self.cells(places), max(self.width, 1)
+        side = math.isqrt(self.leading) if self.newlines else 0
+        on_map = torch.stack([cells // width, cells % width], dim=-1).where(cells[:, None] >= 0, -1)
+        if not side:
+            return on_map
+        on_thumbnail = torch.stack([places // side, places % side], dim=-1)
+        return on_thumbnail.where((places < self.leading)[:, None], on_map)
+
 
 @dataclass(frozen=True)
 class PictureFeatures:
@@ -58,12 +71,16 @@ class PictureFeatures:
     thumbnail  [g, g, C]  the global view's map X_g (LLaVA-1.5: the same as `map`)
     leading    [L, C]     tokens that go before the map: LLaVA-NeXT's thumbnail; a kept CLS token; or none
     newline    [C]        the learned token after each row of the map; None for LLaVA-1.5
+    tile       [H, W]     int64, which of the picture's tiles a cell is from: from 1 on; LLaVA-1.5: 0. None: all are 0
+    cues       (map's [H, W, K], thumbnail's [g, g, K]), what the sampler took from the vision tower (`BeforeLLM.look`)
     """
 
     map: torch.Tensor
     thumbnail: torch.Tensor
     leading: torch.Tensor
     newline: torch.Tensor | None
+    tile: torch.Tensor | None = None
+    cues: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def layout(self) -> Layout:
@@ -96,6 +113,13 @@ class VisualTokens:
 class BeforeLLM(nn.Module, ABC):
     """From a picture's feature maps to the tokens that the language model reads."""
 
+    def look(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor | None:
+        """What to take from the vision tower's block `index` and its input x [N, 1 + g², C]: [N, g², K], or None.
+
+        Called before every block that is run, and for the next one if there is one. What several blocks give is joined.
+        """
+        return None
+
     @abstractmethod
     def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
         """`text` [T, C]: the embeddings of the row's instruction tokens (T may be 0)."""
@@ -103,10 +127,16 @@ class BeforeLLM(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Selection:
-    """Which tokens later layers see: kept [B, S] bool; and their scores [B, S] float32, NaN where none was given."""
+    """Which tokens stay.
+
+    kept    [B, S]  bool
+    scores  [B, S]  float32, NaN where none was given
+    after   whether the others leave after the layer that it was called for, instead of before it
+    """
 
     kept: torch.Tensor
     scores: torch.Tensor
+    after: bool = False
 
 
 class InsideLLM(Protocol):

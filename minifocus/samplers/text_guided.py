@@ -13,6 +13,7 @@ from ..llama import DecoderLayer, rope_tables, rotate
 from ..ops import importance, select_top_p
 from ..rows import Rows
 from .hooks import Selection
+from .inside import pictures_of
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,14 @@ class TextGuidedSampler:
         """Eq. 6 to 9 before layer `index`, if it is the sampler's; several pictures are scored each for itself."""
         if index != self.layer:
             return None
-        scored = (rows.picture >= 0) & ~rows.newline & rows.valid
         width = rows.valid.shape[1]
         text, visual, cu_text, cu_visual = [], [], [0], [0]  # flat places in [B × S], one item per picture
-        for row in range(len(rows.valid)):
-            for picture in rows.picture[row].unique().tolist():
-                if picture < 0:
-                    continue
-                tokens = (scored[row] & (rows.picture[row] == picture)).nonzero().squeeze(1)
-                if not len(tokens):
-                    continue
-                words = self.text_tokens(rows, row, int(tokens[-1]) + 1)
-                text.append(row * width + words)
-                visual.append(row * width + tokens)
-                cu_text.append(cu_text[-1] + len(words))
-                cu_visual.append(cu_visual[-1] + len(tokens))
+        for row, tokens in pictures_of(rows):
+            words = self.text_tokens(rows, row, int(tokens[-1]) + 1)
+            text.append(row * width + words)
+            visual.append(row * width + tokens)
+            cu_text.append(cu_text[-1] + len(words))
+            cu_visual.append(cu_visual[-1] + len(tokens))
         if not visual:
             return None
         q_places, k_places = torch.cat(text), torch.cat(visual)
@@ -95,7 +89,7 @@ class TextGuidedSampler:
         offsets = torch.tensor(cu_visual, device=scores.device)
         index_kept, _ = select_top_p(scores, offsets, self.options.gamma, self.options.keep)
 
-        kept = (rows.valid & ~scored).flatten()
+        kept = (rows.valid & ((rows.picture < 0) | rows.newline)).flatten()
         kept[k_places[index_kept]] = True
         all_scores = torch.full_like(kept, float("nan"), dtype=scores.dtype)
         all_scores[k_places] = scores

@@ -87,7 +87,7 @@ class Output:
 def forward(model: Llava, batch: Batch, guidance: Guidance, independent: bool = False) -> Output:
     """The batch through `model`, whose samplers do what `guidance` says."""
     device = model.device
-    features = model.encode_pictures(batch.tiles, batch.sizes)
+    features = model.encode_pictures(batch.tiles, batch.sizes, model.before_llm)
     pooled = [guidance.pooled[example] for example, n in enumerate(batch.pictures) for _ in range(n)]
     before = None if model.before_llm is None else _SomePictures(model.before_llm, pooled)
     mask = batch.attention_mask.to(device)
@@ -101,16 +101,21 @@ def forward(model: Llava, batch: Batch, guidance: Guidance, independent: bool = 
     full = torch.tensor([sum(v.layout.num_tokens for v in own) for own in pictures])
     entered = (packed.picture >= 0).sum(dim=1).cpu()
     seen = []
+    leaving: list[torch.Tensor] = []  # what a selection at the layer before keeps
 
     def before_layer(index: int, layer: DecoderLayer, rows: Rows) -> Rows:
         assert isinstance(rows, PackedRows)
+        if leaving:
+            rows = replace(rows, valid=rows.valid & leaving.pop())
         acting = [example for example, at in enumerate(guidance.layer) if at == index]
         if isinstance(model.inside_llm, TextGuidedSampler):
             if acting:
                 rows = _guide(model.inside_llm, layer, rows, items, acting, guidance.gamma)
         elif model.inside_llm is not None:
             selection = model.inside_llm(index, layer, rows)
-            if selection is not None:
+            if selection is not None and selection.after:
+                leaving.append(selection.kept)
+            elif selection is not None:
                 rows = replace(rows, valid=rows.valid & selection.kept)
         visual = (rows.picture >= 0) & rows.valid
         seen.append((rows.seen & visual[:, None]).sum(dim=2).float().mean(dim=1))

@@ -1,0 +1,43 @@
+"""The command-line options that choose a sampler, for generate.py and evaluate.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import minifocus
+
+
+def add_sampler_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--sampler", default="focus", choices=minifocus.samplers.names())
+    group.add_argument("--gamma", type=float, help="text-guided: share of the importance to keep (0.85)")
+    group.add_argument("--ratio", type=float, help="training-free methods: share of the tokens to keep")
+    group.add_argument("--keep", type=int, help="keep this many tokens per picture instead")
+    group.add_argument("--layer", type=int, help="text-guided: act before this layer (a quarter of the depth)")
+    group.add_argument(
+        "--selector", help="vision-guided: a selector file, or 'variance' for the training-free stand-in"
+    )
+    group.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other option of the sampler, such as per=tile or layers=[1,2]; may be repeated",
+    )
+
+
+def sampler_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given. Values of --option are JSON, or else text. Raises InputError."""
+    names = ("gamma", "ratio", "keep", "layer", "selector")
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    for given in arguments.option:
+        name, equals, text = given.partition("=")
+        if not equals or not name or name in options:
+            raise minifocus.InputError(f"--option: expected NAME=VALUE, each name once, got {given!r}")
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    return options

@@ -1,0 +1,51 @@
+"""FastV ("fastv"; Chen et al. 2024): after layer K - 1, keep the tokens that its last query attends to most.
+
+The attention is that of layer K - 1, softmax over all keys, mean over heads. Its last query is the prompt's last token
+(the public code; the paper averages over all queries). Kept tokens keep their order and positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..config import TextConfig
+from ..llama import DecoderLayer
+from ..rows import Rows
+from .hooks import Selection
+from .inside import keep_where, largest, last_query, newlines_of
+from .pruning import PruningOptions, budget, check_whole
+
+
+@dataclass(frozen=True)
+class FastVOptions:
+    """
+    ratio  share of a picture's tokens, newlines among them, that layer K and later ones see
+    keep   or so many besides newlines; None: by `ratio`
+    layer  K, at least 1; 2 in the paper
+    """
+
+    ratio: float = 0.5
+    keep: int | None = None
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        PruningOptions(self.ratio, self.keep)
+
+
+class FastV:
+    def __init__(self, options: FastVOptions, config: TextConfig):
+        self.options, self.config = options, config
+        self.layer = check_whole("layer", options.layer, 1, config.num_hidden_layers - 1)
+
+    def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
+        if index != self.layer - 1:
+            return None
+        scores = last_query(layer, rows, self.config)
+
+        def choose(row: int, tokens: torch.Tensor) -> torch.Tensor:
+            count = budget(self.options.ratio, self.options.keep, len(tokens), newlines_of(rows, row, int(tokens[0])))
+            return largest(scores[row, tokens], count)
+
+        return replace(keep_where(rows, choose, scores), after=True)

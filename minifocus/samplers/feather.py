@@ -1,0 +1,63 @@
+"""FEATHER ("feather"; Endo et al. 2024): attention without positions, and a grid so that no part of the picture is lost.
+
+Tokens are ranked by the attention of the prompt's last token computed without rotary positions, which favour the end of
+the picture. Before a first layer the best share stays and with it every token on a grid of stride 3; before a second
+layer the best share of what is left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..config import TextConfig
+from ..errors import InputError
+from ..llama import DecoderLayer
+from ..rows import Rows
+from .hooks import Selection
+from .inside import keep_where, largest, last_query, layers_of
+from .pruning import check_share, check_whole
+
+
+@dataclass(frozen=True)
+class FeatherOptions:
+    """
+    ratio   share of a picture's tokens, besides newlines and grid, that stays at the first layer; rounded down, at least one
+    stride  of the grid, in rows and columns of the map (and of the thumbnail)
+    second  share of the tokens left that stays at the second layer; likewise
+    layers  the two layers; None: a quarter and half of the depth (8 and 16 of 32)
+    """
+
+    ratio: float = 0.3
+    stride: int = 3
+    second: float = 0.09
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_share("ratio", self.ratio)
+        check_share("second", self.second)
+        check_whole("stride", self.stride, 1, 2**31)
+
+
+class Feather:
+    def __init__(self, options: FeatherOptions, config: TextConfig):
+        self.options, self.config = options, config
+        depth = config.num_hidden_layers
+        self.layers = layers_of("layers", options.layers, tuple(sorted({depth // 4, depth // 2})), depth)
+        if len(self.layers) > 2:
+            raise InputError(f"layers: expected at most two, got {options.layers!r}")
+
+    def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
+        if index not in self.layers:
+            return None
+        scores = last_query(layer, rows, self.config, rope=False)
+        first = index == self.layers[0]
+        share = self.options.ratio if first else self.options.second
+
+        def choose(row: int, tokens: torch.Tensor) -> torch.Tensor:
+            best = largest(scores[row, tokens], max(int(share * len(tokens)), 1))
+            on_grid = (rows.cell[row, tokens] % self.options.stride == 0).all(dim=-1)
+            return best | on_grid if first else best
+
+        return keep_where(rows, choose, scores)

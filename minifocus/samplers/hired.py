@@ -1,0 +1,76 @@
+"""HiRED ("hired"; Arif et al. 2024): the first block says which tiles hold something, the last block which tokens.
+
+The thumbnail takes a share of the budget. The rest goes to the tiles in proportion to the attention that the class token
+of the thumbnail pays, in the tower's first block, to the part of the thumbnail that each tile shows. Inside a view the
+tokens stay that its own class token looks at in the last block that is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..config import Config
+from ..errors import InputError
+from ..vision import Block
+from .hooks import PictureFeatures
+from .pruning import Pruner, PruningOptions, check_share, cues, spread
+from .tower_attention import check_block, class_attention, last_block
+
+
+@dataclass(frozen=True)
+class HiREDOptions(PruningOptions):
+    """
+    ratio      0.2 in the paper's main results
+    per        "tile": no other is HiRED
+    thumbnail  its share of the budget
+    """
+
+    ratio: float = 0.2
+    per: Literal["picture", "map", "tile"] = "tile"
+    thumbnail: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("thumbnail", self.thumbnail)
+        if self.per != "tile":
+            raise InputError(f"per: HiRED budgets every tile by itself, expected 'tile', got {self.per!r}")
+
+
+class HiRED(Pruner):
+    def __init__(self, options: HiREDOptions, config: Config):
+        super().__init__(options, config)
+        self.share, self.block = options.thumbnail, check_block(config, None, last_block(config))
+
+    def look(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor | None:
+        """Two cues, which may be of the same block."""
+        wanted = (index == 0) + (index == self.block)
+        return class_attention(block, x).expand(-1, -1, wanted) if wanted else None
+
+    def scores(self, picture: PictureFeatures) -> torch.Tensor:
+        return cues(picture)[:, 1]
+
+    def allocate(self, picture: PictureFeatures, groups: torch.Tensor, total: int) -> list[int]:
+        room = groups.bincount().tolist()
+        if len(room) == 1:
+            return [min(total, room[0])]
+        assert picture.cues is not None
+        weights = per_tile(picture, picture.cues[1][..., 0]).tolist()
+        thumbnail, *tiles = room
+        own = min(round(self.share * total), thumbnail)
+        of_tiles = spread(total - own, tiles, weights[1:])
+        return [min(total - sum(of_tiles), thumbnail), *of_tiles]
+
+
+def per_tile(picture: PictureFeatures, thumbnail: torch.Tensor) -> torch.Tensor:
+    """A map of the thumbnail [g, g] → its sum over what each tile shows [1 + tiles]; the first is 0."""
+    assert picture.tile is not None
+    height, width = picture.tile.shape
+    rows, cols = (
+        ((torch.arange(side, device=thumbnail.device) + 0.5) * size / side).long()
+        for side, size in zip(thumbnail.shape, (height, width), strict=True)
+    )
+    tile = picture.tile[rows[:, None], cols]
+    return thumbnail.new_zeros(int(picture.tile.max()) + 1).index_add(0, tile.flatten(), thumbnail.flatten())

@@ -1,0 +1,51 @@
+"""PyramidDrop ("pyramiddrop"; Xing et al. 2024): at the end of each stage of layers, a share of the tokens left stays.
+
+Tokens are ranked by the attention of the prompt's last token in the layer that follows, softmax over all keys, mean over
+heads. Three drops by half at a quarter, half and three quarters of the depth leave an eighth. The public code gives the
+rest new positions, which a cache of the layers before knows nothing of; here they keep theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..config import TextConfig
+from ..llama import DecoderLayer
+from ..rows import Rows
+from .hooks import Selection
+from .inside import keep_where, largest, last_query, layers_of
+from .pruning import check_share
+
+
+@dataclass(frozen=True)
+class PyramidDropOptions:
+    """
+    ratio   share of a picture's tokens besides newlines that each stage leaves of the one before, rounded down; at least one
+    layers  before which layers; None: a quarter, half and three quarters of the depth (8, 16 and 24 of 32)
+    """
+
+    ratio: float = 0.5
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_share("ratio", self.ratio)
+
+
+class PyramidDrop:
+    def __init__(self, options: PyramidDropOptions, config: TextConfig):
+        self.options, self.config = options, config
+        depth = config.num_hidden_layers
+        stages = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+        self.layers = layers_of("layers", options.layers, stages, depth)
+
+    def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
+        if index not in self.layers:
+            return None
+        scores = last_query(layer, rows, self.config)
+
+        def choose(row: int, tokens: torch.Tensor) -> torch.Tensor:
+            return largest(scores[row, tokens], max(int(self.options.ratio * len(tokens)), 1))
+
+        return keep_where(rows, choose, scores)
