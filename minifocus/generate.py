@@ -65,11 +65,15 @@ class PictureTrace:
 
 @dataclass(frozen=True)
 class Answer:
-    """`finish` is "stop" when the model ended its answer, "length" at max_new_tokens or the context's end."""
+    """
+    finish        "stop" when the model ended its answer, "length" at max_new_tokens or the context's end
+    layer_tokens  how many tokens, text and all, each decoder layer read of the prompt
+    """
 
     text: str
     token_ids: list[int]
     tokens: TokenCounts
+    layer_tokens: list[int]
     finish: Literal["stop", "length"]
     prefill_seconds: float
     decode_seconds: float
@@ -278,6 +282,7 @@ class _Run:
                 text=self.tokenizer.decode(self.token_ids[row]).strip(),
                 token_ids=self.token_ids[row],
                 tokens=count_tokens(self.prefill, row),
+                layer_tokens=count_layer_tokens(self.prefill, row),
                 finish=self.finish[row] or "length",
                 prefill_seconds=self.prefill_seconds,
                 decode_seconds=self.decode_seconds,
@@ -327,6 +332,13 @@ def count_tokens(prefill: Prefill, row: int) -> TokenCounts:
     entered = sum(len(visual.source) for visual in prefill.pictures[row])
     equivalent = float(per_layer.mean()) / full if full else 1.0
     return TokenCounts(full, entered, int(per_layer[-1]), equivalent)
+
+
+def count_layer_tokens(prefill: Prefill, row: int) -> list[int]:
+    """Text and visual tokens of one row that each decoder layer read."""
+    visual = prefill.visual[:, row]
+    text = int(prefill.rows.valid[row].sum()) - int(visual[-1])
+    return [text + count for count in visual.tolist()]
 
 
 def trace_pictures(prefill: Prefill) -> list[list[PictureTrace]]:

@@ -332,6 +332,14 @@ class Llava(nn.Module):
             tiles.append(own[:needed])
         return tiles, sizes
 
+    def set_sampler(self, name: str, **options: Any) -> None:
+        """Sample by another method from now on: `name` and `options` as for `load`. Raises InputError, CheckpointError."""
+        self._use(samplers.build(name, self.config, self.folder, options))
+
+    def _use(self, method: samplers.Samplers) -> None:
+        self.before_llm = None if method.before is None else method.before.to(self.device).eval()
+        self.inside_llm = method.inside
+
     def save(self, folder: str | PathLike[str]) -> None:
         """Write the model as `load` takes it: weights, the other files of the folder it came from, a learned selector."""
         target = Path(folder)
@@ -419,10 +427,9 @@ def load(
 
     model = load_model(lambda: Llava(config), config, folder, target, resolved_dtype, check_finite, progress)
     model = cast(Llava, model)
-    model.before_llm = None if method.before is None else method.before.to(target).eval()
-    model.inside_llm = method.inside
     model.image_processor, model.tokenizer, model.folder = processor, tokenizer, folder
     model.template = detect_template(tokenizer, config.text.model_type)
+    model._use(method)
     return model
 
 
