@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Container
 from typing import Any
 
 import minifocus
@@ -19,6 +20,10 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--selector", help="vision-guided: a selector file, or 'variance' for the training-free stand-in"
     )
+    add_option(group)
+
+
+def add_option(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--option",
         action="append",
@@ -29,13 +34,19 @@ def add_sampler_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sampler_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Those that were given. Values of --option are JSON, or else text. Raises InputError."""
+    """Those that were given. Raises InputError."""
     names = ("gamma", "ratio", "keep", "layer", "selector")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    for given in arguments.option:
-        name, equals, text = given.partition("=")
-        if not equals or not name or name in options:
-            raise minifocus.InputError(f"--option: expected NAME=VALUE, each name once, got {given!r}")
+    return {**options, **read_options(arguments.option, options)}
+
+
+def read_options(given: list[str], taken: Container[str] = ()) -> dict[str, Any]:
+    """The values of --option: JSON, or else text. Raises InputError where a name is there twice or `taken`."""
+    options: dict[str, Any] = {}
+    for one in given:
+        name, equals, text = one.partition("=")
+        if not equals or not name or name in options or name in taken:
+            raise minifocus.InputError(f"--option: expected NAME=VALUE, each name once, got {one!r}")
         try:
             options[name] = json.loads(text)
         except ValueError:

@@ -15,17 +15,20 @@ import argparse
 import math
 import os
 import sys
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from evaluate import evaluate
+from sampler_options import add_option, read_options
 
 import minifocus
 from minifocus import cards
 from minifocus.conversations import asked_alone, read_conversations
 from minifocus.samplers import SELECTOR_FILE
+from minifocus.samplers.text_guided import TextGuidedSampler
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
 from minifocus.training.curve import draw_curve
 from minifocus.training.examples import Batches, CardScenes, Source
@@ -81,7 +84,8 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead")
 
     samplers = parser.add_argument_group("samplers")
-    samplers.add_argument("--sampler", choices=("focus", "vision", "text", "none"), help="default: focus (align: none)")
+    samplers.add_argument("--sampler", choices=minifocus.samplers.names(), help="default: focus (align: none)")
+    add_option(samplers)
     samplers.add_argument("--window", type=int, help="a new selector's: 1, 2, 4, 8 or 12")
     samplers.add_argument("--branches", type=int, help="a new selector's: 3 or 7")
     samplers.add_argument("--thumbnail", choices=("keep", "compress", "drop"))
@@ -185,17 +189,21 @@ def load_model(arguments: argparse.Namespace, fresh: set[str], device: torch.dev
     """The model to train, in float32, with its samplers; parts that are to start anew do."""
     sampler = arguments.sampler
     given = {"window": arguments.window, "branches": arguments.branches, "thumbnail": arguments.thumbnail}
-    options = {name: value for name, value in given.items() if value is not None}
+    own = {name: value for name, value in given.items() if value is not None}
     if arguments.straight_through:
-        options["straight_through"] = True
+        own["straight_through"] = True
     has_selector = (Path(arguments.model) / SELECTOR_FILE).is_file() and "selector" not in fresh
     learned = sampler in ("focus", "vision")
-    if not learned and options:
-        option = next(iter(options)).replace("_", "-")
+    if not learned and own:
+        option = next(iter(own)).replace("_", "-")
         raise minifocus.InputError(f"--{option}: sampler {sampler!r} has no such option")
+    options = {**read_options(arguments.option, own), **own}
     if learned and not has_selector:
         inside = "text" if sampler == "focus" else "none"
         model = minifocus.load(arguments.model, inside, device, "float32")
+        known = {field.name for field in fields(VisionGuidedOptions)}
+        if set(options) - known:
+            raise minifocus.InputError(f"--option: a new selector has {', '.join(sorted(known))}, got {options}")
         full = VisionGuidedOptions(**options)
         if full.thumbnail != "keep" and not model.config.anyres:
             raise minifocus.InputError(f"--thumbnail: LLaVA-1.5 has no thumbnail to {full.thumbnail}")
@@ -208,6 +216,9 @@ def load_model(arguments: argparse.Namespace, fresh: set[str], device: torch.dev
         model.before_llm = VisionGuidedSampler(selector, full).to(device)
     else:
         model = minifocus.load(arguments.model, sampler, device, "float32", **options)
+    if not (model.inside_llm is None or isinstance(model.inside_llm, TextGuidedSampler)):
+        # It would follow one token of one turn, where a conversation has many.
+        raise minifocus.InputError(f"--sampler: {sampler!r} acts inside the language model and is not for training")
     if "projector" in fresh:
         torch.manual_seed(arguments.seed)
         for layer in (model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2):

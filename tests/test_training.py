@@ -615,6 +615,10 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--branches", 5, "--fresh", "selector"], "branches: expected 3 or 7, got 5"),
     (["--thumbnail", "drop", "--sampler", "text"], "--thumbnail: sampler 'text' has no such option"),
     (["--straight-through", "--sampler", "none"], "--straight-through: sampler 'none' has no such option"),
+    (["--sampler", "fastv"], "--sampler: 'fastv' acts inside the language model and is not for training"),
+    (["--sampler", "random", "--option", "window=2"], "window: not an option of sampler 'random'"),
+    (["--fresh", "selector", "--option", "gamma=0.5"], "--option: a new selector has branches, score_pool,"),
+    (["--window", "2", "--option", "window=4"], "--option: expected NAME=VALUE, each name once, got 'window=4'"),
     (["--thumbnail", "drop", "--model", "{llava}"], "--thumbnail: LLaVA-1.5 has no thumbnail to drop"),
     (["--alpha", "-1"], "alpha: expected a number of at least 0, got -1.0"),
     (["--gamma", "0.9"], "--gamma: expected 2 numbers with commas between, got '0.9'"),
@@ -650,3 +654,12 @@ def test_as_a_command(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --steps: expected a number of at least 1, got 0\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_training_behind_a_method_without_parameters(tmp_path: Path) -> None:
+    method = ["--sampler", "similarity", "--option", "ratio=0.4", "--option", "flip=true"]
+    done = train("--out", tmp_path / "run", *method, "--steps", 1, "--batch", 2, "--micro-batch", 2)
+    assert done.code == 0, done.err
+    (line,) = figures(tmp_path / "run")
+    assert line["tokens"] == pytest.approx(0.4, abs=0.01)
+    assert not (tmp_path / "run/model/selector.safetensors").exists()
