@@ -10,10 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from arms import run
-from record import environment
-
-ROOT = Path(__file__).resolve().parent.parent
+from record import ROOT, environment, last_line
 
 
 def main() -> None:
@@ -30,7 +27,7 @@ def main() -> None:
         ("dense", ["--dense", "--count", str(arguments.dense_count)]),
     ):
         ask = ["examples/evaluate.py", "--model", str(arguments.model), "--json", *options]
-        results[name] = {sampler: json.loads(run([*ask, "--sampler", sampler])) for sampler in ("none", "focus")}
+        results[name] = {sampler: json.loads(last_line([*ask, "--sampler", sampler])) for sampler in ("none", "focus")}
     look = [
         "benchmarks/where.py",
         "--model",
@@ -39,7 +36,7 @@ def main() -> None:
         "--count",
         str(arguments.dense_count // 8),
     ]
-    record |= {"results": results, "where": json.loads(run(look))}
+    record |= {"results": results, "where": json.loads(last_line(look))}
     arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -47,3 +47,13 @@ def environment(script: Path, *packages: str) -> dict[str, Any]:
 def relative(path: Path) -> str:
     path = path.resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def last_line(command: list[str], threads: int | None = None) -> str:
+    """The last line that one of the repository's scripts printed; None: it runs by as many threads as torch thinks best."""
+    print("$", shlex.join(["python", *command]), flush=True)
+    variables = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {command[0]} ended with {done.returncode}")
+    return done.stdout.strip().splitlines()[-1]

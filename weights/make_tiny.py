@@ -32,16 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = {"vision": 2800, "warmup": 1400, "full": 500, "focus": 650}
 # Eq. 10's weights, coarse to fine: half of these pictures is empty, so the coarse scale may be used twice as much as even
 # use would have it.
-FOCUS = (
-    "--sampler",
-    "focus",
-    "--scale-weights",
-    "0.5,1.25,1.25",
-    "--lr-selector",
-    "2e-5",
-    "--lr-selector-bias",
-    "6e-3",
-)
+SCALE_WEIGHTS = "0.5,1.25,1.25"
+SELECTOR_RATES = ("--lr-selector", "2e-5", "--lr-selector-bias", "6e-3")
 
 
 def commands(runs: Path, steps: dict[str, int], scenes: int, validate: int) -> dict[str, list[str]]:
@@ -64,7 +56,8 @@ def commands(runs: Path, steps: dict[str, int], scenes: int, validate: int) -> d
         ],
         "focus": [
             *(*train, "--model", f"{runs}/full/model", "--out", f"{runs}/focus", "--steps", str(steps["focus"])),
-            *("--sampler-dropout", "0.25", "--first-scene", "20000000", *FOCUS),
+            *("--sampler", "focus", "--scale-weights", SCALE_WEIGHTS, *SELECTOR_RATES),
+            *("--sampler-dropout", "0.25", "--first-scene", "20000000"),
         ],
     }
 
@@ -80,6 +73,21 @@ def run(stage: str, command: list[str], processes: int) -> float:
     if done.returncode:
         sys.exit(f"error: stage {stage!r} ended with {done.returncode}; started again, it goes on from its checkpoint")
     return time.perf_counter() - begun
+
+
+def run_stages(
+    runs: Path, steps: dict[str, int], processes: int = 2, scenes: int = 9000, validate: int = 400, until: str = "focus"
+) -> dict[str, float]:
+    """All stages up to `until`, each from where an earlier run left it; returns the seconds of all runs they took."""
+    runs.mkdir(parents=True, exist_ok=True)
+    times = runs / "seconds.json"
+    seconds: dict[str, float] = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
+    for stage, command in commands(runs, steps, scenes, validate).items():
+        seconds[stage] = round(seconds.get(stage, 0) + run(stage, command, processes), 1)
+        times.write_text(json.dumps(seconds), encoding="utf-8")
+        if stage == until:
+            break
+    return seconds
 
 
 def main() -> None:
@@ -98,12 +106,7 @@ def main() -> None:
     record = environment(Path(__file__), "torch", "numpy", "sentencepiece")
     runs = arguments.runs.resolve()
     steps = dict.fromkeys(STEPS, 2) if arguments.quick else STEPS
-    runs.mkdir(parents=True, exist_ok=True)
-    times = runs / "seconds.json"  # of all runs that it took
-    seconds = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
-    for stage, command in commands(runs, steps, *((16, 8) if arguments.quick else (9000, 400))).items():
-        seconds[stage] = round(seconds.get(stage, 0) + run(stage, command, arguments.processes), 1)
-        times.write_text(json.dumps(seconds), encoding="utf-8")
+    seconds = run_stages(runs, steps, arguments.processes, *((16, 8) if arguments.quick else (9000, 400)))
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     arguments.record.mkdir(parents=True, exist_ok=True)

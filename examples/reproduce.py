@@ -1,0 +1,135 @@
+"""The paper's tables and figures in miniature, from nothing, on two cores.
+
+python examples/reproduce.py                    # everything, within three hours; stopped, it goes on where it was
+python examples/reproduce.py --table 2          # one table (2 to 8); may be repeated, as may --figure (2 to 10)
+python examples/reproduce.py --quick            # every arm for two steps and few questions, to try it out: minutes
+
+The arms (reproduction/arms.py) begin from the first three stages of `make weights`, which are made first where RUNS does
+not have them. Results go to OUT: README.md sets each table beside the paper's, results.json has all figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / folder) for folder in ("reproduction", "benchmarks", "weights")]
+import make_tiny  # noqa: E402
+from arms import SEEDS, CommandFailed, Recipe, answers_of, model_of, scales_of  # noqa: E402
+from figures import FIGURES, SAME  # noqa: E402
+from page import write_page  # noqa: E402
+from record import environment  # noqa: E402
+from speed import measure_speed  # noqa: E402
+from tables import TABLES  # noqa: E402
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=int, action="append", choices=sorted(TABLES), help="this one alone")
+    parser.add_argument("--figure", type=int, action="append", choices=sorted({*FIGURES, *SAME}), help="this one alone")
+    parser.add_argument("--arms", help="with commas between: of those that are needed, only these for now")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of stages and arms, to go on from")
+    parser.add_argument("--out", type=Path, default=ROOT / "reproduction", help="folder for page, figures and results")
+    parser.add_argument("--steps", type=int, default=300, help="of every arm")
+    parser.add_argument("--count", type=int, default=1000, help="questions about dense scenes for every arm")
+    parser.add_argument("--jobs", type=int, default=2, help="arms at a time, each by one thread")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the tables that show a spread")
+    parser.add_argument("--quick", action="store_true")
+    return parser.parse_args()
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """The stages that arms begin from, made where they are missing; with --quick the embedded weights stand for both."""
+    runs = arguments.runs.resolve()
+    if arguments.quick:
+        tiny = ROOT / "weights/tiny"
+        return Recipe(runs / "quick", {"full": tiny, "warmup": tiny}, steps=2, earlier=2, count=16, batch=4)
+    make_tiny.run_stages(runs / "tiny", make_tiny.STEPS, until="full")
+    stages = {stage: runs / "tiny" / stage / "model" for stage in ("full", "warmup")}
+    return Recipe(runs / "reproduction", stages, arguments.steps, make_tiny.STEPS["full"], arguments.count)
+
+
+def wanted_arms(tables: list[int], figures: list[int], seeds: int) -> list[tuple[str, int]]:
+    """(arm, seed), those first that most depends on."""
+    found: dict[tuple[str, int], None] = {}
+    for number in tables:
+        table = TABLES[number]
+        for seed in SEEDS[: seeds if table.spread else 1]:
+            found |= {(row.arm, seed): None for row in table.rows}
+    found |= {(arm, SEEDS[0]): None for number in figures for arm in FIGURES[number].arms}
+    return sorted(found, key=lambda one: one[1])
+
+
+def run_arms(wanted: list[tuple[str, int]], recipe: Recipe, jobs: int) -> dict[str, dict[int, Any]]:
+    """Arm → seed → what it answered, and where its selector looks."""
+
+    def result(name: str, seed: int) -> dict[str, Any]:
+        answers = answers_of(name, seed, recipe)
+        has_selector = (model_of(name, seed, recipe) / "selector.safetensors").exists()
+        return {**answers, "where": scales_of(name, seed, recipe) if has_selector else None}
+
+    results: dict[str, dict[int, Any]] = {}
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(wanted), desc="arms", unit="arm", disable=None) as bar:
+        waiting = {pool.submit(result, *one): one for one in wanted}
+        for done in as_completed(waiting):
+            name, seed = waiting[done]
+            if done.exception() is not None:
+                pool.shutdown(cancel_futures=True)
+            found = done.result()
+            results.setdefault(name, {})[seed] = found
+            bar.update()
+            tokens = found["tokens"]["equivalent"]
+            bar.write(f"{name}, seed {seed}: {found['accuracy']:.1%} at {tokens:.1%} of the tokens", file=sys.stderr)
+    return results
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    some = arguments.table or arguments.figure
+    tables = sorted(set(arguments.table or ([] if some else TABLES)))
+    figures = sorted({SAME.get(number, number) for number in arguments.figure or ([] if some else FIGURES)})
+    record = environment(Path(__file__), "torch", "numpy", "matplotlib")
+    begun = time.perf_counter()
+    wanted = wanted_arms(tables, figures, arguments.seeds)
+    if arguments.arms is not None:
+        only = arguments.arms.split(",")
+        wanted = sorted((one for one in wanted if one[0] in only), key=lambda one: only.index(one[0]))
+        figures = [number for number in figures if set(FIGURES[number].arms) <= set(only)]
+    try:
+        recipe = recipe_of(arguments)
+        results = run_arms(wanted, recipe, arguments.jobs)
+    except CommandFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    timed = [row.arm for number in tables for row in TABLES[number].rows if TABLES[number].timed and row.arm in results]
+    speed = measure_speed(list(dict.fromkeys(timed)), recipe)
+    pictures = {number: FIGURES[number].draw(recipe, arguments.out) for number in figures}
+    file = arguments.out / "results.json"
+    partial = some or arguments.arms is not None
+    known = json.loads(file.read_text(encoding="utf-8")) if partial and file.exists() else {}
+    record |= {
+        "seconds": round(time.perf_counter() - begun),
+        "steps": recipe.steps,
+        "questions": recipe.count,
+        "arms": {**known.get("arms", {}), **results},
+        "speed": {**known.get("speed", {}), **speed},
+        "figures": {**known.get("figures", {}), **pictures},
+    }
+    record = json.loads(json.dumps(record))  # seeds are text from here on, as in the file
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_page(record, arguments.out / "README.md")
+    print(f"{time.perf_counter() - begun:.0f} s; see {arguments.out / 'README.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

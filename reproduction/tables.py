@@ -1,0 +1,206 @@
+"""The paper's tables: which arm stands for which row, what the paper found, and what that says in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+PAPER_COLUMNS = ("TextVQA", "MME", "ScienceQA", "GQA")  # read, perceive, reason and relate stand for them
+
+
+@dataclass(frozen=True)
+class Row:
+    """`paper` has the scores of PAPER_COLUMNS, `cost` the paper's share of tokens and samples/s where it gives them."""
+
+    label: str
+    arm: str
+    paper: tuple[float, ...] | None = None
+    cost: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What claims are checked on, of one arm: means over seeds of its accuracy (over all questions and by family) and of
+    its share of tokens, the accuracies' range over seeds, samples/s where it was timed, and scales by kind of region."""
+
+    accuracy: float
+    families: dict[str, float]
+    tokens: float
+    spread: float
+    speed: float | None = None
+    scales: dict[str, dict[str, float]] | None = None
+
+
+Measured = dict[str, Figures]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A finding of the paper's table, and whether the miniature's figures point the same way."""
+
+    text: str
+    holds: Callable[[Measured], bool]
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    rows: tuple[Row, ...]
+    claims: tuple[Claim, ...]
+    spread: bool = False  # over three seeds
+    timed: bool = False
+    notes: str = ""
+
+
+BASELINE = Row("LLaVA-NeXT (control)", "control", (65.5, 1562, 76.4, 61.7), (1.0, 2.85))
+VISION = Row("vision-guided sampler*", "vision", (65.2, 1590, 77.8, 62.3), (0.49, 3.76))
+TEXT = Row("text-guided sampler*", "text", (65.4, 1603, 76.9, 62.1), (0.81, 3.19))
+
+
+def _above(better: str, worse: str) -> Callable[[Measured], bool]:
+    return lambda m: m[better].accuracy > m[worse].accuracy
+
+
+def _within(arm: str, reference: str) -> Callable[[Measured], bool]:
+    """Not below the reference by more than the larger of the two ranges over seeds."""
+    return lambda m: m[arm].accuracy >= m[reference].accuracy - max(m[arm].spread, m[reference].spread)
+
+
+def _best(arm: str) -> Callable[[Measured], bool]:
+    return lambda m: m[arm].accuracy == max(one.accuracy for name, one in m.items() if name != "control")
+
+
+def _collapsed(figures: Figures) -> bool:
+    """One scale for at least 95 % of all regions that show nothing, and of all that show text."""
+    assert figures.scales is not None
+    empty, text = figures.scales["empty"], figures.scales["text"]
+    return any(empty[scale] >= 0.95 and text[scale] >= 0.95 for scale in empty)
+
+
+TABLES: dict[int, Table] = {
+    2: Table(
+        "Visual and textual guidance",
+        (
+            BASELINE,
+            VISION,
+            TEXT,
+            Row("both*", "focus", (65.9, 1597, 78.1, 62.6), (0.39, 4.01)),
+            Row("both, from the start of instruction tuning", "single"),
+            Row("2×2 average pooling", "avgpool"),
+            Row("random tokens", "random"),
+        ),
+        (
+            Claim(
+                "Both samplers answer as well as all tokens (within the seeds' spread).", _within("focus", "control")
+            ),
+            Claim("Both samplers take at most 39 % of the tokens.", lambda m: m["focus"].tokens <= 0.39),
+            Claim(
+                "Both are at least 1.41 times as fast as none.",
+                lambda m: (m["focus"].speed or 0) >= 1.41 * (m["control"].speed or 1),
+            ),
+            Claim("The vision-guided sampler alone answers as well as all tokens.", _within("vision", "control")),
+            Claim("The text-guided sampler alone answers as well as all tokens.", _within("text", "control")),
+            Claim(
+                "The vision-guided sampler saves more than the text-guided one.",
+                lambda m: m["vision"].tokens < m["text"].tokens,
+            ),
+        ),
+        spread=True,
+        timed=True,
+        notes="The paper trains once, with the samplers on from the start of instruction tuning; here that is the fifth row, "
+        "with as many steps as the first stage and the arms' together. Average pooling and random tokens are not in its "
+        "table; they are trained like the others.",
+    ),
+    3: Table(
+        "More scales",
+        (
+            BASELINE,
+            Row("3 branches*", "vision", (65.2, 1590, 77.8, 62.3)),
+            Row("7 branches", "branches-7", (66.6, 1589, 77.2, 62.4)),
+        ),
+        (
+            Claim(
+                "Seven branches read text better than three.",
+                lambda m: m["branches-7"].families["read"] > m["vision"].families["read"],
+            ),
+        ),
+    ),
+    4: Table(
+        "Side of a region",
+        (
+            BASELINE,
+            Row("1×1", "window-1", (64.5, 1557, 73.9, 61.9)),
+            Row("2×2", "window-2", (65.1, 1549, 76.1, 61.7)),
+            Row("4×4*", "vision", (65.2, 1590, 77.8, 62.3)),
+            Row("8×8", "window-8", (64.9, 1570, 77.2, 61.8)),
+            Row("12×12", "window-12", (64.2, 1567, 78.2, 61.5)),
+        ),
+        (Claim("4×4 regions answer best.", _best("vision")),),
+    ),
+    5: Table(
+        "Balance loss",
+        (
+            Row("without", "alpha-0", (61.9, 1439, 74.6, 57.1)),
+            Row("0.01", "alpha-0.01", (63.7, 1537, 75.9, 60.0)),
+            Row("0.1*", "vision", (65.2, 1590, 77.8, 62.3)),
+            Row("0.5", "alpha-0.5", (65.0, 1576, 76.9, 61.5)),
+        ),
+        (
+            Claim("Without it the selector collapses to one scale.", lambda m: _collapsed(m["alpha-0"])),
+            Claim("0.1 answers best.", _best("vision")),
+        ),
+    ),
+    6: Table(
+        "Textual guidance",
+        (
+            Row("none (control)", "control", (65.5, 1562, 76.4, 61.7)),
+            Row("direct: the control, guided at γ = 0.9 without training", "direct", (64.9, 1543, 76.6, 60.8)),
+            Row("train: one layer, one γ", "fixed", (65.3, 1586, 77.3, 61.9)),
+            Row("random layers and γ*", "text", (65.4, 1603, 76.9, 62.1)),
+        ),
+        (
+            Claim("Guidance without training costs accuracy.", _above("control", "direct")),
+            Claim("Training with random layers does better than direct use.", _above("text", "direct")),
+        ),
+    ),
+    7: Table(
+        "Hand-made scores: similarity to the thumbnail",
+        (
+            Row("all tokens", "control", (65.5, 1562, 76.4, 61.7)),
+            Row("most similar 80 %", "like-80", (65.2, 1571, 76.2, 61.3)),
+            Row("most similar 60 %", "like-60", (64.3, 1549, 75.9, 58.9)),
+            Row("most similar 40 %", "like-40", (62.6, 1508, 75.2, 58.4)),
+            Row("least similar 80 %", "unlike-80"),
+            Row("least similar 60 %", "unlike-60"),
+            Row("least similar 40 %", "unlike-40"),
+            Row("vision-guided sampler", "vision", (65.2, 1590, 77.8, 62.3)),
+        ),
+        (
+            Claim(
+                "Keeping the most similar tokens loses at every share.",
+                lambda m: all(m[f"like-{share}"].accuracy < m["control"].accuracy for share in (80, 60, 40)),
+            ),
+            Claim("The learned sampler does better than the most similar 60 %.", _above("vision", "like-60")),
+            Claim("(Not in the paper.) It does better than the least similar 60 %.", _above("vision", "unlike-60")),
+        ),
+        spread=True,
+        notes="The paper keeps the most similar tokens. The same score with its sign turned keeps what is rare in a picture.",
+    ),
+    8: Table(
+        "Imbalance loss: weights of 4×4, 2×2 and 1×1",
+        (
+            BASELINE,
+            Row("1.0, 1.0, 1.0", "weights-1-1-1", (65.2, 1590, 77.8, 62.3)),
+            Row("1.1, 1.0, 0.9", "weights-1.1-1-0.9", (63.7, 1581, 78.0, 61.1)),
+            Row("0.9, 1.0, 1.1", "weights-0.9-1-1.1", (65.7, 1587, 76.1, 62.1)),
+            Row("0.5, 1.25, 1.25 (all other tables)", "vision"),
+        ),
+        (
+            Claim(
+                "The weights that cost the paper reading (its second row) cost it here.",
+                lambda m: m["weights-1.1-1-0.9"].families["read"] < m["weights-1-1-1"].families["read"],
+            ),
+        ),
+        notes="The paper does not say in which order its weights go; here it is coarse to fine.",
+    ),
+}
