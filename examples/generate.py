@@ -2,6 +2,7 @@
 
 python examples/generate.py                                   # the embedded model and picture
 python examples/generate.py --model DIR --image photo.jpg --prompt "What is written on the sign?"
+python examples/generate.py --prompt "How many circles are there?" --prompt "Is there a pink card?" --figure answers.png
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from sampler_options import add_sampler_options, sampler_options
 from tqdm import tqdm
 
@@ -25,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "weights/tiny"), help="folder in Hugging Face's layout")
     parser.add_argument("--image", action="append", help="picture; several for several <image> places in the prompt")
-    parser.add_argument("--prompt", default="What number is on the red card?", help="the question")
+    parser.add_argument("--prompt", action="append", help="the question; several are asked one after the other")
     parser.add_argument("--template", help="vicuna, mistral, llama3, chatml or raw; default: the model's")
     add_sampler_options(parser)
     parser.add_argument("--device", default="cpu")
@@ -34,10 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    parser.add_argument(
-        "--figure", help="write a PNG with the scale of each region and the importance of each kept token"
-    )
+    parser.add_argument("--json", action="store_true", help="print a JSON object per question instead of text")
+    parser.add_argument("--figure", help="write a PNG: the scale of each region, the importance of each kept token")
     return parser.parse_args()
 
 
@@ -55,10 +55,10 @@ def load_model(arguments: argparse.Namespace) -> minifocus.Llava:
         )
 
 
-def report(arguments: argparse.Namespace, answer: minifocus.Answer) -> dict[str, Any]:
+def report(arguments: argparse.Namespace, prompt: str, answer: minifocus.Answer) -> dict[str, Any]:
     """What --json prints."""
     return {
-        "prompt": arguments.prompt,
+        "prompt": prompt,
         "images": arguments.image,
         "answer": answer.text,
         "token_ids": answer.token_ids,
@@ -79,12 +79,13 @@ def print_accounts(answer: minifocus.Answer) -> None:
     print(f"time           {answer.prefill_seconds:.3f} s to read, {seconds:.3f} s to answer{rate}")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    model = load_model(arguments)
-    pictures = [open_image(file) for file in arguments.image]
+def ask(
+    model: minifocus.Llava, pictures: list[Image.Image], prompt: str, arguments: argparse.Namespace
+) -> minifocus.Answer:
+    """One question, answered as the text is made."""
     stream = model.stream(
         pictures,
-        arguments.prompt,
+        prompt,
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
@@ -92,21 +93,27 @@ def run(arguments: argparse.Namespace) -> None:
         template=arguments.template,
     )
     if not arguments.json:
-        print(f"question  {arguments.prompt}\nanswer    ", end="", flush=True)
+        print(f"question  {prompt}\nanswer    ", end="", flush=True)
     for piece in stream:
         if not arguments.json:
             print(piece, end="", flush=True)
-    answer = stream.answer
-    assert answer is not None  # the stream has ended
+    assert stream.answer is not None  # the stream has ended
     if arguments.json:
-        print(json.dumps(report(arguments, answer)))
+        print(json.dumps(report(arguments, prompt, stream.answer)))
     else:
-        print_accounts(answer)
+        print_accounts(stream.answer)
+    return stream.answer
+
+
+def run(arguments: argparse.Namespace) -> None:
+    model = load_model(arguments)
+    pictures = [open_image(file) for file in arguments.image]
+    asked = [(prompt, ask(model, pictures, prompt, arguments)) for prompt in arguments.prompt]
     if arguments.figure:
-        from minifocus.figure import draw_answer
+        from minifocus.figure import draw_answers
 
         try:
-            draw_answer(pictures, arguments.prompt, answer, model.config.anyres).save(arguments.figure)
+            draw_answers(pictures, asked, model.config.anyres).save(arguments.figure)
         except (OSError, ValueError) as error:
             raise minifocus.InputError(f"--figure: {arguments.figure}: {error}") from error
         if not arguments.json:
@@ -116,6 +123,7 @@ def run(arguments: argparse.Namespace) -> None:
 def main() -> int:
     arguments = parse_arguments()
     arguments.image = arguments.image or [str(ROOT / "examples/cards.png")]
+    arguments.prompt = arguments.prompt or ["What number is on the red card?"]
     try:
         run(arguments)
     except (minifocus.CheckpointError, minifocus.InputError) as error:

@@ -15,36 +15,40 @@ MARGIN = 16
 INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
-def draw_answer(pictures: Sequence[Image.Image], question: str, answer: Answer, anyres: bool = True) -> Image.Image:
-    """One row per picture: left the scales, right the importance of the tokens that reached the last layer.
+def draw_answers(
+    pictures: Sequence[Image.Image], asked: Sequence[tuple[str, Answer]], anyres: bool = True
+) -> Image.Image:
+    """One row per picture: left the scales, then for each question the importance of the tokens that reached the last layer.
 
     pictures  as they were asked about (RGB)
+    asked     questions, all about these pictures, with their answers; the scales are those of the first
     anyres    False for LLaVA-1.5, which sees the centre square of a picture only
     """
-    panels = []
-    for picture, trace in zip(pictures, answer.pictures, strict=True):
+    rows = []
+    for number, picture in enumerate(pictures):
         shown = _fit(picture if anyres else _centre_square(picture))
-        panels.append((_draw_scales(shown, trace), _draw_importance(shown, trace)))
-    width = max(left.width for left, _ in panels) * 2 + 3 * MARGIN
-    captions = [*textwrap.wrap(f"Q: {question}", width // 10), *textwrap.wrap(f"A: {answer.text}", width // 10)]
-    tokens = answer.tokens
-    captions.append(
-        f"visual tokens: {tokens.full} > {tokens.after_vision} > {tokens.after_text}, equivalent {tokens.equivalent:.0%}"
-    )
-    top = MARGIN + 24 * len(captions) + MARGIN
-    height = top + sum(left.height + 24 + MARGIN for left, _ in panels)
-    sheet = Image.new("RGB", (width, height), PAPER)
+        traces = [answer.pictures[number] for _, answer in asked]
+        rows.append([_draw_scales(shown, traces[0]), *(_draw_importance(shown, trace) for trace in traces)])
+    column = max([panel.width for row in rows for panel in row], default=PANEL) + MARGIN
+    tokens = asked[0][1].tokens
+    captions = [["scale of each token", f"{tokens.full} visual tokens > {tokens.after_vision}"]]
+    for question, answer in asked:
+        text = [*textwrap.wrap(f"Q: {question}", column // 9), *textwrap.wrap(f"A: {answer.text}", column // 9)]
+        kept = f"> {answer.tokens.after_text} tokens, equivalent {answer.tokens.equivalent:.0%}"
+        captions.append([*text, kept])
+    lines = max(len(own) for own in captions)
+    height = 2 * MARGIN + 22 * lines + sum(row[0].height + MARGIN for row in rows)
+    sheet = Image.new("RGB", (MARGIN + column * len(captions), height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for line, caption in enumerate(captions):
-        draw.text((MARGIN, MARGIN + 24 * line), caption, fill=INK, font=ImageFont.load_default(18))
-    for left, right in panels:
-        for x, panel, title in (
-            (MARGIN, left, "scale of each token"),
-            (width - MARGIN - right.width, right, "importance"),
-        ):
-            draw.text((x, top), title, fill=INK, font=ImageFont.load_default(15))
-            sheet.paste(panel, (x, top + 24))
-        top += left.height + 24 + MARGIN
+    for number, own in enumerate(captions):
+        for line, caption in enumerate(own, lines - len(own)):
+            at = (MARGIN + column * number, MARGIN + 22 * line)
+            draw.text(at, caption, fill=INK, font=ImageFont.load_default(17))
+    top = 2 * MARGIN + 22 * lines
+    for row in rows:
+        for number, panel in enumerate(row):
+            sheet.paste(panel, (MARGIN + column * number, top))
+        top += row[0].height + MARGIN
     return sheet
 
 

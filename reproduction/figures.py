@@ -15,7 +15,7 @@ from PIL import Image
 from speed import load, time_models
 
 from minifocus import cards
-from minifocus.figure import draw_answer
+from minifocus.figure import draw_answers
 from minifocus.generate import PictureTrace
 
 FIRST_SCENE = 700_000  # place in the test split of the pictures that are shown: not among those of tables and times
@@ -108,20 +108,17 @@ def both_samplers(recipe: Recipe, file: Path) -> dict[str, Any]:
     for image, question in scenes_with("read", 4):
         answer = model.generate(image, question.question)
         right += answer.text == question.answer
-        sheets.append(draw_answer([image], question.question, answer))
+        sheets.append(draw_answers([image], [(question.question, answer)]))
     grid(sheets, 2).save(file)
     return {"right": right, "asked": len(sheets)}
 
 
 def same_picture_other_questions(recipe: Recipe, file: Path) -> dict[str, Any]:
-    model, sheets, right = load("focus", recipe), [], 0
+    model = load("focus", recipe)
     scene = next(s for s in cards.scenes("test", FIRST_SCENE, dense=True) if len(s.questions) >= 4)
-    for question in scene.questions[:4]:
-        answer = model.generate(scene.image, question.question)
-        right += answer.text == question.answer
-        sheets.append(draw_answer([scene.image], question.question, answer))
-    grid(sheets, 2).save(file)
-    return {"right": right, "asked": len(sheets)}
+    asked = [(question, model.generate(scene.image, question.question)) for question in scene.questions[:4]]
+    draw_answers([scene.image], [(question.question, answer) for question, answer in asked]).save(file)
+    return {"right": sum(answer.text == question.answer for question, answer in asked), "asked": len(asked)}
 
 
 def importance_map(trace: PictureTrace) -> np.ndarray:

@@ -33,7 +33,7 @@ STEPS = {"vision": 2800, "warmup": 1400, "full": 500, "focus": 650}
 # Eq. 10's weights, coarse to fine: half of these pictures is empty, so the coarse scale may be used twice as much as even
 # use would have it.
 SCALE_WEIGHTS = "0.5,1.25,1.25"
-SELECTOR_RATES = ("--lr-selector", "2e-5", "--lr-selector-bias", "6e-3")
+SELECTOR_RATES = ("--lr-selector", "1e-5", "--lr-selector-bias", "3e-3")
 
 
 def commands(runs: Path, steps: dict[str, int], scenes: int, validate: int) -> dict[str, list[str]]:
