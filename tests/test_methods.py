@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import build, make_inputs, rows_before_layer, save
+from checkpoints import IMAGE_TOKEN, build, make_inputs, rows_before_layer, save
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
@@ -578,6 +578,44 @@ def test_tokens_leave_where_the_method_says_and_keep_their_positions(
             assert abs(visible - wanted * scored) <= 1
         else:
             assert visible == (int(wanted * scored) if isinstance(wanted, float) else wanted)
+
+
+# ---- in other models ----
+
+EVERY = [name for name in samplers.names() if name not in ("focus", "vision", "text", "none")]
+
+
+@pytest.mark.parametrize("name", EVERY)
+@torch.inference_mode()
+def test_a_class_token_that_is_kept_stays(tmp_path: Path, name: str) -> None:
+    """LLaVA-1.5 with vision_feature_select_strategy "full" has the class token in front of the map."""
+    folder = save(build("llava", seed=1, vision_feature_select_strategy="full"), tmp_path)
+    model = minifocus.load(folder, name)
+    inputs = make_inputs(model, [[(28, 28)]], seed=2)
+    pictures = model.encode_pictures(*model._split_pixels(inputs.pixel_values, inputs.image_sizes), model.before_llm)
+    rows, _ = model.embed(inputs.input_ids, pictures, before_llm=model.before_llm)
+    first = (rows.picture[0] == 0).nonzero()[0]
+    assert rows.cell[0, first].tolist() == [[-1, -1]]
+    assert torch.equal(rows.hidden[0, first], pictures[0].leading)
+    assert bool(model(**inputs.arguments())[0, -1].isfinite().all())
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@torch.inference_mode()
+def test_half_precision(folder: Path, name: str, dtype: str) -> None:
+    """The same number of tokens as in float32, and logits near those of the same tokens."""
+    model = minifocus.load(folder, name, dtype=dtype)
+    inputs = make_inputs(model, SIZES, seed=2)
+    arguments = {**inputs.arguments(), "pixel_values": inputs.pixel_values.to(getattr(torch, dtype))}
+    logits = model(**arguments)
+    assert logits.dtype == getattr(torch, dtype)
+    present = inputs.attention_mask.bool() & (inputs.input_ids != IMAGE_TOKEN)
+    assert bool(logits[present].isfinite().all())
+    model.float()
+    count = (~logits.isnan().any(dim=-1)).sum(dim=1)
+    if not name.startswith("prumerge"):  # whose count follows from the scores
+        assert torch.equal((~model(**inputs.arguments()).isnan().any(dim=-1)).sum(dim=1), count)
 
 
 # ---- refusing ----
