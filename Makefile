@@ -5,7 +5,8 @@ BIN := .venv/bin
 .PHONY: demo test test_lmms_eval install lint weights benchmark clean
 
 demo: install
-	$(BIN)/python examples/generate.py --figure examples/answer.png
+	$(BIN)/python examples/generate.py --prompt "What number is on the red card?" \
+		--prompt "What colour is the card with the word key?" --figure examples/answer.png
 
 test: install lint
 	$(BIN)/python -m pytest
