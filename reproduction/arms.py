@@ -26,9 +26,8 @@ SEEDS = (1, 2, 3)
 
 def selector(weights: str = make_tiny.SCALE_WEIGHTS, alpha: str = "0.1") -> tuple[str, ...]:
     """How a selector is trained here. The coarsest scale is penalised half as much as the others (Eq. 10): half of these
-    pictures is empty, and even use of the scales would take finer ones than they need. It starts with less of a lean to the
-    finest than in the longer training of the embedded weights."""
-    return ("--scale-weights", weights, "--alpha", alpha, "--selector-bias", "0.5", *make_tiny.SELECTOR_RATES)
+    pictures is empty, and even use of the scales would take finer ones than they need."""
+    return ("--scale-weights", weights, "--alpha", alpha, *make_tiny.SELECTOR_RATES)
 
 
 @dataclass(frozen=True)
