@@ -130,7 +130,9 @@ def test_quick_run_goes_on_where_it_was(tmp_path: Path) -> None:
         return json.loads((tmp_path / "out/results.json").read_text())
 
     record = reproduce("--table", "5", "--figure", "3")
-    assert set(record["arms"]) == {"vision", "alpha-0", "alpha-0.01", "alpha-0.5"} and list(record["figures"]) == ["3"]
+    assert set(record["arms"]) == {"vision", "alpha-0", "alpha-0.01", "alpha-0.1", "alpha-0.5"} and list(
+        record["figures"]
+    ) == ["3"]
     page = (tmp_path / "out/README.md").read_text()
     assert re.findall(r"^## (\w+ \d)", page, flags=re.MULTILINE) == ["Table 5", "Figure 3"]
     assert page.count("| 0.1* |") == 1 and page.count("**Here too.**") + page.count("**Not here.**") == 2
