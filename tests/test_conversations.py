@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import sys
 from itertools import islice
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scripts_as_modules import example
 
 import minifocus
 from minifocus import cards
@@ -24,15 +24,6 @@ from minifocus.image import open_image
 from minifocus.prompt import build_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def example(name: str) -> Any:
-    """examples/NAME.py as a module, without putting its folder on the path: it has names that packages have too."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / f"examples/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 draw_cards, evaluation = example("draw_cards"), example("evaluate")

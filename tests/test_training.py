@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import math
@@ -28,6 +27,7 @@ import pytest
 import torch
 from checkpoints import add_tokenizer, build, save
 from safetensors.torch import load_file, safe_open
+from scripts_as_modules import example
 
 import minifocus
 from minifocus import cards
@@ -42,16 +42,6 @@ TINY = ROOT / "weights/tiny"
 Tensors = dict[str, torch.Tensor]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def example(name: str) -> ModuleType:
-    """examples/NAME.py as a module. Its folder is on the path, and what it imports from there known, only meanwhile."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", ROOT / f"examples/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.object(sys, "path", [str(ROOT / "examples"), *sys.path]), mock.patch.dict(sys.modules):
-        spec.loader.exec_module(module)
-    return module
 
 
 trainer, draw_cards = example("train"), example("draw_cards")
