@@ -27,7 +27,7 @@ SEEDS = (1, 2, 3)
 def selector(weights: str = make_tiny.SCALE_WEIGHTS, alpha: str = "0.03") -> tuple[str, ...]:
     """How a selector is trained here. The coarsest scale is penalised half as much as the others (Eq. 10): half of these
     pictures is empty, and even use of the scales would take finer ones than they need. Its factor is a third of the paper's:
-    with 0.1 one seed of two gave up the finest scale before the answers' loss had a say (notes.md)."""
+    with 0.1 one seed of two gave up the finest scale before the answers' loss had a say. Not settled: see notes.md."""
     return ("--scale-weights", weights, "--alpha", alpha, *make_tiny.SELECTOR_RATES)
 
 
