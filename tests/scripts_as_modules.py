@@ -1,7 +1,8 @@
-"""The scripts of examples/ as modules, for tests that call their functions."""
+"""The scripts of examples/, benchmarks/ and the like as modules, for tests that call their functions."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -20,3 +21,10 @@ def example(name: str) -> ModuleType:
     with mock.patch.object(sys, "path", [str(ROOT / "examples"), *sys.path]), mock.patch.dict(sys.modules):
         spec.loader.exec_module(module)
     return module
+
+
+def scripts(folders: str, names: str) -> list[ModuleType]:
+    """Modules of some folders, which know one another; likewise on the path only meanwhile."""
+    path = [str(ROOT / folder) for folder in folders.split()]
+    with mock.patch.object(sys, "path", [*path, *sys.path]), mock.patch.dict(sys.modules):
+        return [importlib.import_module(name) for name in names.split()]

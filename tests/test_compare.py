@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts_as_modules import scripts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import minifocus
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from compare import KNOWN, SEARCHED, VARIANTS, table  # noqa: E402
-from flops import decoder_flops, vision_flops  # noqa: E402
-
+compare, flops = scripts("benchmarks", "compare flops")
 TINY = ROOT / "weights/tiny"
 
 
@@ -30,18 +28,20 @@ def test_flops_are_torch_s_count_of_the_same_forward_pass() -> None:
         with FlopCounterMode(display=False) as counter:
             features = model.multi_modal_projector(model.vision_tower(torch.randn(tiles, 3, 112, 112)))
         assert len(features) == tiles
-        assert counter.get_total_flops() == vision_flops(model.config, tiles)
+        assert counter.get_total_flops() == flops.vision_flops(model.config, tiles)
         x = torch.randn(1, tokens, model.config.text.hidden_size)
         cos, sin = model.language_model.model.rope(torch.arange(tokens)[None], x.dtype)
         with FlopCounterMode(display=False) as counter:
             for layer in model.language_model.model.decoder_layers():
                 x = layer(x, cos, sin)
             model.language_model.lm_head(x[:, -1])
-    assert counter.get_total_flops() == decoder_flops(model.config, [tokens] * model.config.text.num_hidden_layers)
+    assert counter.get_total_flops() == flops.decoder_flops(
+        model.config, [tokens] * model.config.text.num_hidden_layers
+    )
 
 
 def test_every_training_free_method_is_compared() -> None:
-    compared = {*KNOWN, *SEARCHED, "vision", "avgpool", "maxpool"} - set(VARIANTS)
+    compared = {*compare.KNOWN, *compare.SEARCHED, "vision", "avgpool", "maxpool"} - set(compare.VARIANTS)
     assert compared | {"none"} == set(minifocus.samplers.names())
 
 
@@ -60,4 +60,4 @@ def test_quick_run(tmp_path: Path) -> None:
         assert one["prefill_seconds"] > 0 and one["decode_seconds_per_token"] > 0
         assert 0 <= one["accuracy"] <= 1 and set(one["families"]) <= {"read", "perceive", "reason", "relate"}
     assert file.with_suffix(".png").stat().st_size > 10_000
-    assert file.with_suffix(".md").read_text(encoding="utf-8") == table(record["results"])
+    assert file.with_suffix(".md").read_text(encoding="utf-8") == compare.table(record["results"])

@@ -9,14 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts_as_modules import scripts
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("reproduction", "benchmarks", "weights", "examples")]
-from arms import ARMS, CommandFailed, once, run  # noqa: E402
-from figures import FIGURES, SAME  # noqa: E402
-from page import figures_of, markdown  # noqa: E402
-from tables import TABLES, Figures  # noqa: E402
-
+trained, drawn, page, tables = scripts("reproduction benchmarks weights examples", "arms figures page tables")
+ARMS, CommandFailed, once, run = trained.ARMS, trained.CommandFailed, trained.once, trained.run
+FIGURES, SAME, TABLES, Figures = drawn.FIGURES, drawn.SAME, tables.TABLES, tables.Figures
 FAMILIES = ("read", "perceive", "reason", "relate")
 
 
@@ -96,8 +94,8 @@ def test_a_table_s_markdown() -> None:
     }
     table = TABLES[2]
     short = type(table)(table.title, table.rows[:2], (), table.spread, table.timed)
-    measured = {row.arm: found for row in short.rows if (found := figures_of(row.arm, record)) is not None}
-    lines = markdown(short, measured, record).splitlines()
+    measured = {row.arm: found for row in short.rows if (found := page.figures_of(row.arm, record)) is not None}
+    lines = page.markdown(short, measured, record).splitlines()
     assert lines[2].startswith(
         "| LLaVA-NeXT (control) | 95.0% ± 1.0 | 95.0% | 95.0% | 95.0% | 95.0% | 95.0% | 3.25 | 20.0 |"
     )
@@ -133,10 +131,10 @@ def test_quick_run_goes_on_where_it_was(tmp_path: Path) -> None:
     assert set(record["arms"]) == {"vision", "alpha-0", "alpha-0.01", "alpha-0.1", "alpha-0.5"} and list(
         record["figures"]
     ) == ["3"]
-    page = (tmp_path / "out/README.md").read_text()
-    assert re.findall(r"^## (\w+ \d)", page, flags=re.MULTILINE) == ["Table 5", "Figure 3"]
-    assert page.count("| 0.1* |") == 1 and page.count("**Here too.**") + page.count("**Not here.**") == 2
-    for picture in re.findall(r"\]\((figures/[^)]+)\)", page):
+    written = (tmp_path / "out/README.md").read_text()
+    assert re.findall(r"^## (\w+ \d)", written, flags=re.MULTILINE) == ["Table 5", "Figure 3"]
+    assert written.count("| 0.1* |") == 1 and written.count("**Here too.**") + written.count("**Not here.**") == 2
+    for picture in re.findall(r"\]\((figures/[^)]+)\)", written):
         assert (tmp_path / "out" / picture).stat().st_size > 5000
     weights = tmp_path / "runs/quick/vision-1/model/selector.safetensors"
     written = weights.stat().st_mtime_ns
