@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -324,7 +325,8 @@ def main() -> int:
         model = minifocus.load(arguments.model or ROOT / "weights/tiny", "none", arguments.device, arguments.dtype)
         selector: dict[str, Any] = {}
         if arguments.model is None:
-            tuning = [(image, q) for image, q, _, _ in cards.questions("test", 32, TUNING, True)]
+            scenes = islice(cards.scenes("test", TUNING, dense=True), 64)
+            tuning = [(scene.image, scene.questions[0].question) for scene in scenes]
             timed = [(image, q) for image, q, _, _ in cards.questions("test", arguments.timed, TUNING + 1000, True)]
         else:
             if not (arguments.model / "selector.safetensors").is_file():

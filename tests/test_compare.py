@@ -55,7 +55,8 @@ def test_quick_run(tmp_path: Path) -> None:
     assert set(results) == {"none", "focus", "fastv", "random"}
     for name, one in results.items():
         budget = 1.0 if name == "none" else 0.39
-        assert one["tokens"]["equivalent"] == pytest.approx(budget, abs=0.04)
+        # Of focus it depends on the four scenes that a quick run asks about; of the others on their options alone.
+        assert one["tokens"]["equivalent"] == pytest.approx(budget, abs=0.2 if name == "focus" else 0.02)
         assert 0 < one["gflops"] <= results["none"]["gflops"]
         assert one["prefill_seconds"] > 0 and one["decode_seconds_per_token"] > 0
         assert 0 <= one["accuracy"] <= 1 and set(one["families"]) <= {"read", "perceive", "reason", "relate"}
