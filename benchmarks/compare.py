@@ -61,27 +61,8 @@ class Setting:
         return f"{self.method} {self.budget:.0%}"
 
 
-def before(budget: float) -> dict[str, Any]:
-    return {"ratio": budget}
-
-
-# Method → the options of a budget, where these are known beforehand; or else the option to search along, from the value
-# with the fewest tokens to that with the most. FastV acts after 2 of 32 layers, or as early in others.
-KNOWN = dict.fromkeys(
-    [
-        "random",
-        "uniform",
-        "similarity",
-        "fastervlm",
-        "vtc-cls",
-        "hired",
-        "globalcom2",
-        "fopru",
-        "prumerge",
-        "prumerge+",
-    ],
-    before,
-)
+# Method → the option to search along for a budget, from the value with the fewest tokens to that with the most. FastV acts
+# after 2 of 32 layers, or as early in others.
 SEARCHED: dict[str, tuple[str, float, float]] = {
     "focus": ("gamma", 0.01, 0.999),
     "text": ("gamma", 0.01, 0.999),
@@ -92,6 +73,12 @@ SEARCHED: dict[str, tuple[str, float, float]] = {
 }
 FIXED = {"vision": {}, "avgpool": {"window": 2}, "maxpool": {"window": 2}}  # these have no budget but their own
 VARIANTS = {"similarity (flipped)": ("similarity", {"flip": True})}
+# The others have a ratio, which is the budget.
+KNOWN = [
+    name
+    for name in minifocus.samplers.names()
+    if name not in SEARCHED and "ratio" in minifocus.samplers.options_of(name)
+]
 
 
 def equivalent(model: minifocus.Llava, asked: list[tuple[Any, str]]) -> float:
@@ -133,9 +120,7 @@ def settings_of(
             found.append(Setting(shown, equivalent(model, asked), {**FIXED[method], **extra}))
             continue
         for budget in budgets:
-            options = (
-                {**KNOWN[method](budget), **extra} if method in KNOWN else search(model, method, budget, asked, extra)
-            )
+            options = {"ratio": budget, **extra} if method in KNOWN else search(model, method, budget, asked, extra)
             if options is not None:
                 found.append(Setting(shown, budget, options))
             print(f"{shown} {budget:.0%}: {'cannot' if options is None else options}", file=sys.stderr, flush=True)

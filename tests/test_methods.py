@@ -20,7 +20,7 @@ from minifocus.samplers.aim import merge
 from minifocus.samplers.chance import stride_grid
 from minifocus.samplers.hooks import PictureFeatures, VisualTokens, uncompressed
 from minifocus.samplers.prumerge import outliers
-from minifocus.samplers.pruning import budget, spread, top
+from minifocus.samplers.pruning import Budget, spread, top
 
 PRUNERS = [
     "random",
@@ -101,7 +101,7 @@ def test_budgets_are_exact_and_order_newlines_and_features_stay(
     folder: Path, name: str, options: dict[str, Any]
 ) -> None:
     if name in ("hired", "globalcom2"):
-        options = {**options, "per": "tile"}
+        options = {key: value for key, value in options.items() if key != "per"}
     for picture, visual in sampled(folder, name, **options):
         layout = picture.layout
         newlines = layout.height * layout.newlines
@@ -140,7 +140,7 @@ def test_top_takes_the_first_of_equals_in_each_group() -> None:
 
 
 def test_budget_keeps_at_least_one() -> None:
-    assert [budget(0.5, None, 10, 2), budget(0.01, None, 10, 2), budget(0.5, 99, 10, 2), budget(0.5, 3, 10, 2)] == [
+    assert [Budget(0.5).of(10, 2), Budget(0.01).of(10, 2), Budget(0.5, 99).of(10, 2), Budget(0.5, 3).of(10, 2)] == [
         4,
         1,
         10,
@@ -434,7 +434,7 @@ def test_merging_keeps_the_sum_and_the_budget(count: int, wanted: int, seed: int
 def test_aim_merges_to_its_budget(folder: Path, ratio: float) -> None:
     for picture, visual in sampled(folder, "aim", ratio=ratio):
         scored, newlines = len(scored_places(picture)), picture.layout.height * picture.layout.newlines
-        assert len(kept_places(visual)) == budget(ratio, None, scored, newlines)
+        assert len(kept_places(visual)) == Budget(ratio).of(scored, newlines)
         assert bool((visual.source.diff() > 0).all())
         if ratio == 1:
             assert torch.equal(visual.tokens, uncompressed(picture).tokens)
@@ -634,10 +634,10 @@ def test_half_precision(folder: Path, name: str, dtype: str) -> None:
         ("maxpool", dict(thumbnail="no"), "thumbnail: expected 'keep', 'compress' or 'drop', got 'no'"),
         ("fastervlm", dict(block=3), "block: expected a whole number from 0 to 2, got 3"),
         ("vtc-cls", dict(blocks=3), "blocks: expected a whole number from 1 to 2, got 3"),
-        ("hired", dict(per="map"), "per: HiRED budgets every tile"),
+        ("hired", dict(per="map"), "per: not an option of sampler 'hired'"),
         ("hired", dict(thumbnail=0), "thumbnail: expected a number above 0"),
         ("globalcom2", dict(temperature=0), "temperature: expected a finite number above 0, got 0"),
-        ("globalcom2", dict(per="map"), "per: GlobalCom² budgets every tile"),
+        ("globalcom2", dict(per="map"), "per: not an option of sampler 'globalcom2'"),
         ("fopru", dict(axis="both"), "axis: expected one of column, row, got 'both'"),
         ("fopru", dict(strategy="best"), "strategy: expected one of rank, rows, got 'best'"),
         ("prumerge", dict(ratio=2), "ratio: expected a number above 0 and at most 1, got 2"),

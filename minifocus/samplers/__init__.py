@@ -58,9 +58,9 @@ _FOCUS = {"focus": _VISION | _TEXT, "vision": _VISION, "text": _TEXT, "none": se
 _METHODS: dict[str, tuple[type, Callable[[Any, Config], Samplers]]] = {
     "avgpool": (PoolingOptions, lambda options, config: Samplers(Pooling(options, config, "mean"))),
     "maxpool": (PoolingOptions, lambda options, config: Samplers(Pooling(options, config, "max"))),
-    "random": (RandomOptions, lambda options, config: Samplers(Random(options, config))),
-    "uniform": (PruningOptions, lambda options, config: Samplers(Uniform(options, config))),
-    "similarity": (SimilarityOptions, lambda options, config: Samplers(Similarity(options, config))),
+    "random": (RandomOptions, lambda options, config: Samplers(Random(options))),
+    "uniform": (PruningOptions, lambda options, config: Samplers(Uniform(options))),
+    "similarity": (SimilarityOptions, lambda options, config: Samplers(Similarity(options))),
     "fastervlm": (FasterVLMOptions, lambda options, config: Samplers(FasterVLM(options, config))),
     "vtc-cls": (VTCCLSOptions, lambda options, config: Samplers(VTCCLS(options, config))),
     "hired": (HiREDOptions, lambda options, config: Samplers(HiRED(options, config))),

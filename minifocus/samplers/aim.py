@@ -21,7 +21,7 @@ from ..llama import DecoderLayer
 from ..rows import Rows
 from .hooks import BeforeLLM, PictureFeatures, Selection, VisualTokens, uncompressed
 from .inside import keep_where, largest, queries_and_keys
-from .pruning import budget, check_share, check_whole
+from .pruning import Budget, check_share, check_whole
 
 QUERY_BLOCK = 128  # tokens whose attention is in memory at a time
 
@@ -60,7 +60,7 @@ class Merging(BeforeLLM):
         count = int(competing.sum())
         if not count:
             return whole
-        total = budget(self.ratio, None, count, len(competing) - count)
+        total = Budget(self.ratio).of(count, len(competing) - count)
         merged, places = merge(whole.tokens[competing], total)
         kept = ~competing
         kept[competing.nonzero().squeeze(1)[places]] = True

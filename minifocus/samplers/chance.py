@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..config import Config
 from .hooks import PictureFeatures
-from .pruning import Pruner, PruningOptions, check_whole, views
+from .pruning import Pruner, PruningOptions, RankingPruner, check_whole, views
 
 
 @dataclass(frozen=True)
@@ -26,11 +25,11 @@ class RandomOptions(PruningOptions):
         check_whole("seed", self.seed, 0, 2**63 - 1)
 
 
-class Random(Pruner):
+class Random(RankingPruner):
     """Each token has the same chance to stay."""
 
-    def __init__(self, options: RandomOptions, config: Config):
-        super().__init__(options, config)
+    def __init__(self, options: RandomOptions):
+        super().__init__(options)
         self.seed = options.seed
 
     def scores(self, picture: PictureFeatures) -> torch.Tensor:

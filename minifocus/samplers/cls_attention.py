@@ -16,7 +16,7 @@ import torch
 from ..config import Config
 from ..vision import Block
 from .hooks import PictureFeatures
-from .pruning import Pruner, PruningOptions, check_whole, cues
+from .pruning import PruningOptions, RankingPruner, check_whole, cues
 from .tower_attention import check_block, class_attention, last_block
 
 
@@ -30,9 +30,9 @@ class FasterVLMOptions(PruningOptions):
     block: int | None = None
 
 
-class FasterVLM(Pruner):
+class FasterVLM(RankingPruner):
     def __init__(self, options: FasterVLMOptions, config: Config):
-        super().__init__(options, config)
+        super().__init__(options)
         last = check_block(config, options.block, last_block(config))
         self.blocks = range(last, last + 1)
 
@@ -54,7 +54,7 @@ class VTCCLSOptions(PruningOptions):
 
 class VTCCLS(FasterVLM):
     def __init__(self, options: VTCCLSOptions, config: Config):
-        Pruner.__init__(self, options, config)
+        RankingPruner.__init__(self, options)
         last = check_block(config, None, last_block(config))
         count = (last + 2) // 2 if options.blocks is None else check_whole("blocks", options.blocks, 1, last + 1)
         self.blocks = range(last + 1 - count, last + 1)

@@ -15,23 +15,17 @@ from ..llama import DecoderLayer
 from ..rows import Rows
 from .hooks import Selection
 from .inside import keep_where, largest, last_query, newlines_of
-from .pruning import PruningOptions, budget, check_whole
+from .pruning import Budget, check_whole
 
 
 @dataclass(frozen=True)
-class FastVOptions:
+class FastVOptions(Budget):
     """
-    ratio  share of a picture's tokens, newlines among them, that layer K and later ones see
-    keep   or so many besides newlines; None: by `ratio`
-    layer  K, at least 1; 2 in the paper
+    layer  K, at least 1; 2 in the paper. Ratio and keep are of what it and later layers see
     """
 
     ratio: float = 0.5
-    keep: int | None = None
     layer: int = 2
-
-    def __post_init__(self) -> None:
-        PruningOptions(self.ratio, self.keep)
 
 
 class FastV:
@@ -45,7 +39,7 @@ class FastV:
         scores = last_query(layer, rows, self.config)
 
         def choose(row: int, tokens: torch.Tensor) -> torch.Tensor:
-            count = budget(self.options.ratio, self.options.keep, len(tokens), newlines_of(rows, row, int(tokens[0])))
+            count = self.options.of(len(tokens), newlines_of(rows, row, int(tokens[0])))
             return largest(scores[row, tokens], count)
 
         return replace(keep_where(rows, choose, scores), after=True)

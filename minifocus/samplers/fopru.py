@@ -15,7 +15,7 @@ from ..config import Config
 from ..errors import InputError
 from ..vision import Block
 from .hooks import PictureFeatures
-from .pruning import Pruner, PruningOptions, cues, views
+from .pruning import PruningOptions, RankingPruner, cues, views
 from .tower_attention import check_block, last_block, queries_and_keys
 
 QUERY_BLOCK = 128  # tokens whose attention is in memory at a time
@@ -41,9 +41,9 @@ class FoPruOptions(PruningOptions):
                 raise InputError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
-class FoPru(Pruner):
+class FoPru(RankingPruner):
     def __init__(self, options: FoPruOptions, config: Config):
-        super().__init__(options, config)
+        super().__init__(options)
         self.axis, self.strategy = options.axis, options.strategy
         self.block = check_block(config, options.block, last_block(config))
 

@@ -8,7 +8,6 @@ to it and the thumbnail's attention to its place.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +17,16 @@ from ..errors import InputError
 from ..vision import Block
 from .hired import per_tile
 from .hooks import PictureFeatures
-from .pruning import Pruner, PruningOptions, spread
+from .pruning import Budget, RankingPruner, spread
 from .tower_attention import check_block, class_attention, last_block
 
 
 @dataclass(frozen=True)
-class GlobalCom2Options(PruningOptions):
+class GlobalCom2Options(Budget):
     """
-    per          "tile": no other is GlobalCom²
     temperature  τ, above 0, beside attention summed to 1 over the thumbnail
     """
 
-    per: Literal["picture", "map", "tile"] = "tile"
     temperature: float = 0.1
 
     def __post_init__(self) -> None:
@@ -37,13 +34,11 @@ class GlobalCom2Options(PruningOptions):
         value = self.temperature
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             raise InputError(f"temperature: expected a finite number above 0, got {value!r}")
-        if self.per != "tile":
-            raise InputError(f"per: GlobalCom² budgets every tile by itself, expected 'tile', got {self.per!r}")
 
 
-class GlobalCom2(Pruner):
+class GlobalCom2(RankingPruner):
     def __init__(self, options: GlobalCom2Options, config: Config):
-        super().__init__(options, config)
+        super().__init__(options)
         self.temperature, self.block = options.temperature, check_block(config, None, last_block(config))
 
     def look(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor | None:

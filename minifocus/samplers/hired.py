@@ -8,40 +8,34 @@ tokens stay that its own class token looks at in the last block that is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
 from ..config import Config
-from ..errors import InputError
 from ..vision import Block
 from .hooks import PictureFeatures
-from .pruning import Pruner, PruningOptions, check_share, cues, spread
+from .pruning import Budget, RankingPruner, check_share, cues, spread
 from .tower_attention import check_block, class_attention, last_block
 
 
 @dataclass(frozen=True)
-class HiREDOptions(PruningOptions):
+class HiREDOptions(Budget):
     """
     ratio      0.2 in the paper's main results
-    per        "tile": no other is HiRED
     thumbnail  its share of the budget
     """
 
     ratio: float = 0.2
-    per: Literal["picture", "map", "tile"] = "tile"
     thumbnail: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_share("thumbnail", self.thumbnail)
-        if self.per != "tile":
-            raise InputError(f"per: HiRED budgets every tile by itself, expected 'tile', got {self.per!r}")
 
 
-class HiRED(Pruner):
+class HiRED(RankingPruner):
     def __init__(self, options: HiREDOptions, config: Config):
-        super().__init__(options, config)
+        super().__init__(options)
         self.share, self.block = options.thumbnail, check_block(config, None, last_block(config))
 
     def look(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor | None:

@@ -18,11 +18,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from ..checks import wide
 from ..config import Config
 from ..vision import Block
 from .chance import stride_grid
 from .hooks import PictureFeatures
-from .pruning import Pruner, PruningOptions, check_share, check_whole, cues, top
+from .pruning import PruningOptions, RankingPruner, check_share, check_whole, cues, top
 from .tower_attention import check_block
 
 
@@ -44,11 +45,11 @@ class PruMergeOptions(PruningOptions):
         check_whole("neighbours", self.neighbours, 0, 2**31)
 
 
-class PruMerge(Pruner):
+class PruMerge(RankingPruner):
     """With `plus`, PruMerge+."""
 
     def __init__(self, options: PruMergeOptions, config: Config, plus: bool = False):
-        super().__init__(options, config)
+        super().__init__(options)
         self.neighbours, self.plus = options.neighbours, plus
         self.adaptive = options.ratio is None and options.keep is None
         self.block = check_block(config, None, min(max(config.feature_layers), config.vision.num_hidden_layers - 1))
@@ -104,7 +105,7 @@ class PruMerge(Pruner):
     def merge(self, picture: PictureFeatures, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         cue, groups = cues(picture), self.groups(picture)
         attention, keys = cue[:, 0], F.normalize(cue[:, 1:], dim=-1)
-        merged = tokens.float()
+        merged = tokens.to(wide(tokens.dtype), copy=True)
         for group in groups.unique().tolist():
             stay, go = ((groups == group) & one for one in (kept, ~kept))
             near = min(self.neighbours, int(go.sum()))
@@ -112,7 +113,7 @@ class PruMerge(Pruner):
                 continue
             closest = (keys[stay] @ keys[go].T).topk(near, dim=1).indices
             weight = torch.cat([attention[stay][:, None], attention[go][closest]], dim=1)
-            values = torch.cat([tokens[stay][:, None].float(), tokens[go].float()[closest]], dim=1)
+            values = torch.cat([tokens[stay][:, None], tokens[go][closest]], dim=1)
             merged[stay] = (weight[..., None] * values).sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp(min=1e-30)
         return merged[kept].to(tokens.dtype)
 

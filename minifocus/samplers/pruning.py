@@ -7,34 +7,49 @@ Tokens keep their order, and newlines their places, so that what is left reads l
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from ..config import Config
 from ..errors import InputError
 from .hooks import BeforeLLM, PictureFeatures, VisualTokens, uncompressed
 
 
 @dataclass(frozen=True)
-class PruningOptions:
+class Budget:
     """
     ratio  share of a picture's visual tokens that stay, newlines among them, above 0 and at most 1
     keep   keep this many tokens besides newlines instead; None: by `ratio`
-    per    where tokens compete for it: "picture" (all with all), "map" (the thumbnail and the map keep equal shares) or
-           "tile" (so does every tile of the map)
     """
 
     ratio: float = 0.39
     keep: int | None = None
-    per: Literal["picture", "map", "tile"] = "map"
 
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
         if self.keep is not None and (type(self.keep) is not int or self.keep < 1):
             raise InputError(f"keep: expected a whole number of at least 1, got {self.keep!r}")
+
+    def of(self, competing: int, fixed: int) -> int:
+        """How many of `competing` tokens stay beside `fixed` ones that always do: at least 1 where there are any."""
+        wanted = self.keep if self.keep is not None else math.floor(self.ratio * (competing + fixed) + 0.5) - fixed
+        return min(max(wanted, 1), competing)
+
+
+@dataclass(frozen=True)
+class PruningOptions(Budget):
+    """
+    per    where tokens compete for it: "picture" (all with all), "map" (the thumbnail and the map keep equal shares) or
+           "tile" (so does every tile of the map)
+    """
+
+    per: Literal["picture", "map", "tile"] = "map"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.per not in ("picture", "map", "tile"):
             raise InputError(f"per: expected 'picture', 'map' or 'tile', got {self.per!r}")
 
@@ -50,12 +65,6 @@ def check_whole(name: str, value: object, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
         raise InputError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
     return value
-
-
-def budget(ratio: float, keep: int | None, competing: int, fixed: int) -> int:
-    """How many of `competing` tokens stay beside `fixed` ones that always do: at least 1 where there are any."""
-    wanted = keep if keep is not None else math.floor(ratio * (competing + fixed) + 0.5) - fixed
-    return min(max(wanted, 1), competing)
 
 
 def spread(total: int, room: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -108,36 +117,32 @@ def cues(picture: PictureFeatures) -> torch.Tensor:
 
 
 class Pruner(BeforeLLM):
-    """Keeps a budget of a picture's tokens. A method gives `scores`, or decides in `choose` itself."""
+    """Keeps a budget of a picture's tokens, which a method chooses; each tile has its own share of it."""
 
-    def __init__(self, options: PruningOptions, config: Config):
+    def __init__(self, options: Budget):
         super().__init__()
-        self.options, self.config = options, config
+        self.options = options
 
     def budget(self, competing: int, fixed: int) -> int:
         """How many of `competing` tokens stay, beside `fixed` ones that always do."""
-        return budget(self.options.ratio, self.options.keep, competing, fixed)
+        return self.options.of(competing, fixed)
 
-    def scores(self, picture: PictureFeatures) -> torch.Tensor:
-        """[n] float, one for each competing token: the thumbnail's, then the map's cells in raster order."""
-        raise NotImplementedError
+    def groups(self, picture: PictureFeatures) -> torch.Tensor:
+        """[n] int64, among whom a token competes."""
+        view = views(picture)
+        per = self.options.per if isinstance(self.options, PruningOptions) else "tile"
+        if per == "picture":
+            return torch.zeros_like(view)
+        return view.clamp(max=1) if per == "map" else view
 
     def allocate(self, picture: PictureFeatures, groups: torch.Tensor, total: int) -> list[int]:
         """How many tokens stay of each group; in proportion to their sizes."""
         room = groups.bincount().tolist()
         return spread(total, room, room)
 
-    def groups(self, picture: PictureFeatures) -> torch.Tensor:
-        """[n] int64, among whom a token competes."""
-        view = views(picture)
-        if self.options.per == "picture":
-            return torch.zeros_like(view)
-        return view.clamp(max=1) if self.options.per == "map" else view
-
+    @abstractmethod
     def choose(self, picture: PictureFeatures, total: int) -> torch.Tensor:
-        """bool [n], which `total` of the competing tokens stay."""
-        groups = self.groups(picture)
-        return top(self.scores(picture), groups, self.allocate(picture, groups, total))
+        """bool [n], which `total` of the competing tokens stay: the thumbnail's, then the map's in raster order."""
 
     def merge(self, picture: PictureFeatures, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """What the kept ones of the competing tokens [n, C] become: themselves."""
@@ -158,3 +163,15 @@ class Pruner(BeforeLLM):
         tokens = whole.tokens.clone()
         tokens[competing & kept] = self.merge(picture, whole.tokens[competing], stays).to(tokens.dtype)
         return VisualTokens(tokens[kept], whole.source[kept], whole.newline[kept], whole.extent[kept], layout)
+
+
+class RankingPruner(Pruner):
+    """Keeps the tokens with the largest scores."""
+
+    @abstractmethod
+    def scores(self, picture: PictureFeatures) -> torch.Tensor:
+        """[n] float, one for each competing token."""
+
+    def choose(self, picture: PictureFeatures, total: int) -> torch.Tensor:
+        groups = self.groups(picture)
+        return top(self.scores(picture), groups, self.allocate(picture, groups, total))

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from ..checks import wide
-from ..config import Config
 from ..errors import InputError
 from .hooks import PictureFeatures
-from .pruning import Pruner, PruningOptions
+from .pruning import PruningOptions, RankingPruner
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,9 @@ class SimilarityOptions(PruningOptions):
             raise InputError(f"flip: expected True or False, got {self.flip!r}")
 
 
-class Similarity(Pruner):
-    def __init__(self, options: SimilarityOptions, config: Config):
-        super().__init__(options, config)
+class Similarity(RankingPruner):
+    def __init__(self, options: SimilarityOptions):
+        super().__init__(options)
         self.sign = -1 if options.flip else 1
 
     def scores(self, picture: PictureFeatures) -> torch.Tensor:
