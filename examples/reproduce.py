@@ -54,7 +54,8 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         return Recipe(runs / "quick", {"full": tiny, "warmup": tiny}, steps=2, earlier=2, count=16, batch=4)
     make_tiny.run_stages(runs / "tiny", make_tiny.STEPS, until="full")
     stages = {stage: runs / "tiny" / stage / "model" for stage in ("full", "warmup")}
-    return Recipe(runs / "reproduction", stages, arguments.steps, make_tiny.STEPS["full"], arguments.count)
+    arms = runs / f"reproduction/{arguments.steps} steps"
+    return Recipe(arms, stages, arguments.steps, make_tiny.STEPS["full"], arguments.count)
 
 
 def wanted_arms(tables: list[int], figures: list[int], seeds: int) -> list[tuple[str, int]]:
@@ -91,6 +92,19 @@ def run_arms(wanted: list[tuple[str, int]], recipe: Recipe, jobs: int) -> dict[s
     return results
 
 
+def known_results(file: Path, recipe: Recipe) -> dict[str, Any]:
+    """What an earlier run wrote, for this one to add to."""
+    if not file.exists():
+        return {}
+    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if (known["steps"], known["questions"]) != (recipe.steps, recipe.count):
+        raise CommandFailed(
+            f"{file}: its arms took {known['steps']} steps and were asked {known['questions']} questions, these "
+            f"{recipe.steps} and {recipe.count}; name another --out or delete it"
+        )
+    return known
+
+
 def main() -> int:
     arguments = parse_arguments()
     some = arguments.table or arguments.figure
@@ -103,8 +117,11 @@ def main() -> int:
         only = arguments.arms.split(",")
         wanted = sorted((one for one in wanted if one[0] in only), key=lambda one: only.index(one[0]))
         figures = [number for number in figures if set(FIGURES[number].arms) <= set(only)]
+    file = arguments.out / "results.json"
+    partial = some or arguments.arms is not None
     try:
         recipe = recipe_of(arguments)
+        known = known_results(file, recipe) if partial else {}
         results = run_arms(wanted, recipe, arguments.jobs)
     except CommandFailed as error:
         print(f"error: {error}", file=sys.stderr)
@@ -113,9 +130,6 @@ def main() -> int:
     timed = [row.arm for number in tables for row in TABLES[number].rows if TABLES[number].timed and row.arm in results]
     speed = measure_speed(list(dict.fromkeys(timed)), recipe)
     pictures = {number: FIGURES[number].draw(recipe, arguments.out) for number in figures}
-    file = arguments.out / "results.json"
-    partial = some or arguments.arms is not None
-    known = json.loads(file.read_text(encoding="utf-8")) if partial and file.exists() else {}
     record |= {
         "seconds": round(time.perf_counter() - begun),
         "steps": recipe.steps,

@@ -314,6 +314,7 @@ def train(arguments: argparse.Namespace) -> None:
         raise minifocus.InputError(f"--out: {out}: {error}") from error
     ignored = ("out", "device", "save_every", "log_every", "validate", "validate_every", "validation_data", "workers")
     identity = {name: value for name, value in vars(arguments).items() if name not in ignored}
+    identity["model"] = os.path.relpath(arguments.model, out)  # runs may be moved together with what they began from
 
     held_out = read_conversations(arguments.validation_data, arguments.images) if arguments.validation_data else []
 

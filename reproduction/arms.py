@@ -114,6 +114,7 @@ class CommandFailed(Exception):
 
 
 _locks: dict[Path, threading.Lock] = defaultdict(threading.Lock)
+_made: set[Path] = set()
 
 
 def model_of(name: str, seed: int, recipe: Recipe) -> Path:
@@ -123,22 +124,15 @@ def model_of(name: str, seed: int, recipe: Recipe) -> Path:
         return model_of(arm.base, seed, recipe)
     out = recipe.runs / f"{name}-{seed}"
     steps = recipe.steps + (recipe.earlier if arm.start == "warmup" else 0)
+    command = [
+        *("examples/train.py", "--model", str(recipe.stages[arm.start]), "--out", str(out), "--seed", str(seed)),
+        *("--steps", str(steps), "--batch", str(recipe.batch), "--micro-batch", str(min(recipe.batch, 6))),
+        *("--first-scene", str(30_000_000 + 1_000_000 * seed), *arm.training),
+    ]
     with _locks[out]:
-        if not (out / "model/model.safetensors").exists():
-            command = [
-                *(
-                    "examples/train.py",
-                    "--model",
-                    str(recipe.stages[arm.start]),
-                    "--out",
-                    str(out),
-                    "--seed",
-                    str(seed),
-                ),
-                *("--steps", str(steps), "--batch", str(recipe.batch), "--micro-batch", str(min(recipe.batch, 6))),
-                *("--first-scene", str(30_000_000 + 1_000_000 * seed), *arm.training),
-            ]
-            run(command, out)
+        if out not in _made:
+            run(command, out)  # does nothing where it was run before, and says so where that was another command
+            _made.add(out)
     return out / "model"
 
 
@@ -181,5 +175,6 @@ def run(command: list[str], out: Path) -> str:
             check=False,
         )
     if done.returncode:
-        raise CommandFailed(f"{command[0]} ended with {done.returncode}; see {log}")
+        last = log.read_text(encoding="utf-8").rstrip().rsplit("\n", 1)[-1]
+        raise CommandFailed(f"{command[0]} ended with {done.returncode}; see {log}: {last}")
     return done.stdout.strip().splitlines()[-1]

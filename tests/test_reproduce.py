@@ -118,6 +118,15 @@ def test_what_was_run_is_not_run_again_unless_it_is_another_command(tmp_path: Pa
     assert once([str(script), "b"], Path("model"), tmp_path, "answers")["of"] == "b"
 
 
+def test_results_of_other_steps_are_not_added_to(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"steps": 400, "questions": 4000, "arms": {}}))
+    command = [sys.executable, "examples/reproduce.py", "--quick", "--table", "5", "--out", str(tmp_path)]
+    command += ["--runs", str(tmp_path / "runs")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and not (tmp_path / "runs").exists()
+    assert "results.json: its arms took 400 steps and were asked 4000 questions, these 2 and 16" in done.stderr
+
+
 def test_quick_run_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [sys.executable, "examples/reproduce.py", "--quick", "--runs", str(tmp_path / "runs")]
     command += ["--out", str(tmp_path / "out"), "--jobs", "1", "--seeds", "1"]
@@ -128,17 +137,15 @@ def test_quick_run_goes_on_where_it_was(tmp_path: Path) -> None:
         return json.loads((tmp_path / "out/results.json").read_text())
 
     record = reproduce("--table", "5", "--figure", "3")
-    assert set(record["arms"]) == {"vision", "alpha-0", "alpha-0.01", "alpha-0.1", "alpha-0.5"} and list(
-        record["figures"]
-    ) == ["3"]
+    assert set(record["arms"]) == {"vision", "alpha-0", "alpha-0.01", "alpha-0.5"} and list(record["figures"]) == ["3"]
     written = (tmp_path / "out/README.md").read_text()
     assert re.findall(r"^## (\w+ \d)", written, flags=re.MULTILINE) == ["Table 5", "Figure 3"]
     assert written.count("| 0.1* |") == 1 and written.count("**Here too.**") + written.count("**Not here.**") == 2
     for picture in re.findall(r"\]\((figures/[^)]+)\)", written):
         assert (tmp_path / "out" / picture).stat().st_size > 5000
-    weights = tmp_path / "runs/quick/vision-1/model/selector.safetensors"
-    written = weights.stat().st_mtime_ns
+    checkpoint = tmp_path / "runs/quick/vision-1/checkpoint.pt"
+    written = checkpoint.stat().st_mtime_ns
     again = reproduce("--figure", "9", "--figure", "2")  # the table stays, and so does what it was made from
-    assert weights.stat().st_mtime_ns == written
+    assert checkpoint.stat().st_mtime_ns == written
     assert again["arms"]["vision"] == record["arms"]["vision"] and set(again["figures"]) == {"2", "3", "8"}
     assert "## Table 5" in (tmp_path / "out/README.md").read_text()
