@@ -49,7 +49,7 @@ def score_and_speed_by_layer(recipe: Recipe, file: Path) -> dict[str, Any]:
         found = once(command, model_of("text", SEEDS[0], recipe), out, f"layer-{layer}")
         points[str(layer)] = {"accuracy": found["accuracy"], "tokens": found["tokens"]["equivalent"]}
     models = {str(layer): load("text", recipe, layer=layer) for layer in reversed(range(depth))}
-    for layer, found in time_models(models, 100 if recipe.count > 100 else 4).items():
+    for layer, found in time_models(models, 12 if recipe.count > 100 else 1).items():
         points[layer] |= found
     pyplot = plots()
     figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")

@@ -34,7 +34,7 @@ def figures_of(name: str, record: dict[str, Any]) -> Figures | None:
         {family: fmean(one["families"][family] for one in seeds) for family in FAMILIES},
         fmean(one["tokens"]["equivalent"] for one in seeds),
         max(accuracies) - min(accuracies),
-        None if speed is None else speed["samples_per_second"],
+        None if speed is None else speed["times_as_fast"],
         seeds[0]["where"]["scales"] if seeds[0].get("where") else None,
     )
 
@@ -77,7 +77,7 @@ def write_page(record: dict[str, Any], file: Path) -> None:
 def markdown(table: Table, measured: Measured, record: dict[str, Any]) -> str:
     costs = any(row.cost for row in table.rows)
     heads = ["", "exact answers", *FAMILIES, "tokens"]
-    heads += ["GFLOPs", "samples/s"] if table.timed else []
+    heads += ["GFLOPs", "samples/s", "one by one"] if table.timed else []
     heads += [*(["its tokens", "its samples/s"] if costs and table.timed else []), *(f"its {c}" for c in PAPER_COLUMNS)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in table.rows:
@@ -87,7 +87,13 @@ def markdown(table: Table, measured: Measured, record: dict[str, Any]) -> str:
         cells.append(f"{one.tokens:.1%}")
         if table.timed:
             speed = record["speed"].get(row.arm)
-            cells += ["", ""] if speed is None else [f"{speed['gflops']:.2f}", f"{speed['samples_per_second']:.1f}"]
+            if speed is None:
+                cells += [""] * 3
+            else:
+                cells.append(f"{speed['gflops']:.2f}")
+                for way in ("", "_alone"):
+                    ratio = f"{speed['times_as_fast' + way]:.2f}"
+                    cells.append(f"{speed['samples_per_second' + way]:.1f} (× {ratio})")
             if costs:
                 cells += [f"{row.cost[0]:.0%}", f"{row.cost[1]:.2f}"] if row.cost else ["", ""]
         cells += [f"{value:g}" for value in row.paper] if row.paper else [""] * len(PAPER_COLUMNS)

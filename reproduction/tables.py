@@ -21,7 +21,8 @@ class Row:
 @dataclass(frozen=True)
 class Figures:
     """What claims are checked on, of one arm: means over seeds of its accuracy (over all questions and by family) and of
-    its share of tokens, the accuracies' range over seeds, samples/s where it was timed, and scales by kind of region."""
+    its share of tokens, the accuracies' range over seeds, how many times as fast as the control it is where that was timed,
+    and scales by kind of region."""
 
     accuracy: float
     families: dict[str, float]
@@ -95,8 +96,8 @@ TABLES: dict[int, Table] = {
             ),
             Claim("Both samplers take at most 39 % of the tokens.", lambda m: m["focus"].tokens <= 0.39),
             Claim(
-                "Both are at least 1.41 times as fast as none.",
-                lambda m: (m["focus"].speed or 0) >= 1.41 * (m["control"].speed or 1),
+                "Both are at least 1.41 times as fast as none (its 4.01 ÷ 2.85 samples/s).",
+                lambda m: (m["focus"].speed or 0) >= 1.41,
             ),
             Claim("The vision-guided sampler alone answers as well as all tokens.", _within("vision", "control")),
             Claim("The text-guided sampler alone answers as well as all tokens.", _within("text", "control")),

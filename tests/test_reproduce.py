@@ -48,16 +48,16 @@ def test_arms_differ_in_what_they_are_about_alone() -> None:
 @pytest.mark.parametrize(
     ("focus", "holds"),
     [
-        (figures(0.95, 0.38, 0.0, speed=15.0), [True, True, True]),
+        (figures(0.95, 0.38, 0.0, speed=1.5), [True, True, True]),
         (
-            figures(0.93, 0.40, 0.0, speed=14.0),
+            figures(0.93, 0.40, 0.0, speed=1.40),
             [False, False, False],
         ),  # below by more than the control's spread of 1 point
-        (figures(0.93, 0.39, 0.02, speed=14.2), [True, True, True]),
+        (figures(0.93, 0.39, 0.02, speed=1.42), [True, True, True]),
     ],
 )
 def test_claims_about_both_samplers(focus: Figures, holds: list[bool]) -> None:
-    control = figures(0.945, 1.0, 0.01, speed=10.0)
+    control = figures(0.945, 1.0, 0.01, speed=1.0)
     measured = {"control": control, "focus": focus, "vision": figures(0.9, 0.5), "text": figures(0.94, 0.8)}
     claims = TABLES[2].claims
     assert [claim.holds(measured) for claim in claims[:3]] == holds
@@ -90,14 +90,22 @@ def test_a_table_s_markdown() -> None:
             }
             for name, own in arms.items()
         },
-        "speed": {"control": {"samples_per_second": 20.0, "times_as_fast": 1.0, "gflops": 3.25}},
+        "speed": {
+            "control": {
+                "samples_per_second": 20.0,
+                "times_as_fast": 1.0,
+                "samples_per_second_alone": 9.5,
+                "times_as_fast_alone": 1.0,
+                "gflops": 3.25,
+            }
+        },
     }
     table = TABLES[2]
     short = type(table)(table.title, table.rows[:2], (), table.spread, table.timed)
     measured = {row.arm: found for row in short.rows if (found := page.figures_of(row.arm, record)) is not None}
     lines = page.markdown(short, measured, record).splitlines()
     assert lines[2].startswith(
-        "| LLaVA-NeXT (control) | 95.0% ± 1.0 | 95.0% | 95.0% | 95.0% | 95.0% | 95.0% | 3.25 | 20.0 |"
+        "| LLaVA-NeXT (control) | 95.0% ± 1.0 | 95.0% | 95.0% | 95.0% | 95.0% | 95.0% | 3.25 | 20.0 (× 1.00) | 9.5 (× 1.00) |"
     )
     assert lines[2].endswith("| 100% | 2.85 | 65.5 | 1562 | 76.4 | 61.7 |")
     assert lines[3].startswith("| vision-guided sampler* | 90.0% ± 0.0 |")

@@ -52,7 +52,7 @@ class Pooling(BeforeLLM):
         if self.how == "max":
             pooled = F.max_pool2d(planes, window, ceil_mode=True)
         else:
-            pooled = F.avg_pool2d(planes, window, ceil_mode=True, count_include_pad=False)
+            pooled = F.avg_pool2d(planes, window, ceil_mode=True)
         return pooled[0].permute(1, 2, 0)
 
     def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
