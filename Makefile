@@ -9,7 +9,7 @@ demo: install
 		--prompt "What colour is the card with the word key?" --figure examples/answer.png
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4
 
 install: .venv/operators
 

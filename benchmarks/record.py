@@ -49,11 +49,10 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
-def last_line(command: list[str], threads: int | None = None) -> str:
-    """The last line that one of the repository's scripts printed; None: it runs by as many threads as torch thinks best."""
+def last_line(command: list[str]) -> str:
+    """The last line that one of the repository's scripts printed."""
     print("$", shlex.join(["python", *command]), flush=True)
-    variables = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"error: {command[0]} ended with {done.returncode}")
     return done.stdout.strip().splitlines()[-1]

@@ -109,7 +109,7 @@ def both_samplers(recipe: Recipe, file: Path) -> dict[str, Any]:
         answer = model.generate(image, question.question)
         right += answer.text == question.answer
         sheets.append(draw_answers([image], [(question.question, answer)]))
-    grid(sheets, 2).save(file)
+    grid(sheets, 2).quantize(256).save(file)
     return {"right": right, "asked": len(sheets)}
 
 
@@ -117,7 +117,7 @@ def same_picture_other_questions(recipe: Recipe, file: Path) -> dict[str, Any]:
     model = load("focus", recipe)
     scene = next(s for s in cards.scenes("test", FIRST_SCENE, dense=True) if len(s.questions) >= 4)
     asked = [(question, model.generate(scene.image, question.question)) for question in scene.questions[:4]]
-    draw_answers([scene.image], [(question.question, answer) for question, answer in asked]).save(file)
+    draw_answers([scene.image], [(q.question, answer) for q, answer in asked]).quantize(256).save(file)
     return {"right": sum(answer.text == question.answer for question, answer in asked), "asked": len(asked)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,11 @@ import torch
 from minifocus import testing
 
 testing.register_profiles()
+
+# Where processes share the processors, threads on top would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start
 
 
 def pytest_configure(config: pytest.Config) -> None:
