@@ -23,7 +23,7 @@ from minifocus.generate import PictureTrace
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def region_kinds(scene: cards.Scene, window: int = 4) -> np.ndarray:
+def region_kinds(scene: cards.Scene, window: int) -> np.ndarray:
     """Of each region of the map: 2 where a digit's middle or a word is in it, 1 where some other thing, 0 where nothing is."""
     places = locate(scene)
     rows, cols = places.grid
@@ -65,7 +65,8 @@ def measure(model: minifocus.Llava, count: int, seed: int, dense: bool) -> dict[
                 answer = model.generate(scene.image, q.question, max_new_tokens=1)
                 trace = answer.pictures[0]
                 if trace.choice is not None:
-                    np.add.at(regions, (region_kinds(scene).ravel(), trace.choice.numpy().ravel()), 1)
+                    kinds = region_kinds(scene, model.before_llm.options.window)  # type: ignore[union-attr]
+                    np.add.at(regions, (kinds.ravel(), trace.choice.numpy().ravel()), 1)
                 name = re.search(r"the (\w+ card)", q.question)
                 assert name is not None
                 number = next(i for i, thing in enumerate(scene.objects) if thing.name == name[1])

@@ -129,6 +129,8 @@ def model_of(name: str, seed: int, recipe: Recipe) -> Path:
         *("--steps", str(steps), "--batch", str(recipe.batch), "--micro-batch", str(min(recipe.batch, 6))),
         *("--first-scene", str(30_000_000 + 1_000_000 * seed), *arm.training),
     ]
+    if (recipe.stages[arm.start] / "selector.safetensors").exists():  # with --quick only
+        command += ["--fresh", "selector"]
     with _locks[out]:
         if out not in _made:
             run(command, out)  # does nothing where it was run before, and says so where that was another command

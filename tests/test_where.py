@@ -23,12 +23,19 @@ from where import covered, region_kinds  # noqa: E402
 
 def test_kinds_of_regions() -> None:
     scene = cards.draw(11, dense=True)
-    kinds = region_kinds(scene)
+    kinds = region_kinds(scene, 4)
     assert set(np.unique(kinds)) == {0, 1, 2}
     empty = cards.Scene(0, scene.image, [], [])
-    assert kinds.shape == region_kinds(empty).shape and not region_kinds(empty).any()
+    assert kinds.shape == region_kinds(empty, 4).shape and not region_kinds(empty, 4).any()
     shapes = cards.Scene(0, scene.image, [o for o in scene.objects if o.kind != "card"], [])
-    assert region_kinds(shapes).max() <= 1
+    assert region_kinds(shapes, 4).max() <= 1
+    cells = region_kinds(scene, 1)
+    for window in (2, 4, 8, 12):
+        of_window = region_kinds(scene, window)
+        assert of_window.shape == tuple(-(-side // window) for side in cells.shape)
+        for row, col in np.ndindex(of_window.shape):
+            own = cells[row * window : (row + 1) * window, col * window : (col + 1) * window]
+            assert of_window[row, col] == own.max()
 
 
 @pytest.mark.parametrize(
