@@ -69,15 +69,15 @@ def wanted_arms(tables: list[int], figures: list[int], seeds: int) -> list[tuple
     return sorted(found, key=lambda one: one[1])
 
 
-def run_arms(wanted: list[tuple[str, int]], recipe: Recipe, jobs: int) -> dict[str, dict[int, Any]]:
-    """Arm → seed → what it answered, and where its selector looks."""
+def run_arms(wanted: list[tuple[str, int]], recipe: Recipe, jobs: int) -> dict[str, dict[str, Any]]:
+    """Arm → seed, as text → what it answered, and where its selector looks."""
 
     def result(name: str, seed: int) -> dict[str, Any]:
         answers = answers_of(name, seed, recipe)
         has_selector = (model_of(name, seed, recipe) / "selector.safetensors").exists()
         return {**answers, "where": scales_of(name, seed, recipe) if has_selector else None}
 
-    results: dict[str, dict[int, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(wanted), desc="arms", unit="arm", disable=None) as bar:
         waiting = {pool.submit(result, *one): one for one in wanted}
         for done in as_completed(waiting):
@@ -85,7 +85,7 @@ def run_arms(wanted: list[tuple[str, int]], recipe: Recipe, jobs: int) -> dict[s
             if done.exception() is not None:
                 pool.shutdown(cancel_futures=True)
             found = done.result()
-            results.setdefault(name, {})[seed] = found
+            results.setdefault(name, {})[str(seed)] = found
             bar.update()
             tokens = found["tokens"]["equivalent"]
             bar.write(f"{name}, seed {seed}: {found['accuracy']:.1%} at {tokens:.1%} of the tokens", file=sys.stderr)
@@ -129,16 +129,17 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     timed = [row.arm for number in tables for row in TABLES[number].rows if TABLES[number].timed and row.arm in results]
     speed = measure_speed(list(dict.fromkeys(timed)), recipe)
-    pictures = {number: FIGURES[number].draw(recipe, arguments.out) for number in figures}
+    pictures = {str(number): FIGURES[number].draw(recipe, arguments.out) for number in figures}
+    arms = known.get("arms", {})
     record |= {
         "seconds": round(time.perf_counter() - begun),
         "steps": recipe.steps,
         "questions": recipe.count,
-        "arms": {**known.get("arms", {}), **results},
+        "tables": sorted({*known.get("tables", []), *tables}),
+        "arms": {name: arms.get(name, {}) | results.get(name, {}) for name in {**arms, **results}},
         "speed": speed or known.get("speed", {}),  # one clock for all of them
         "figures": {**known.get("figures", {}), **pictures},
     }
-    record = json.loads(json.dumps(record))  # seeds are text from here on, as in the file
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     write_page(record, arguments.out / "README.md")
     print(f"{time.perf_counter() - begun:.0f} s; see {arguments.out / 'README.md'}")

@@ -56,13 +56,14 @@ def write_page(record: dict[str, Any], file: Path) -> None:
             seeds=seeds,
         )
     ]
-    for number, table in TABLES.items():
-        if any(row.arm not in record["arms"] for row in table.rows):
-            continue
+    for number in record["tables"]:
+        table = TABLES[number]
         measured = {row.arm: one for row in table.rows if (one := figures_of(row.arm, record)) is not None}
         parts.append(f"## Table {number}. {table.title}\n")
         parts.append(markdown(table, measured, record))
-        for claim in table.claims:
+        if missing := [row.label for row in table.rows if row.arm not in measured]:
+            parts.append(f"Not run here: {'; '.join(missing)}.")
+        for claim in () if missing else table.claims:
             parts.append(f"- {claim.text} **{'Here too.' if claim.holds(measured) else 'Not here.'}**")
         parts.append(f"\n{table.notes}\n" if table.notes else "")
     for number, figure in FIGURES.items():
@@ -81,6 +82,8 @@ def markdown(table: Table, measured: Measured, record: dict[str, Any]) -> str:
     heads += [*(["its tokens", "its samples/s"] if costs and table.timed else []), *(f"its {c}" for c in PAPER_COLUMNS)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in table.rows:
+        if row.arm not in measured:
+            continue
         one = measured[row.arm]
         spread = f" ± {50 * one.spread:.1f}" if table.spread else ""
         cells = [row.label, f"{one.accuracy:.1%}{spread}", *(f"{one.families[f]:.1%}" for f in FAMILIES)]

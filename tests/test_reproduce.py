@@ -12,7 +12,9 @@ import pytest
 from scripts_as_modules import scripts
 
 ROOT = Path(__file__).resolve().parent.parent
-trained, drawn, page, tables = scripts("reproduction benchmarks weights examples", "arms figures page tables")
+trained, drawn, page, tables, record_of = scripts(
+    "reproduction benchmarks weights examples", "arms figures page tables record"
+)
 ARMS, CommandFailed, once, run = trained.ARMS, trained.CommandFailed, trained.once, trained.run
 FIGURES, SAME, TABLES, Figures = drawn.FIGURES, drawn.SAME, tables.TABLES, tables.Figures
 FAMILIES = ("read", "perceive", "reason", "relate")
@@ -110,6 +112,21 @@ def test_a_table_s_markdown() -> None:
     assert lines[2].endswith("| 100% | 2.85 | 65.5 | 1562 | 76.4 | 61.7 |")
     assert lines[3].startswith("| vision-guided sampler* | 90.0% ± 0.0 |")
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_table_without_all_of_its_arms_claims_nothing(tmp_path: Path) -> None:
+    answer = {"accuracy": 0.9, "families": dict.fromkeys(FAMILIES, 0.9), "tokens": {"equivalent": 0.4}, "where": None}
+    record = record_of.environment(ROOT / "examples/reproduce.py", "torch") | {
+        "steps": 2,
+        "questions": 16,
+        "tables": [2, 7],
+    }
+    record |= {"arms": {"control": {"1": answer}, "focus": {"1": answer}}, "speed": {}, "figures": {}}
+    page.write_page(record, tmp_path / "README.md")
+    written = (tmp_path / "README.md").read_text()
+    assert re.findall(r"^## (\w+ \d)", written, flags=re.MULTILINE) == ["Table 2", "Table 7"]
+    assert "\nNot run here: vision-guided sampler*; text-guided sampler*; both, from" in written
+    assert "| both* | 90.0% ± 0.0 |" in written and "Here too" not in written and "Not here." not in written
 
 
 def test_a_command_that_fails_names_its_log(tmp_path: Path) -> None:
