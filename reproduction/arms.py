@@ -60,6 +60,7 @@ ARMS: dict[str, Arm] = {
     "vision": trained("vision", own=selector()),
     "text": trained("text"),
     "focus": trained("focus", own=selector()),
+    "straight": trained("focus", own=(*selector(), "--straight-through")),
     "single": trained("focus", own=selector(), start="warmup"),
     "avgpool": trained("avgpool"),
     "random": trained("random", "--option", "ratio=0.39"),

@@ -86,6 +86,7 @@ TABLES: dict[int, Table] = {
             VISION,
             TEXT,
             Row("both*", "focus", (65.9, 1597, 78.1, 62.6), (0.39, 4.01)),
+            Row("both, Eq. 2's factor by its gradient alone", "straight"),
             Row("both, from the start of instruction tuning", "single"),
             Row("2×2 average pooling", "avgpool"),
             Row("random tokens", "random"),
