@@ -444,7 +444,8 @@ def message_of(function: Callable[..., Any], arguments: dict[str, Any]) -> str:
 
 def described(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {list(value.shape)}" if value.numel() > 6 else f"{value.dtype} {value.tolist()}"
+        drawn = value.is_floating_point()  # anew in every process, which must agree on the names
+        return f"{value.dtype} {list(value.shape)}" if drawn or value.numel() > 6 else f"{value.dtype} {value.tolist()}"
     return ", ".join(map(described, value)) if isinstance(value, list) and value else str(value)
 
 
