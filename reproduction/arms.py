@@ -24,11 +24,13 @@ import make_tiny  # noqa: E402
 SEEDS = (1, 2, 3)
 
 
-def selector(weights: str = make_tiny.SCALE_WEIGHTS, alpha: str = "0.1") -> tuple[str, ...]:
+def selector(weights: str = make_tiny.SCALE_WEIGHTS, alpha: str = "0.1", printed: bool = False) -> tuple[str, ...]:
     """How a selector is trained here. The coarsest scale is penalised half as much as the others (Eq. 10): half of these
     pictures is empty, and even use of the scales would take finer ones than they need. Its weights' steps are a third of the
-    paper's: with 1e-5 one seed of two gave up the finest scale before the answers' loss had a say (notes.md)."""
-    return ("--scale-weights", weights, "--alpha", alpha, "--lr-selector", "3e-6", "--lr-selector-bias", "3e-3")
+    paper's: with 1e-5 one seed of two gave up the finest scale before the answers' loss had a say (notes.md). Eq. 2's factor
+    acts by its gradient alone: as printed it makes tokens smaller in training than they are when it is over."""
+    rates = ("--lr-selector", "3e-6", "--lr-selector-bias", "3e-3")
+    return ("--scale-weights", weights, "--alpha", alpha, *rates, *(() if printed else ("--straight-through",)))
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ ARMS: dict[str, Arm] = {
     "vision": trained("vision", own=selector()),
     "text": trained("text"),
     "focus": trained("focus", own=selector()),
-    "straight": trained("focus", own=(*selector(), "--straight-through")),
-    "single": trained("focus", own=selector(), start="warmup"),
+    "printed": trained("focus", own=selector(printed=True)),
+    "single": trained("focus", own=selector(printed=True), start="warmup"),
     "avgpool": trained("avgpool"),
     "random": trained("random", "--option", "ratio=0.39"),
     # Table 3

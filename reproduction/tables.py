@@ -86,8 +86,8 @@ TABLES: dict[int, Table] = {
             VISION,
             TEXT,
             Row("both*", "focus", (65.9, 1597, 78.1, 62.6), (0.39, 4.01)),
-            Row("both, Eq. 2's factor by its gradient alone", "straight"),
-            Row("both, from the start of instruction tuning", "single"),
+            Row("both, Eq. 2's factor as printed", "printed"),
+            Row("the same, from the start of instruction tuning", "single"),
             Row("2×2 average pooling", "avgpool"),
             Row("random tokens", "random"),
         ),
@@ -109,9 +109,10 @@ TABLES: dict[int, Table] = {
         ),
         spread=True,
         timed=True,
-        notes="The paper trains once, with the samplers on from the start of instruction tuning; here that is the fifth row, "
-        "with as many steps as the first stage and the arms' together. Average pooling and random tokens are not in its "
-        "table; they are trained like the others.",
+        notes="The paper trains once, with the samplers on from the start of instruction tuning; here that is the sixth row, "
+        "with as many steps as the first stage and the arms' together. Eq. 2 multiplies a region's tokens by its scale's "
+        "probability, in training alone; all other arms take that factor's gradient and leave the tokens as they are. "
+        "Average pooling and random tokens are not in the paper's table; they are trained like the others.",
     ),
     3: Table(
         "More scales",

@@ -37,7 +37,7 @@ def test_arms_differ_in_what_they_are_about_alone() -> None:
     allowed = {"--sampler", "--option", "--window", "--branches", "--scale-weights", "--alpha", "--layers", "--gamma"}
     for arm in ARMS.values():
         words = {word for word in arm.training if word.startswith("--")}
-        assert words <= allowed | {"--lr-selector", "--lr-selector-bias"}
+        assert words <= allowed | {"--lr-selector", "--lr-selector-bias", "--straight-through"}
     weights = {
         name: [float(w) for w in arm.training[arm.training.index("--scale-weights") + 1].split(",")]
         for name, arm in ARMS.items()
@@ -125,7 +125,7 @@ def test_a_table_without_all_of_its_arms_claims_nothing(tmp_path: Path) -> None:
     page.write_page(record, tmp_path / "README.md")
     written = (tmp_path / "README.md").read_text()
     assert re.findall(r"^## (\w+ \d)", written, flags=re.MULTILINE) == ["Table 2", "Table 7"]
-    assert "\nNot run here: vision-guided sampler*; text-guided sampler*; both, from" in written
+    assert "\nNot run here: vision-guided sampler*; text-guided sampler*; both, Eq. 2's" in written
     assert "| both* | 90.0% ± 0.0 |" in written and "Here too" not in written and "Not here." not in written
 
 
