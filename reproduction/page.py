@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,6 +12,7 @@ from tables import PAPER_COLUMNS, TABLES, Figures, Measured, Table
 
 from minifocus.cards import FAMILIES
 
+NOTES = Path(__file__).resolve().parent / "notes.md"
 HEAD = """# The paper in miniature
 
 Made by `{command}` at `{commit}`{dirty}, with torch {torch}, on {cores} cores ({cpu}). Every arm was trained for
@@ -19,7 +21,7 @@ show the mean of {seeds} seeds, ± half their range. Rows marked * are the paper
 of what LLaVA-NeXT reads.
 
 What stands for what: "read" for TextVQA, "perceive" for MME, "reason" for ScienceQA, "relate" for GQA. The values are not
-comparable; their order is. What was tried and did not work: [notes.md](notes.md).
+comparable; their order is. What was tried and did not work: [notes.md]({notes}).
 """
 
 
@@ -54,6 +56,7 @@ def write_page(record: dict[str, Any], file: Path) -> None:
             questions=record["questions"],
             interval=196 * (share * (1 - share) / record["questions"]) ** 0.5,
             seeds=seeds,
+            notes=os.path.relpath(NOTES, file.parent),
         )
     ]
     for number in record["tables"]:

@@ -126,6 +126,8 @@ def test_a_table_without_all_of_its_arms_claims_nothing(tmp_path: Path) -> None:
     written = (tmp_path / "README.md").read_text()
     assert re.findall(r"^## (\w+ \d)", written, flags=re.MULTILINE) == ["Table 2", "Table 7"]
     assert "\nNot run here: vision-guided sampler*; text-guided sampler*; both, Eq. 2's" in written
+    link = re.search(r"\[notes.md\]\((.*)\)", written)
+    assert link is not None and (tmp_path / link[1]).resolve() == ROOT / "reproduction/notes.md"
     assert "| both* | 90.0% ± 0.0 |" in written and "Here too" not in written and "Not here." not in written
 
 
