@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arms", help="with commas between: of those that are needed, only these for now")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of stages and arms, to go on from")
     parser.add_argument("--out", type=Path, default=ROOT / "reproduction", help="folder for page, figures and results")
-    parser.add_argument("--steps", type=int, default=400, help="of every arm")
+    parser.add_argument("--steps", type=int, default=200, help="of every arm")
     parser.add_argument("--count", type=int, default=1000, help="questions about dense scenes for every arm")
     parser.add_argument("--jobs", type=int, default=2, help="arms at a time, each by one thread")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the tables that show a spread")
