@@ -17,8 +17,8 @@ HEAD = """# The paper in miniature
 
 Made by `{command}` at `{commit}`{dirty}, with torch {torch}, on {cores} cores ({cpu}). Every arm was trained for
 {steps} steps and asked {questions} unseen questions about dense scenes (± {interval:.1f} points at 95 %). Tables with a spread
-show the mean of {seeds} seeds, ± half their range. Rows marked * are the paper's default. Tokens are §4.4's equivalent, a share
-of what LLaVA-NeXT reads.
+show the mean over at most {seeds} seeds, ± half their range. Rows marked * are the paper's default. Tokens are §4.4's
+equivalent, a share of what LLaVA-NeXT reads.
 
 What stands for what: "read" for TextVQA, "perceive" for MME, "reason" for ScienceQA, "relate" for GQA. The values are not
 comparable; their order is. What was tried and did not work: [notes.md]({notes}).
@@ -88,7 +88,8 @@ def markdown(table: Table, measured: Measured, record: dict[str, Any]) -> str:
         if row.arm not in measured:
             continue
         one = measured[row.arm]
-        spread = f" ± {50 * one.spread:.1f}" if table.spread else ""
+        many = len(record["arms"][row.arm]) > 1
+        spread = "" if not table.spread else f" ± {50 * one.spread:.1f}" if many else " (one seed)"
         cells = [row.label, f"{one.accuracy:.1%}{spread}", *(f"{one.families[f]:.1%}" for f in FAMILIES)]
         cells.append(f"{one.tokens:.1%}")
         if table.timed:

@@ -109,9 +109,9 @@ TABLES: dict[int, Table] = {
         ),
         spread=True,
         timed=True,
-        notes="The paper trains once, with the samplers on from the start of instruction tuning; here that is the sixth row, "
-        "with as many steps as the first stage and the arms' together. Eq. 2 multiplies a region's tokens by its scale's "
-        "probability, in training alone; all other arms take that factor's gradient and leave the tokens as they are. "
+        notes="The paper trains once, with the samplers on from the start of instruction tuning; here that is the row 'from "
+        "the start', with as many steps as the first stage and the arms' together. Eq. 2 multiplies a region's tokens by its "
+        "scale's probability, in training alone; all other arms take that factor's gradient and leave the tokens as they are. "
         "Average pooling and random tokens are not in the paper's table; they are trained like the others.",
     ),
     3: Table(

@@ -110,7 +110,7 @@ def test_a_table_s_markdown() -> None:
         "| LLaVA-NeXT (control) | 95.0% ± 1.0 | 95.0% | 95.0% | 95.0% | 95.0% | 95.0% | 3.25 | 20.0 (× 1.00) | 9.5 (× 1.00) |"
     )
     assert lines[2].endswith("| 100% | 2.85 | 65.5 | 1562 | 76.4 | 61.7 |")
-    assert lines[3].startswith("| vision-guided sampler* | 90.0% ± 0.0 |")
+    assert lines[3].startswith("| vision-guided sampler* | 90.0% (one seed) |")
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -128,7 +128,7 @@ def test_a_table_without_all_of_its_arms_claims_nothing(tmp_path: Path) -> None:
     assert "\nNot run here: vision-guided sampler*; text-guided sampler*; both, Eq. 2's" in written
     link = re.search(r"\[notes.md\]\((.*)\)", written)
     assert link is not None and (tmp_path / link[1]).resolve() == ROOT / "reproduction/notes.md"
-    assert "| both* | 90.0% ± 0.0 |" in written and "Here too" not in written and "Not here." not in written
+    assert "| both* | 90.0% (one seed) |" in written and "Here too" not in written and "Not here." not in written
 
 
 def test_a_command_that_fails_names_its_log(tmp_path: Path) -> None:

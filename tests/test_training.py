@@ -421,6 +421,20 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
     return short(tmp_path_factory.mktemp("runs") / "plain", "--fresh", "projector")
 
 
+def test_a_run_may_be_moved_together_with_what_it_began_from(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "elsewhere/after"
+    shutil.copytree(TINY, before / "start/model")
+    short(before / "run", "--model", before / "start/model")
+    after.parent.mkdir()
+    before.rename(after)
+    checkpoint = after / "run/checkpoint.pt"
+    made = checkpoint.stat().st_mtime_ns
+    short(after / "run", "--model", after / "start/model")
+    assert checkpoint.stat().st_mtime_ns == made
+    done = train("--out", after / "run", *SHORT, "--model", TINY)
+    assert done.code == 2 and "model: '../start/model' there" in done.err
+
+
 def test_gradient_checkpointing_changes_nothing(plain: Tensors, tmp_path: Path) -> None:
     from torch.utils import checkpoint
 
