@@ -35,10 +35,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", type=int, action="append", choices=sorted(TABLES), help="this one alone")
     parser.add_argument("--figure", type=int, action="append", choices=sorted({*FIGURES, *SAME}), help="this one alone")
-    parser.add_argument("--arms", help="with commas between: of those that are needed, only these for now")
+    parser.add_argument("--arms", help="with commas between: of those that could be, these alone")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of stages and arms, to go on from")
     parser.add_argument("--out", type=Path, default=ROOT / "reproduction", help="folder for page, figures and results")
-    parser.add_argument("--steps", type=int, default=200, help="of every arm")
+    parser.add_argument("--steps", type=int, default=300, help="of every arm")
+    parser.add_argument("--batch", type=int, default=6, help="conversations per step")
     parser.add_argument("--count", type=int, default=1000, help="questions about dense scenes for every arm")
     parser.add_argument("--jobs", type=int, default=2, help="arms at a time, each by one thread")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the tables that show a spread")
@@ -51,25 +52,29 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     runs = arguments.runs.resolve()
     if arguments.quick:
         tiny = ROOT / "weights/tiny"
-        return Recipe(runs / "quick", {"full": tiny, "warmup": tiny}, steps=2, earlier=2, count=16, batch=4)
+        stages = {"full": tiny, "warmup": tiny}
+        return Recipe(runs / "quick", stages, steps=2, batch=4, earlier=2, count=16, jobs=arguments.jobs)
     make_tiny.run_stages(runs / "tiny", make_tiny.STEPS, until="full")
     stages = {stage: runs / "tiny" / stage / "model" for stage in ("full", "warmup")}
-    arms = runs / f"reproduction/{arguments.steps} steps"
-    return Recipe(arms, stages, arguments.steps, make_tiny.STEPS["full"], arguments.count)
+    arms = runs / f"reproduction/{arguments.steps} steps of {arguments.batch}"
+    earlier = make_tiny.STEPS["full"] * make_tiny.BATCH // arguments.batch
+    return Recipe(arms, stages, arguments.steps, arguments.batch, earlier, arguments.count, arguments.jobs)
 
 
-def wanted_arms(tables: list[int], figures: list[int], seeds: int) -> list[tuple[str, int]]:
-    """(arm, seed), those first that most depends on."""
+def wanted_arms(tables: list[int], figures: list[int], seeds: int, named: list[str] | None) -> list[tuple[str, int]]:
+    """(arm, seed), those first that most depends on, or in the order in which they were named."""
     found: dict[tuple[str, int], None] = {}
     for number in tables:
         table = TABLES[number]
         for seed in SEEDS[: seeds if table.spread else 1]:
-            found |= {(row.arm, seed): None for row in table.rows}
+            found |= {(row.arm, seed): None for row in table.rows if named is not None or not row.extra}
     found |= {(arm, SEEDS[0]): None for number in figures for arm in FIGURES[number].arms}
-    return sorted(found, key=lambda one: one[1])
+    if named is None:
+        return sorted(found, key=lambda one: one[1])
+    return sorted((one for one in found if one[0] in named), key=lambda one: named.index(one[0]))
 
 
-def run_arms(wanted: list[tuple[str, int]], recipe: Recipe, jobs: int) -> dict[str, dict[str, Any]]:
+def run_arms(wanted: list[tuple[str, int]], recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Arm → seed, as text → what it answered, and where its selector looks."""
 
     def result(name: str, seed: int) -> dict[str, Any]:
@@ -78,7 +83,7 @@ def run_arms(wanted: list[tuple[str, int]], recipe: Recipe, jobs: int) -> dict[s
         return {**answers, "where": scales_of(name, seed, recipe) if has_selector else None}
 
     results: dict[str, dict[str, Any]] = {}
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(wanted), desc="arms", unit="arm", disable=None) as bar:
+    with ThreadPoolExecutor(recipe.jobs) as pool, tqdm(total=len(wanted), desc="arms", unit="arm", disable=None) as bar:
         waiting = {pool.submit(result, *one): one for one in wanted}
         for done in as_completed(waiting):
             name, seed = waiting[done]
@@ -97,10 +102,11 @@ def known_results(file: Path, recipe: Recipe) -> dict[str, Any]:
     if not file.exists():
         return {}
     known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if (known["steps"], known["questions"]) != (recipe.steps, recipe.count):
+    there, here = ((one["steps"], one["batch"], one["questions"]) for one in (known, recipe.record()))
+    if there != here:
         raise CommandFailed(
-            f"{file}: its arms took {known['steps']} steps and were asked {known['questions']} questions, these "
-            f"{recipe.steps} and {recipe.count}; name another --out or delete it"
+            f"{file}: expected arms of {here[0]} steps of {here[1]} conversations and {here[2]} questions, as these, got "
+            f"{there[0]} of {there[1]} and {there[2]}; name another --out or delete it"
         )
     return known
 
@@ -112,17 +118,15 @@ def main() -> int:
     figures = sorted({SAME.get(number, number) for number in arguments.figure or ([] if some else FIGURES)})
     record = environment(Path(__file__), "torch", "numpy", "matplotlib")
     begun = time.perf_counter()
-    wanted = wanted_arms(tables, figures, arguments.seeds)
-    if arguments.arms is not None:
-        only = arguments.arms.split(",")
-        wanted = sorted((one for one in wanted if one[0] in only), key=lambda one: only.index(one[0]))
-        figures = [number for number in figures if set(FIGURES[number].arms) <= set(only)]
+    named = None if arguments.arms is None else arguments.arms.split(",")
+    wanted = wanted_arms(tables, figures, arguments.seeds, named)
+    figures = [number for number in figures if named is None or set(FIGURES[number].arms) <= set(named)]
     file = arguments.out / "results.json"
     partial = some or arguments.arms is not None
     try:
         recipe = recipe_of(arguments)
         known = known_results(file, recipe) if partial else {}
-        results = run_arms(wanted, recipe, arguments.jobs)
+        results = run_arms(wanted, recipe)
     except CommandFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -133,8 +137,7 @@ def main() -> int:
     arms = known.get("arms", {})
     record |= {
         "seconds": round(time.perf_counter() - begun),
-        "steps": recipe.steps,
-        "questions": recipe.count,
+        **recipe.record(),
         "tables": sorted({*known.get("tables", []), *tables}),
         "arms": {name: arms.get(name, {}) | results.get(name, {}) for name in {**arms, **results}},
         "speed": speed or known.get("speed", {}),  # one clock for all of them

@@ -214,6 +214,22 @@ def _region_pool_gradient(ctx, grad_tokens, _source, _offsets):  # type: ignore[
 torch.library.register_autograd("minifocus::region_pool", _region_pool_gradient, setup_context=_save_region_pool)
 
 
+def _save_region_route(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, grid_hw, _, _, ctx.window, ctx.pools = inputs
+    ctx.save_for_backward(x, grid_hw, output[3], output[2])
+
+
+def _region_route_gradient(ctx, grad_tokens, *_indices):  # type: ignore[no-untyped-def]
+    x, grid_hw, choice, offsets = ctx.saved_tensors
+    grad_x, _ = torch.ops.minifocus.region_pool_backward(
+        grad_tokens, x, grid_hw, choice, offsets, ctx.window, ctx.pools
+    )
+    return grad_x, None, None, None, None, None  # a choice has no gradient for what it was made by
+
+
+torch.library.register_autograd("minifocus::region_route", _region_route_gradient, setup_context=_save_region_route)
+
+
 def _save_gather(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     columns, index = inputs
     ctx.save_for_backward(index)
@@ -267,7 +283,7 @@ def region_route(
     window: int,
     pools: list[Pool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `reference.region_route`."""
+    """See `reference.region_route`; differentiable in x, with the scales as they were chosen."""
     flat = [side for pool in pools for side in pool]
     tokens, source, offsets, choice = torch.ops.minifocus.region_route(x, grid_hw, context, bias, window, flat)
     count = offsets[-1].item()

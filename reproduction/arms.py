@@ -29,8 +29,13 @@ def selector(weights: str = make_tiny.SCALE_WEIGHTS, alpha: str = "0.1", printed
     pictures is empty, and even use of the scales would take finer ones than they need. Its weights' steps are a third of the
     paper's: with 1e-5 one seed of two gave up the finest scale before the answers' loss had a say (notes.md). Eq. 2's factor
     acts by its gradient alone: as printed it makes tokens smaller in training than they are when it is over."""
-    rates = ("--lr-selector", "3e-6", "--lr-selector-bias", "3e-3")
-    return ("--scale-weights", weights, "--alpha", alpha, *rates, *(() if printed else ("--straight-through",)))
+    factor = () if printed else ("--straight-through",)
+    return ("--scale-weights", weights, "--alpha", alpha, "--lr-selector", "3e-6", *factor)
+
+
+def bias_rate(steps: int) -> str:
+    """Of a selector's bias: as far in all, whatever the steps, as 650 of 3e-3 (notes.md)."""
+    return f"{min(1.95 / steps, 0.01):.1e}"
 
 
 @dataclass(frozen=True)
@@ -98,18 +103,24 @@ class Recipe:
     """
     runs    folder of the arms
     stages  "full" and "warmup" → the model's folder that arms begin from
-    steps   of every arm; those of stage "full" come on top where an arm begins before it
-    earlier steps of stage "full"
-    count   questions
+    steps   of every arm
     batch   conversations per step
+    earlier steps that stage "full" would be, of as many; they come on top where an arm begins before it
+    count   questions
+    jobs    commands at a time, each by one thread
     """
 
     runs: Path
     stages: dict[str, Path]
     steps: int
+    batch: int
     earlier: int
     count: int
-    batch: int = 12
+    jobs: int
+
+    def record(self) -> dict[str, int]:
+        """What results have to have in common to be set side by side."""
+        return {"steps": self.steps, "batch": self.batch, "questions": self.count}
 
 
 class CommandFailed(Exception):
@@ -134,6 +145,8 @@ def model_of(name: str, seed: int, recipe: Recipe) -> Path:
     ]
     if (recipe.stages[arm.start] / "selector.safetensors").exists():  # with --quick only
         command += ["--fresh", "selector"]
+    if "--lr-selector" in arm.training:
+        command += ["--lr-selector-bias", bias_rate(recipe.steps)]
     with _locks[out]:
         if out not in _made:
             run(command, out)  # does nothing where it was run before, and says so where that was another command
@@ -149,7 +162,7 @@ def answers_of(name: str, seed: int, recipe: Recipe) -> dict[str, Any]:
 
 def scales_of(name: str, seed: int, recipe: Recipe) -> dict[str, Any]:
     """What benchmarks/where.py says of an arm with a selector."""
-    command = ["benchmarks/where.py", *ARMS[name].asked[:2], "--line", "--count", str(min(recipe.count // 2, 500))]
+    command = ["benchmarks/where.py", *ARMS[name].asked[:2], "--line", "--count", str(min(recipe.count // 2, 200))]
     return once(command, model_of(name, seed, recipe), recipe.runs / f"{name}-{seed}", "where")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,13 +42,16 @@ def scenes_with(family: str, count: int) -> list[tuple[Image.Image, cards.Questi
 
 def score_and_speed_by_layer(recipe: Recipe, file: Path) -> dict[str, Any]:
     depth = load("text", recipe).config.text.num_hidden_layers
-    points: dict[str, dict[str, Any]] = {}
-    for layer in range(depth):
+
+    def answers(layer: int) -> dict[str, Any]:
         command = ["examples/evaluate.py", "--sampler", "text", "--layer", str(layer), "--dense", "--json"]
         command += ["--count", str(recipe.count)]
         out = recipe.runs / f"text-{SEEDS[0]}"
         found = once(command, model_of("text", SEEDS[0], recipe), out, f"layer-{layer}")
-        points[str(layer)] = {"accuracy": found["accuracy"], "tokens": found["tokens"]["equivalent"]}
+        return {"accuracy": found["accuracy"], "tokens": found["tokens"]["equivalent"]}
+
+    with ThreadPoolExecutor(recipe.jobs) as pool:
+        points = {str(layer): found for layer, found in enumerate(pool.map(answers, range(depth)))}
     models = {str(layer): load("text", recipe, layer=layer) for layer in reversed(range(depth))}
     for layer, found in time_models(models, 12 if recipe.count > 100 else 1).items():
         points[layer] |= found

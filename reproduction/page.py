@@ -16,7 +16,7 @@ NOTES = Path(__file__).resolve().parent / "notes.md"
 HEAD = """# The paper in miniature
 
 Made by `{command}` at `{commit}`{dirty}, with torch {torch}, on {cores} cores ({cpu}). Every arm was trained for
-{steps} steps and asked {questions} unseen questions about dense scenes (± {interval:.1f} points at 95 %). Tables with a spread
+{steps} steps of {batch} conversations and asked {questions} unseen questions about dense scenes (± {interval:.1f} points at 95 %). Tables with a spread
 show the mean over at most {seeds} seeds, ± half their range. Rows marked * are the paper's default. Tokens are §4.4's
 equivalent, a share of what LLaVA-NeXT reads.
 
@@ -53,6 +53,7 @@ def write_page(record: dict[str, Any], file: Path) -> None:
             cores=record["machine"]["cores"],
             cpu=record["machine"]["cpu"],
             steps=record["steps"],
+            batch=record["batch"],
             questions=record["questions"],
             interval=196 * (share * (1 - share) / record["questions"]) ** 0.5,
             seeds=seeds,
@@ -64,7 +65,7 @@ def write_page(record: dict[str, Any], file: Path) -> None:
         measured = {row.arm: one for row in table.rows if (one := figures_of(row.arm, record)) is not None}
         parts.append(f"## Table {number}. {table.title}\n")
         parts.append(markdown(table, measured, record))
-        if missing := [row.label for row in table.rows if row.arm not in measured]:
+        if missing := [row.label for row in table.rows if row.arm not in measured and not row.extra]:
             parts.append(f"Not run here: {'; '.join(missing)}.")
         for claim in () if missing else table.claims:
             parts.append(f"- {claim.text} **{'Here too.' if claim.holds(measured) else 'Not here.'}**")

@@ -296,6 +296,20 @@ def test_autograd_is_region_pool_backward(drawn: Regions, weight_too: bool) -> N
         torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-4)
 
 
+@given(drawn=regions())
+def test_autograd_of_region_route_is_that_of_what_it_chose(drawn: Regions) -> None:
+    x, grid_hw, context, bias, window, _ = drawn.route_arguments()
+    for value in (x, context, bias):
+        value.requires_grad_()
+    tokens, _, _, choice = ops.region_route(x, grid_hw, context, bias, window, list(drawn.pools))
+    grad_tokens = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(drawn.seed)).to(x.dtype)
+    got = torch.autograd.grad(tokens, [x, context, bias], grad_tokens, allow_unused=True)
+    expected = reference.region_pool_backward(grad_tokens, x.detach(), grid_hw, choice, window, list(drawn.pools), None)
+    check_same("grad_x", got[0].contiguous(), expected[0])
+    assert got[1] is None
+    assert got[2] is None
+
+
 @pytest.mark.parametrize("rows, index", [(4, [2, 0, 2, -1, 3]), (3, []), (0, [-1, -1]), (2, [-1])])
 def test_gradcheck_of_gather_tokens(rows: int, index: list[int]) -> None:
     columns = [torch.randn(rows, 3, dtype=torch.float64), torch.randn(rows, dtype=torch.float64)]

@@ -37,7 +37,7 @@ def test_arms_differ_in_what_they_are_about_alone() -> None:
     allowed = {"--sampler", "--option", "--window", "--branches", "--scale-weights", "--alpha", "--layers", "--gamma"}
     for arm in ARMS.values():
         words = {word for word in arm.training if word.startswith("--")}
-        assert words <= allowed | {"--lr-selector", "--lr-selector-bias", "--straight-through"}
+        assert words <= allowed | {"--lr-selector", "--straight-through"}
     weights = {
         name: [float(w) for w in arm.training[arm.training.index("--scale-weights") + 1].split(",")]
         for name, arm in ARMS.items()
@@ -118,6 +118,7 @@ def test_a_table_without_all_of_its_arms_claims_nothing(tmp_path: Path) -> None:
     answer = {"accuracy": 0.9, "families": dict.fromkeys(FAMILIES, 0.9), "tokens": {"equivalent": 0.4}, "where": None}
     record = record_of.environment(ROOT / "examples/reproduce.py", "torch") | {
         "steps": 2,
+        "batch": 4,
         "questions": 16,
         "tables": [2, 7],
     }
@@ -125,10 +126,14 @@ def test_a_table_without_all_of_its_arms_claims_nothing(tmp_path: Path) -> None:
     page.write_page(record, tmp_path / "README.md")
     written = (tmp_path / "README.md").read_text()
     assert re.findall(r"^## (\w+ \d)", written, flags=re.MULTILINE) == ["Table 2", "Table 7"]
-    assert "\nNot run here: vision-guided sampler*; text-guided sampler*; both, Eq. 2's" in written
+    assert "\nNot run here: vision-guided sampler*; text-guided sampler*; 2×2 average pooling; random" in written
     link = re.search(r"\[notes.md\]\((.*)\)", written)
     assert link is not None and (tmp_path / link[1]).resolve() == ROOT / "reproduction/notes.md"
     assert "| both* | 90.0% (one seed) |" in written and "Here too" not in written and "Not here." not in written
+
+
+def test_a_selector_s_bias_goes_as_far_whatever_the_steps() -> None:
+    assert [trained.bias_rate(steps) for steps in (650, 300, 2)] == ["3.0e-03", "6.5e-03", "1.0e-02"]
 
 
 def test_a_command_that_fails_names_its_log(tmp_path: Path) -> None:
@@ -146,12 +151,14 @@ def test_what_was_run_is_not_run_again_unless_it_is_another_command(tmp_path: Pa
 
 
 def test_results_of_other_steps_are_not_added_to(tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(json.dumps({"steps": 400, "questions": 4000, "arms": {}}))
+    (tmp_path / "results.json").write_text(json.dumps({"steps": 400, "batch": 12, "questions": 4000, "arms": {}}))
     command = [sys.executable, "examples/reproduce.py", "--quick", "--table", "5", "--out", str(tmp_path)]
     command += ["--runs", str(tmp_path / "runs")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and not (tmp_path / "runs").exists()
-    assert "results.json: its arms took 400 steps and were asked 4000 questions, these 2 and 16" in done.stderr
+    assert (
+        "expected arms of 2 steps of 4 conversations and 16 questions, as these, got 400 of 12 and 4000" in done.stderr
+    )
 
 
 @pytest.mark.timeout(1200)
@@ -174,7 +181,9 @@ def test_quick_run_of_everything_goes_on_where_it_was(tmp_path: Path) -> None:
 
     whole = reproduce()
     assert checkpoint.stat().st_mtime_ns == made and whole["arms"]["vision"] == record["arms"]["vision"]
-    assert set(whole["arms"]) == set(ARMS) and whole["speed"]["focus"]["times_as_fast_alone"] > 0
+    extra = {row.arm for table in TABLES.values() for row in table.rows if row.extra}
+    assert extra == {"printed", "single"} and set(whole["arms"]) == set(ARMS) - extra
+    assert whole["speed"]["focus"]["times_as_fast_alone"] > 0
     written = (tmp_path / "out/README.md").read_text()
     titles = [*(f"Table {number}" for number in TABLES), *(f"Figure {number}" for number in FIGURES)]
     assert re.findall(r"^## (\w+ \d)", written, flags=re.MULTILINE) == titles
@@ -182,3 +191,6 @@ def test_quick_run_of_everything_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(pictures) == len(FIGURES)
     for picture in pictures:
         assert (tmp_path / "out" / picture).stat().st_size > 5000
+
+    assert set(reproduce("--table", "2", "--arms", "printed,single")["arms"]) == set(ARMS)
+    assert "| both, Eq. 2's factor as printed | " in (tmp_path / "out/README.md").read_text()

@@ -29,6 +29,7 @@ from pathlib import Path
 from minifocus.training.curve import draw_curve
 
 ROOT = Path(__file__).resolve().parent.parent
+BATCH = 12  # conversations per step
 STEPS = {"vision": 2800, "warmup": 1400, "full": 500, "focus": 650}
 # Eq. 10's weights, coarse to fine: half of these pictures is empty, so the coarse scale may be used twice as much as even
 # use would have it.
@@ -38,7 +39,7 @@ SELECTOR_RATES = ("--lr-selector", "1e-5", "--lr-selector-bias", "3e-3")
 
 def commands(runs: Path, steps: dict[str, int], scenes: int, validate: int) -> dict[str, list[str]]:
     """Stage → script and arguments."""
-    train = ["examples/train.py", "--batch", "12", "--micro-batch", "6", "--validate", str(validate)]
+    train = ["examples/train.py", "--batch", str(BATCH), "--micro-batch", "6", "--validate", str(validate)]
     return {
         "files": ["weights/tiny_files.py", f"{runs}/files"],
         "vision": [
