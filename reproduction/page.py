@@ -16,9 +16,9 @@ NOTES = Path(__file__).resolve().parent / "notes.md"
 HEAD = """# The paper in miniature
 
 Made by `{command}` at `{commit}`{dirty}, with torch {torch}, on {cores} cores ({cpu}). Every arm was trained for
-{steps} steps of {batch} conversations and asked {questions} unseen questions about dense scenes (± {interval:.1f} points at 95 %). Tables with a spread
-show the mean over at most {seeds} seeds, ± half their range. Rows marked * are the paper's default. Tokens are §4.4's
-equivalent, a share of what LLaVA-NeXT reads.
+{steps} steps of {batch} conversations and asked {questions} unseen questions about dense scenes (± {interval:.1f} points at
+95 %). Tables with a spread show the mean over at most {seeds} seeds, ± half their range. Rows marked * are the paper's default.
+Tokens are §4.4's equivalent, a share of what LLaVA-NeXT reads.
 
 What stands for what: "read" for TextVQA, "perceive" for MME, "reason" for ScienceQA, "relate" for GQA. The values are not
 comparable; their order is. What was tried and did not work: [notes.md]({notes}).
