@@ -15,12 +15,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def git(*arguments: str) -> str | None:
+    """What a git command of this repository printed; None where it failed, as it does outside of one."""
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> str:
+    """The first 12 digits of the checkout's commit, with a + where files differ from it."""
+    found = git("rev-parse", "--short=12", "--verify", "--quiet", "HEAD")
+    return "none" if found is None else found + ("+" if git("status", "--porcelain") else "")
+
+
 def environment(script: Path, *packages: str) -> dict[str, Any]:
     """Of `script`, run as it was now; the versions of `packages` besides those of Python and minifocus."""
-
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
 
     def installed(package: str) -> str | None:
         try:

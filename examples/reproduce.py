@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,25 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--figure", type=int, action="append", choices=sorted({*FIGURES, *SAME}), help="this one alone")
     parser.add_argument("--arms", help="with commas between: of those that could be, these alone")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of stages and arms, to go on from")
-    parser.add_argument("--out", type=Path, default=ROOT / "reproduction", help="folder for page, figures and results")
+    parser.add_argument(
+        "--out", type=Path, help="folder of page and results; default: reproduction (--quick: RUNS/quick)"
+    )
     parser.add_argument("--steps", type=int, default=300, help="of every arm")
     parser.add_argument("--batch", type=int, default=6, help="conversations per step")
     parser.add_argument("--count", type=int, default=1000, help="questions about dense scenes for every arm")
     parser.add_argument("--jobs", type=int, default=2, help="arms at a time, each by one thread")
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of the tables that show a spread")
+    parser.add_argument("--seeds", type=int, default=3, choices=(1, 2, 3), help="of the tables that show a spread")
     parser.add_argument("--quick", action="store_true")
     return parser.parse_args()
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The stages that arms begin from, made where they are missing; with --quick the embedded weights stand for both."""
+    """With --quick the embedded weights stand for both stages that arms begin from."""
     runs = arguments.runs.resolve()
     if arguments.quick:
         tiny = ROOT / "weights/tiny"
         stages = {"full": tiny, "warmup": tiny}
         return Recipe(runs / "quick", stages, steps=2, batch=4, earlier=2, count=16, jobs=arguments.jobs)
-    make_tiny.run_stages(runs / "tiny", make_tiny.STEPS, until="full")
     stages = {stage: runs / "tiny" / stage / "model" for stage in ("full", "warmup")}
     arms = runs / f"reproduction/{arguments.steps} steps of {arguments.batch}"
     earlier = make_tiny.STEPS["full"] * make_tiny.BATCH // arguments.batch
@@ -71,6 +73,9 @@ def wanted_arms(tables: list[int], figures: list[int], seeds: int, named: list[s
     found |= {(arm, SEEDS[0]): None for number in figures for arm in FIGURES[number].arms}
     if named is None:
         return sorted(found, key=lambda one: one[1])
+    if unknown := set(named) - {arm for arm, _ in found}:
+        known = dict.fromkeys(arm for arm, _ in found)
+        raise CommandFailed(f"--arms: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
     return sorted((one for one in found if one[0] in named), key=lambda one: named.index(one[0]))
 
 
@@ -111,29 +116,31 @@ def known_results(file: Path, recipe: Recipe) -> dict[str, Any]:
     return known
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    some = arguments.table or arguments.figure
+def reproduce(arguments: argparse.Namespace) -> None:
+    begun = time.perf_counter()
+    some = bool(arguments.table or arguments.figure)
     tables = sorted(set(arguments.table or ([] if some else TABLES)))
     figures = sorted({SAME.get(number, number) for number in arguments.figure or ([] if some else FIGURES)})
-    record = environment(Path(__file__), "torch", "numpy", "matplotlib")
-    begun = time.perf_counter()
     named = None if arguments.arms is None else arguments.arms.split(",")
+    out = arguments.out or (arguments.runs / "quick" if arguments.quick else ROOT / "reproduction")
+    file = out / "results.json"
+    record = environment(Path(__file__), "torch", "numpy", "matplotlib")
+
+    if figures and find_spec("matplotlib") is None:
+        raise CommandFailed("figures need matplotlib, which is not installed: pip install '.[train]'")
     wanted = wanted_arms(tables, figures, arguments.seeds, named)
     figures = [number for number in figures if named is None or set(FIGURES[number].arms) <= set(named)]
-    file = arguments.out / "results.json"
-    partial = some or arguments.arms is not None
-    try:
-        recipe = recipe_of(arguments)
-        known = known_results(file, recipe) if partial else {}
-        results = run_arms(wanted, recipe)
-    except CommandFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    recipe = recipe_of(arguments)
+    known = known_results(file, recipe)
+    if not some and named is None:
+        known = {}  # all of it is made again
+    if not arguments.quick:
+        make_tiny.run_stages(arguments.runs.resolve() / "tiny", make_tiny.STEPS, until="full")
+    results = run_arms(wanted, recipe)
+    out.mkdir(parents=True, exist_ok=True)
     timed = [row.arm for number in tables for row in TABLES[number].rows if TABLES[number].timed and row.arm in results]
     speed = measure_speed(list(dict.fromkeys(timed)), recipe)
-    pictures = {str(number): FIGURES[number].draw(recipe, arguments.out) for number in figures}
+    pictures = {str(number): FIGURES[number].draw(recipe, out) for number in figures}
     arms = known.get("arms", {})
     record |= {
         "seconds": round(time.perf_counter() - begun),
@@ -144,8 +151,16 @@ def main() -> int:
         "figures": {**known.get("figures", {}), **pictures},
     }
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_page(record, arguments.out / "README.md")
-    print(f"{time.perf_counter() - begun:.0f} s; see {arguments.out / 'README.md'}")
+    write_page(record, out / "README.md")
+    print(f"{time.perf_counter() - begun:.0f} s; see {out / 'README.md'}")
+
+
+def main() -> int:
+    try:
+        reproduce(parse_arguments())
+    except CommandFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

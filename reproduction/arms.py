@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "weights"))
+sys.path[:0] = [str(ROOT / "weights"), str(ROOT / "benchmarks")]
 import make_tiny  # noqa: E402
+from record import commit  # noqa: E402
 
 SEEDS = (1, 2, 3)
 
@@ -167,15 +168,16 @@ def scales_of(name: str, seed: int, recipe: Recipe) -> dict[str, Any]:
 
 
 def once(command: list[str], model: Path, out: Path, title: str) -> dict[str, Any]:
-    """The JSON object that a command prints as its last line about a model; from a file if it was run before."""
+    """The JSON object that a command prints as its last line about a model, with the commit that it was printed at; from a
+    file if it was run before."""
     file = out / f"{title}.json"
     if file.exists():
         known = json.loads(file.read_text(encoding="utf-8"))
         if known["command"] == command:
-            return known["result"]
-    result = json.loads(run([*command, "--model", str(model)], out))
-    file.write_text(json.dumps({"command": command, "result": result}) + "\n", encoding="utf-8")
-    return result
+            return {**known["result"], "commit": known["commit"]}
+    found = {"command": command, "commit": commit(), "result": json.loads(run([*command, "--model", str(model)], out))}
+    file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return {**found["result"], "commit": found["commit"]}
 
 
 def run(command: list[str], out: Path) -> str:
