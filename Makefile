@@ -2,11 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test_lmms_eval install lint weights benchmark clean
+.PHONY: demo test test_lmms_eval install lint weights clean
 
+# The README's picture is `make demo FIGURE=examples/answer.png`.
+FIGURE ?= runs/answer.png
 demo: install
+	mkdir -p runs
 	$(BIN)/python examples/generate.py --prompt "What number is on the red card?" \
-		--prompt "What colour is the card with the word key?" --figure examples/answer.png
+		--prompt "What colour is the card with the word key?" --figure $(FIGURE)
 
 test: install lint
 	$(BIN)/python -m pytest -n logical --maxprocesses 4
@@ -46,10 +49,6 @@ test_lmms_eval: .venv/lmms-eval/installed
 	$(LMMS) -m pip install --quiet --constraint constraints.txt lmms-eval==0.7.3 pytest pytest-timeout hypothesis
 	$(LMMS) -m pip uninstall --quiet --yes torchvision timm
 	touch $@
-
-benchmark: install
-	$(BIN)/python benchmarks/operators.py
-	$(BIN)/python benchmarks/end_to_end.py --json
 
 clean:
 	rm -rf .venv build dist *.egg-info minifocus/_build.txt minifocus/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,6 +1,6 @@
-"""The embedded model's accuracy, with and without its samplers, and where they look: to benchmarks/results/accuracy.json.
+"""The embedded model's accuracy, with and without its samplers, and where they look.
 
-python benchmarks/accuracy.py
+python benchmarks/accuracy.py --out benchmarks/results/accuracy.json
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "weights/tiny")
     parser.add_argument("--count", type=int, default=1000, help="questions about the test split's scenes as they come")
     parser.add_argument("--dense-count", type=int, default=4000, help="questions about dense scenes")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/accuracy.json", help="file to write")
+    parser.add_argument("--out", type=Path, required=True, help="file to write all figures to, as JSON")
     arguments = parser.parse_args()
     record = environment(Path(__file__), "torch", "numpy", "pillow")
     results: dict[str, Any] = {}
@@ -37,7 +37,8 @@ def main() -> None:
         str(arguments.dense_count // 8),
     ]
     record |= {"results": results, "where": json.loads(last_line(look))}
-    arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

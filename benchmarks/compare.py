@@ -1,21 +1,25 @@
 """All methods at equal budgets, on one model with one clock: accuracy, tokens, FLOPs, time and memory.
 
-python benchmarks/compare.py                       # the embedded model, accuracy on dense scenes included
+python benchmarks/compare.py --out benchmarks/results/compare.json   # the embedded model, accuracy on dense scenes included
 python benchmarks/compare.py --model DIR           # time and memory alone, on any checkpoint
 python benchmarks/compare.py --random              # the same on a random LLaVA-NeXT (see end_to_end.py)
 python benchmarks/compare.py --quick               # few questions, to try the script
 
 A budget is a share of the uncompressed visual tokens, averaged over the decoder's layers (paper §4.4), so that methods
 that act inside the decoder, whose first layers see everything, stand beside those that act before it. Each method has
-one option that moves it; where no formula says what gives a budget, it is searched for on questions that are not asked
-afterwards. Budgets that a method cannot reach are left out.
+one option that moves it; where no formula says what gives a budget, it is searched for, on scenes that nothing is asked
+about afterwards (with --model or --random, on the one picture). Budgets that a method cannot reach are left out.
 
-No method is trained here except that the embedded model was trained with "focus", which the others were not.
+No method is trained here, but the model was: its decoder behind "focus" and behind nothing, never behind another one;
+and its tower's class token on the kinds and colours of things, not on what is written on them
+(weights/tiny_vision.py), which methods that rank patches by that token's attention have to do with.
 
 Time is taken on single questions, every method in turn on each of them, so that a change in the machine's speed falls
-on all; figures are medians over questions. Memory is the largest resident set above what it was before the question
-(with --device cuda, the peak of allocated memory above the weights'). Results go to benchmarks/results/compare.json,
-a table to compare.md and the plot to compare.png beside it.
+on all; figures are medians over questions. FLOPs are the tower's, the projector's and the decoder's, every layer in full
+for the tokens that it gets; what a method computes to choose is not counted, but timed. Memory is the largest resident
+set above what it was before the question (with --device cuda, the peak of allocated memory above the weights').
+
+With --out, all figures go to that JSON file, the table to a Markdown file and the plot to a PNG file beside it.
 """
 
 from __future__ import annotations
@@ -27,26 +31,29 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
 from flops import decoder_flops, vision_flops
-from PIL import Image
+from memory import extra_memory
 from record import ROOT, environment
 
 import minifocus
 from minifocus import cards
+from minifocus.image import open_image
 
 sys.path.insert(0, str(ROOT / "examples"))
 from evaluate import evaluate
 
 BUDGETS = (0.75, 0.5, 0.39, 0.25, 0.12)
-TOLERANCE = 0.01  # of a budget that is searched for
+TOLERANCE = 0.005  # of a budget that is searched for, in shares of the uncompressed tokens
 TUNING = 500_000  # place in the test split of the scenes on which it is
 
 
@@ -79,6 +86,8 @@ KNOWN = [
     for name in minifocus.samplers.names()
     if name not in SEARCHED and "ratio" in minifocus.samplers.options_of(name)
 ]
+METHODS = {*KNOWN, *SEARCHED, *FIXED, *VARIANTS}
+TINY = ROOT / "weights/tiny"
 
 
 def equivalent(model: minifocus.Llava, asked: list[tuple[Any, str]]) -> float:
@@ -97,15 +106,21 @@ def search(
         model.set_sampler(method, **fixed, **{option: value})
         return equivalent(model, asked)
 
-    if not taken(low) <= budget <= taken(high):
+    least, most = taken(low), taken(high)
+    if not least <= budget <= most:
         return None
-    for _ in range(12):
-        middle = (low + high) / 2
+    for number in range(12):
+        # Along the chord, and every other time in the middle, so that both ends move.
+        part = 0.5 if number % 2 else (budget - least) / max(most - least, 1e-9)
+        middle = low + (high - low) * min(max(part, 0.02), 0.98)
         share = taken(middle)
-        if abs(share - budget) <= TOLERANCE * budget / 2:
-            break
-        low, high = (low, middle) if share > budget else (middle, high)
-    return {**fixed, option: round(middle, 5)} if abs(taken(middle) - budget) <= TOLERANCE else None
+        if abs(share - budget) <= TOLERANCE:
+            return {**fixed, option: round(middle, 5)}
+        if share > budget:
+            high, most = middle, share
+        else:
+            low, least = middle, share
+    return None
 
 
 def settings_of(
@@ -131,27 +146,6 @@ def use(model: minifocus.Llava, setting: Setting) -> None:
     model.set_sampler(VARIANTS.get(setting.method, (setting.method,))[0], **setting.options)
 
 
-def peak_memory(device: torch.device, act: Callable[[], Any]) -> tuple[Any, int | None]:
-    """What `act` gives, and the largest amount of memory over what there was before, in bytes."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        first = torch.cuda.memory_allocated(device)
-        result = act()
-        return result, torch.cuda.max_memory_allocated(device) - first
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def field(name: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name)) * 1024
-
-    try:
-        clear.write_text("5")  # the high-water mark falls to what is resident now
-    except OSError:
-        return act(), None
-    first = field("VmRSS:")
-    result = act()
-    return result, max(field("VmHWM:") - first, 0)
-
-
 def measure(
     model: minifocus.Llava, settings: list[Setting], asked: list[tuple[Any, str]], new_tokens: int
 ) -> list[dict[str, Any]]:
@@ -160,13 +154,13 @@ def measure(
     for number, (image, question) in enumerate([asked[0], *asked]):
         for own, setting in zip(runs, settings, strict=True):
             use(model, setting)
-            answer, memory = peak_memory(
-                model.device, lambda i=image, q=question: model.generate(i, q, max_new_tokens=new_tokens)
+            answer, memory = extra_memory(
+                lambda i=image, q=question: model.generate(i, q, max_new_tokens=new_tokens), model.device.type == "cuda"
             )
             if number:  # the first question warms up
                 tiles = model.num_tiles((image.height, image.width))
                 flops = decoder_flops(model.config, answer.layer_tokens) + vision_flops(model.config, tiles)
-                decoded = max(len(answer.token_ids) - 1, 0)
+                decoded = len(answer.token_ids) - (answer.finish == "length")  # a step of its own says that it is over
                 own.append(
                     {
                         "prefill": answer.prefill_seconds,
@@ -205,16 +199,42 @@ def measure(
     return results
 
 
+_model: minifocus.Llava  # of a process that `accuracies` started
+
+
+def _begin(folder: Path) -> None:
+    global _model
+    torch.set_num_threads(1)
+    _model = minifocus.load(folder, "none")
+
+
+def _ask(setting: Setting, count: int) -> dict[str, Any]:
+    use(_model, setting)
+    return evaluate(_model, cards.questions("test", count, 0, True), 16, count)
+
+
+def accuracies(folder: Path, settings: list[Setting], count: int, jobs: int) -> list[dict[str, Any]]:
+    """What evaluate.py says of each setting, by `jobs` processes of one thread."""
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (folder,)) as pool:
+        waiting = [pool.submit(_ask, setting, count) for setting in settings]
+        found = []
+        for setting, answers in zip(settings, waiting, strict=True):
+            found.append(answers.result())
+            print(f"{setting.name}: {found[-1]['accuracy']:.1%}", file=sys.stderr, flush=True)
+    return [{name: one[name] for name in ("accuracy", "interval_95", "families", "tokens")} for one in found]
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown; the fastest prefill of those that answer best comes first."""
 
     def row(one: dict[str, Any]) -> str:
-        shares = [one["accuracy"], *one["families"].values()] if "accuracy" in one else []
+        cells = [one["method"], f"{one['budget']:.0%}"]
+        if measured:
+            low, high = one["interval_95"]
+            cells += [f"{one['accuracy']:.1%} ({100 * low:.1f} – {100 * high:.1f})"]
+            cells += [f"{share:.1%}" for share in one["families"].values()]
         memory = one["memory_bytes"]
-        cells = [
-            one["method"],
-            f"{one['budget']:.0%}",
-            *(f"{share:.1%}" for share in shares),
+        cells += [
             f"{one['tokens']['equivalent']:.1%}",
             f"{one['gflops']:.2f}",
             f"{one['prefill_ratio']:.2f}",
@@ -224,7 +244,7 @@ def table(results: list[dict[str, Any]]) -> str:
         return "| " + " | ".join(cells) + " |"
 
     measured = "accuracy" in results[0]
-    heads = ["method", "budget", *(["all", *cards.FAMILIES] if measured else []), "tokens", "GFLOPs"]
+    heads = ["method", "budget", *(["exact answers", *cards.FAMILIES] if measured else []), "tokens", "GFLOPs"]
     heads += ["prefill ÷ none", "per token ÷ none", "MiB"]
     ordered = sorted(results, key=lambda one: (-one.get("accuracy", 0), one["prefill_ratio"]))
     rule = "|" + "---|" * len(heads)
@@ -266,79 +286,99 @@ def random_model(folder: Path) -> Path:
 
     make_checkpoint(Settings(FULL, folder, "float32", "cpu", 0, 0))
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-        shutil.copyfile(ROOT / "weights/tiny" / name, folder / name)
+        shutil.copyfile(TINY / name, folder / name)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    tiny = json.loads((ROOT / "weights/tiny/config.json").read_text(encoding="utf-8"))
+    tiny = json.loads((TINY / "config.json").read_text(encoding="utf-8"))
     config |= dict.fromkeys(("image_token_id", "image_token_index"), tiny["image_token_id"])
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="measure time and memory on this checkpoint, and no accuracy")
     parser.add_argument("--random", action="store_true", help="the same on a random model of 552 M parameters")
     parser.add_argument("--methods", help="with commas between; default: all")
-    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
-    parser.add_argument("--count", type=int, default=800, help="questions about dense scenes")
-    parser.add_argument("--timed", type=int, default=24, help="questions on which time is taken")
-    parser.add_argument("--image", type=Path, help="picture to ask about, with --model")
+    parser.add_argument("--budgets", help=f"with commas between; default: {','.join(map(str, BUDGETS))}")
+    parser.add_argument("--count", type=int, help="questions about dense scenes for the accuracy; default: 800")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that ask them")
+    parser.add_argument("--timed", type=int, help="questions on which time is taken; default: 24")
+    parser.add_argument("--image", type=Path, help="with --model or --random: picture to ask about")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype")
-    parser.add_argument("--quick", action="store_true", help="two methods, one budget, few questions")
-    parser.add_argument("--json", type=Path, default=ROOT / "benchmarks/results/compare.json", help="file to write")
+    parser.add_argument("--quick", action="store_true", help="by default three methods, one budget, few questions")
+    parser.add_argument("--out", type=Path, help="JSON file for all figures, with .md and .png beside it")
     arguments = parser.parse_args()
-    started = time.perf_counter()
-    record = environment(Path(__file__), "torch", "numpy", "pillow")
-    if arguments.quick:
-        arguments.methods, arguments.budgets, arguments.count, arguments.timed = "focus,fastv,random", "0.39", 16, 2
-    known = [*KNOWN, *SEARCHED, *FIXED, *VARIANTS]
-    methods = sorted(known) if arguments.methods is None else arguments.methods.split(",")
-    if unknown := set(methods) - set(known):
-        parser.error(f"--methods: expected some of {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
-    try:
-        budgets = tuple(float(value) for value in arguments.budgets.split(","))
-    except ValueError:
-        parser.error(f"--budgets: expected numbers with commas between, got {arguments.budgets!r}")
+
+    quick = arguments.quick
+    defaults = {"count": 16 if quick else 800, "timed": 2 if quick else 24}
+    defaults |= {"methods": "focus,fastv,random" if quick else ",".join(sorted(METHODS))}
+    defaults |= {"budgets": "0.39" if quick else ",".join(map(str, BUDGETS))}
+    embedded = arguments.model is None and not arguments.random
     if arguments.random and arguments.model:
         parser.error("--random: not to be combined with --model")
-    scratch = tempfile.TemporaryDirectory()
-    if arguments.random:
-        arguments.model = random_model(Path(scratch.name))
+    if embedded and arguments.image:
+        parser.error("--image: expected --model or --random beside it; the embedded model is asked about scenes")
+    if not embedded and arguments.count is not None:
+        parser.error("--count: is of accuracy, which is the embedded model's alone")
+    if embedded and arguments.out and find_spec("matplotlib") is None:
+        parser.error("--out: the plot needs matplotlib, which is not installed: pip install '.[train]'")
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    for name in ("count", "timed", "jobs"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    arguments.methods = arguments.methods.split(",")
+    if unknown := set(arguments.methods) - METHODS:
+        parser.error(f"--methods: expected some of {', '.join(sorted(METHODS))}, got {', '.join(sorted(unknown))}")
     try:
-        model = minifocus.load(arguments.model or ROOT / "weights/tiny", "none", arguments.device, arguments.dtype)
-        selector: dict[str, Any] = {}
-        if arguments.model is None:
-            scenes = islice(cards.scenes("test", TUNING, dense=True), 64)
-            tuning = [(scene.image, scene.questions[0].question) for scene in scenes]
-            timed = [(image, q) for image, q, _, _ in cards.questions("test", arguments.timed, TUNING + 1000, True)]
-        else:
-            if not (arguments.model / "selector.safetensors").is_file():
-                selector = {"selector": "variance"}
-            with Image.open(arguments.image or ROOT / "examples/cards.png") as opened:
-                image = opened.convert("RGB")
-            tuning = [(image, "What is in the picture?")]
-            timed = tuning * arguments.timed
-        settings = settings_of(model, methods, budgets, tuning, selector)
-        results = measure(model, settings, timed, arguments.new_tokens)
-        if arguments.model is None:
-            for setting, one in zip(settings, results, strict=True):
-                use(model, setting)
-                found = evaluate(model, cards.questions("test", arguments.count, 0, True), 16, arguments.count)
-                one |= {name: found[name] for name in ("accuracy", "interval_95", "families", "samples_per_second")}
-                one["tokens"] = found["tokens"]
-                print(f"{setting.name}: {found['accuracy']:.1%}", file=sys.stderr, flush=True)
+        arguments.budgets = tuple(float(value) for value in arguments.budgets.split(","))
+    except ValueError:
+        parser.error(f"--budgets: expected numbers with commas between, got {arguments.budgets!r}")
+    return arguments
+
+
+def compare(arguments: argparse.Namespace, folder: Path | None) -> list[dict[str, Any]]:
+    """The figures of every method and budget, on the model of `folder` or the embedded one, "none" first."""
+    model = minifocus.load(folder or TINY, "none", arguments.device, arguments.dtype)
+    selector: dict[str, Any] = {}
+    if folder is None:
+        scenes = islice(cards.scenes("test", TUNING, dense=True), 64)
+        tuning = [(scene.image, scene.questions[0].question) for scene in scenes]
+        timed = [(image, q) for image, q, _, _ in cards.questions("test", arguments.timed, TUNING + 1000, True)]
+    else:
+        if not (folder / "selector.safetensors").is_file():
+            selector = {"selector": "variance"}
+        tuning = [(open_image(arguments.image or ROOT / "examples/cards.png"), "What is in the picture?")]
+        timed = tuning * arguments.timed
+    settings = settings_of(model, arguments.methods, arguments.budgets, tuning, selector)
+    results = measure(model, settings, timed, arguments.new_tokens)
+    if folder is None:
+        for one, found in zip(results, accuracies(TINY, settings, arguments.count, arguments.jobs), strict=True):
+            one |= found
+    return results
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    started = time.perf_counter()
+    record = environment(Path(__file__), "torch", "numpy", "pillow")
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            results = compare(arguments, random_model(Path(scratch)) if arguments.random else arguments.model)
     except (minifocus.CheckpointError, minifocus.InputError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    record |= {"seconds": round(time.perf_counter() - started), "results": results}
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    arguments.json.with_suffix(".md").write_text(table(results), encoding="utf-8")
-    if arguments.model is None:
-        plot(results, arguments.json.with_suffix(".png"))
     print(table(results))
+    if arguments.out:
+        record |= {"seconds": round(time.perf_counter() - started), "questions": arguments.count, "results": results}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        arguments.out.with_suffix(".md").write_text(table(results), encoding="utf-8")
+        if "accuracy" in results[0]:
+            plot(results, arguments.out.with_suffix(".png"))
     return 0
 
 

@@ -1,7 +1,7 @@
 """How fast and how large minifocus is beside transformers: prefill, decoding, memory, loading and cold start.
 
-    python benchmarks/end_to_end.py --json --out benchmarks/results/end_to_end.json
-    python benchmarks/end_to_end.py --quick --json      # a toy model and one round, to test the script
+    python benchmarks/end_to_end.py --out benchmarks/results/end_to_end.json
+    python benchmarks/end_to_end.py --quick      # a toy model and one round, to test the script
 
 One random LLaVA-NeXT (CLIP ViT-L/14-336 as it is; a Llama decoder of 16 layers, 1024 wide, 16 heads over 4 key heads;
 552 M parameters) is made with transformers and saved as safetensors. Every side then reads that folder and the same
@@ -245,8 +245,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--picture", type=Path, default=ROOT / "examples/cards.png", help="the cold start's picture")
     parser.add_argument("--seed", type=int, default=0, help="of weights, pixels and text")
     parser.add_argument("--quick", action="store_true", help="a toy model")
-    parser.add_argument("--out", type=Path, help="write the JSON object to this file")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--out", type=Path, help="file to write all figures to, as JSON")
     arguments = parser.parse_args()
     for name, full, quick in (("rounds", 5, 1), ("new_tokens", 32, 4)):
         if getattr(arguments, name) is None:
@@ -289,12 +288,9 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print_table(report)
-    line = json.dumps(report)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(line + "\n", encoding="utf-8")
-    if arguments.json:
-        print(line)
+        arguments.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
     return 0 if report["cold_start"].get("same_answer", True) else 1
 
 

@@ -23,8 +23,6 @@ The last line of the output is the report as one JSON object. Exit status: 0 mea
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import sys
 import time
@@ -35,6 +33,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from memory import extra_memory
 from record import environment
 
 from minifocus import ops, reference
@@ -47,7 +46,8 @@ KEPT = 0.39  # of the tokens, the paper's share
 
 @dataclass
 class Case:
-    """`runs`: the operator ("minifocus") and its peers. `bars`: figure → (at least or at most, bound), from spec."""
+    """`runs`: the operator ("minifocus") and its peers. `bars`, which the project sets itself: figure → (at least or at
+    most, bound)."""
 
     name: str
     sizes: str
@@ -205,7 +205,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 
 class Clock:
-    """Seconds and extra bytes of a call on a device."""
+    """Seconds of a call on a device."""
 
     def __init__(self, device: str):
         self.gpu = device == "cuda"
@@ -225,29 +225,6 @@ class Clock:
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
-    def extra(self, run: Callable[[], object]) -> int | None:
-        gc.collect()
-        if self.gpu:
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            result = run()
-            torch.cuda.synchronize()
-            del result
-            return torch.cuda.max_memory_allocated() - before
-        clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-        if not clear.exists():
-            return None
-        ctypes.CDLL(None).malloc_trim(0)  # pages that the last call left behind would hide this one's
-        clear.write_text("5")  # the peak starts again from here
-        before = _status(status, "VmRSS")
-        result = run()
-        del result
-        return max(0, _status(status, "VmHWM") - before)
-
-
-def _status(file: Path, key: str) -> int:
-    return next(int(line.split()[1]) * 1024 for line in file.read_text().splitlines() if line.startswith(key + ":"))
-
 
 # -------------------------------------------------------------------------------------------------------------- report
 
@@ -256,7 +233,7 @@ def measure(case: Case, clock: Clock, rounds: int) -> dict[str, Any]:
     for run in case.runs.values():
         run()
         run()
-    extra = {name: clock.extra(run) for name, run in case.runs.items()}
+    extra = {name: extra_memory(run, clock.gpu)[1] for name, run in case.runs.items()}
     times: dict[str, list[float]] = {name: [] for name in case.runs}
     for _ in range(rounds):
         for name, run in case.runs.items():

@@ -1,6 +1,6 @@
 """What the compiler makes of every CUDA kernel: registers, static shared memory, stack and spills, as ptxas reports them.
 
-    python scripts/ptxas_report.py [--json benchmarks/results/ptxas.json]
+    python scripts/ptxas_report.py [--out benchmarks/results/ptxas.json]
 
 Needs nvcc, but no GPU and no torch. A kernel that spills, or that has a stack frame, keeps in memory what belongs in
 registers; tests/test_ptxas.py allows neither, and holds the recorded file to the sources.
@@ -83,13 +83,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report to FILE too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the report to FILE too")
     arguments = parser.parse_args()
     result = report()
     print(result["nvcc"], table(result["kernels"]), sep="\n")
-    if arguments.json:
+    if arguments.out:
         rows = ",\n".join(json.dumps(row) for row in result["kernels"])
-        arguments.json.write_text(f'{{"nvcc": {json.dumps(result["nvcc"])}, "kernels": [\n{rows}\n]}}\n')
+        arguments.out.write_text(f'{{"nvcc": {json.dumps(result["nvcc"])}, "kernels": [\n{rows}\n]}}\n')
 
 
 if __name__ == "__main__":

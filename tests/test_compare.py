@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import minifocus
 
 ROOT = Path(__file__).resolve().parent.parent
-compare, flops = scripts("benchmarks", "compare flops")
+compare, flops, memory = scripts("benchmarks", "compare flops memory")
 TINY = ROOT / "weights/tiny"
 
 
@@ -45,9 +45,52 @@ def test_every_training_free_method_is_compared() -> None:
     assert compared | {"none"} == set(minifocus.samplers.names())
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("--timed 0", "--timed: expected at least 1, got 0"),
+        ("--methods focus,typo", "got typo"),
+        ("--budgets 0.5,half", "--budgets: expected numbers with commas between"),
+        ("--image examples/cards.png", "--image: expected --model or --random"),
+        ("--random --count 5", "--count: is of accuracy"),
+        ("--model weights/tiny --image nowhere.png --methods random", "nowhere.png"),
+    ],
+)
+def test_a_mistyped_argument_is_named(arguments: str, said: str) -> None:
+    command = [sys.executable, "benchmarks/compare.py", *arguments.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("slope", [0.5, 1.0, 5.0])
+def test_a_budget_is_found_along_any_curve(slope: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        gamma = 0.0
+
+        def set_sampler(self, method: str, gamma: float) -> None:
+            Model.gamma = gamma
+
+    monkeypatch.setattr(compare, "equivalent", lambda model, asked: 0.1 + 0.8 * model.gamma**slope)
+    for budget in (0.2, 0.39, 0.75):
+        found = compare.search(Model(), "focus", budget, [], {})
+        assert 0.1 + 0.8 * found["gamma"] ** slope == pytest.approx(budget, abs=compare.TOLERANCE + 1e-3)
+    assert compare.search(Model(), "focus", 0.05, [], {}) is None
+
+
+def test_memory_of_a_call_does_not_depend_on_the_call_before() -> None:
+    def call(megabytes: int) -> int | None:
+        return memory.extra_memory(lambda: torch.ones(megabytes << 18).sum(), False)[1]
+
+    if call(1) is None:
+        pytest.skip("resident memory is Linux'")
+    for before in (1, 200, 1):
+        call(before)
+        assert call(50) == pytest.approx(50 << 20, rel=0.2)
+
+
 def test_quick_run(tmp_path: Path) -> None:
     file = tmp_path / "compare.json"
-    command = [sys.executable, "benchmarks/compare.py", "--quick", "--json", str(file)]
+    command = [sys.executable, "benchmarks/compare.py", "--quick", "--out", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     record = json.loads(file.read_text(encoding="utf-8"))

@@ -63,7 +63,7 @@ def test_covered(kept: list[int], places: list[int], expected: bool) -> None:
 
 def test_the_recorded_accuracy_is_written_by_its_command(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/accuracy.py", "--count", "6", "--dense-count", "8"]
-    done = subprocess.run([*command, "--json", str(tmp_path / "a.json")], cwd=ROOT, capture_output=True, timeout=300)
+    done = subprocess.run([*command, "--out", str(tmp_path / "a.json")], cwd=ROOT, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "a.json").read_text())
     recorded = json.loads((ROOT / "benchmarks/results/accuracy.json").read_text())
