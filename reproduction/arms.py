@@ -173,7 +173,7 @@ def once(command: list[str], model: Path, out: Path, title: str) -> dict[str, An
     file = out / f"{title}.json"
     if file.exists():
         known = json.loads(file.read_text(encoding="utf-8"))
-        if known["command"] == command:
+        if known["command"] == command and "commit" in known:
             return {**known["result"], "commit": known["commit"]}
     found = {"command": command, "commit": commit(), "result": json.loads(run([*command, "--model", str(model)], out))}
     file.write_text(json.dumps(found) + "\n", encoding="utf-8")

@@ -35,7 +35,7 @@ def load(name: str, recipe: Recipe, **options: Any) -> minifocus.Llava:
 
 def time_models(models: dict[str, minifocus.Llava], rounds: int) -> dict[str, dict[str, Any]]:
     """
-    Name → figures; every model in turn answers the 16 questions of a round as one batch, and then the first of them alone.
+    Name → figures; every model in turn answers the 16 questions of a round as one batch, and then one of them alone.
 
     samples_per_second  of the batches, by their median time; `alone`: of single questions
     times_as_fast       the median over rounds of the first model's time ÷ this one's; `alone`: likewise
@@ -50,7 +50,8 @@ def time_models(models: dict[str, minifocus.Llava], rounds: int) -> dict[str, di
             begun = time.perf_counter()
             answers = model.generate_batch(images, questions, max_new_tokens=16)
             between = time.perf_counter()
-            model.generate(images[0], questions[0], max_new_tokens=16)
+            one = number % BATCH
+            model.generate(images[one], questions[one], max_new_tokens=16)
             if number:  # the first round warms up
                 seconds[name].append((between - begun, time.perf_counter() - between))
                 for image, answer in zip(images, answers, strict=True):
