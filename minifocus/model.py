@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, cast
@@ -232,12 +232,16 @@ class Llava(nn.Module):
         visual = []
 
         leaving: list[torch.Tensor] = []  # what a selection at the layer before keeps
+        sampler = self.inside_llm if any(pictures) else None
 
         def before_layer(index: int, layer: DecoderLayer, rows: Rows) -> Rows:
             if leaving:
                 rows = rows.keep(leaving.pop())
-            selection = self.inside_llm(index, layer, rows) if self.inside_llm is not None else None
+            selection = sampler(index, layer, rows) if sampler is not None else None
             if selection is not None:
+                kept = selection.kept.clone()
+                kept[:, -1] = True  # its state says the next token, though the prompt may end in a picture
+                selection = replace(selection, kept=kept)
                 # Without the hidden states, which would stay in memory for as long as the answer's trace.
                 selections.append((index, rows.with_hidden(rows.hidden.new_empty(*rows.valid.shape, 0)), selection))
                 if selection.after:

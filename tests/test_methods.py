@@ -580,6 +580,35 @@ def test_tokens_leave_where_the_method_says_and_keep_their_positions(
             assert visible == (int(wanted * scored) if isinstance(wanted, float) else wanted)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("text", dict(keep=1)),
+        ("fastv", dict(keep=1)),
+        ("pyramiddrop", dict(ratio=0.05)),
+        ("feather", dict(ratio=0.05, second=0.05, stride=9)),
+        ("aim", dict(begin=0, end=1)),
+    ],
+)
+@torch.inference_mode()
+def test_the_last_token_stays_though_the_prompt_ends_in_a_picture(
+    folder: Path, name: str, options: dict[str, Any]
+) -> None:
+    model = minifocus.load(folder, name, **options)
+    inputs = make_inputs(model, [[(57, 91)]], seed=2)
+    missing = model(inputs.input_ids[:, :-7], inputs.pixel_values, inputs.image_sizes).isnan().any(dim=-1)[0]
+    assert int(missing.sum()) > 3 and not bool(missing[-1])
+
+
+@torch.inference_mode()
+def test_a_batch_without_pictures_is_not_shown_to_the_sampler(folder: Path) -> None:
+    model = minifocus.load(folder, "none")
+    ids = torch.tensor([[1, 5, 7, 9]])
+    expected = model(ids)
+    model.inside_llm = lambda *_: pytest.fail("called")
+    assert torch.equal(model(ids), expected)
+
+
 # ---- in other models ----
 
 EVERY = [name for name in samplers.names() if name not in ("focus", "vision", "text", "none")]

@@ -143,9 +143,10 @@ class InsideLLM(Protocol):
     """From the hidden states at some layer to the tokens that later layers see. Called at prefill only."""
 
     def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
-        """Called before every layer with its hidden states; None keeps everything.
+        """Called before every layer with its hidden states, if there are pictures; None keeps everything.
 
-        Text, and whatever is not a visual token, must stay. The layer's own norm and projections are on `layer`.
+        Text, and whatever is not a visual token, must stay; each row's last token stays whatever is said of it. The
+        layer's own norm and projections are on `layer`.
         """
         ...
 
