@@ -376,12 +376,16 @@ def _first_column(rows: Rows, row: int, number: int, visual: VisualTokens) -> in
 
 def _text_piece(hidden: torch.Tensor, source: torch.Tensor, instruction: torch.Tensor) -> Rows:
     none, nowhere = torch.zeros_like(instruction), torch.full_like(source, -1)
-    return Rows(hidden, ~none, source, source, nowhere, nowhere[:, None].expand(-1, 2), none, instruction)
+    cell, entered = nowhere[:, None].expand(-1, 2), torch.zeros_like(source)
+    return Rows(hidden, ~none, source, source, nowhere, cell, entered, none, instruction)
 
 
 def _visual_piece(visual: VisualTokens, source: torch.Tensor, number: int) -> Rows:
-    none, cell = torch.zeros_like(visual.newline), visual.layout.coordinates(visual.source)
-    return Rows(visual.tokens, ~none, source, source, torch.full_like(source, number), cell, visual.newline, none)
+    none, layout = torch.zeros_like(visual.newline), visual.layout
+    cell, picture = layout.coordinates(visual.source), torch.full_like(source, number)
+    newline = visual.newline if layout.newlines else visual.source < layout.leading
+    entered = (~newline).sum().expand_as(source)
+    return Rows(visual.tokens, ~none, source, source, picture, cell, entered, newline, none)
 
 
 def _join(pieces: list[Rows]) -> Rows:

@@ -22,7 +22,10 @@ class Rows:
                             the placeholder of its window's first cell); -1 for padding
     picture      [B, S]     int64, which picture of its row a visual token belongs to; -1 for text
     cell         [B, S, 2]  int64, (row, column) of a visual token on its map, or on the thumbnail; -1 for all others
-    newline      [B, S]     bool, the tokens that end a row of a picture's feature map
+    entered      [B, S]     int64, how many tokens besides `newline` of a visual token's picture entered the decoder; 0
+                            for text
+    newline      [B, S]     bool, the tokens of a picture that no sampler scores: those that end a row of its feature map,
+                            and LLaVA-1.5's class token where it is kept
     instruction  [B, S]     bool, the tokens of the user's question
     """
 
@@ -32,6 +35,7 @@ class Rows:
     source: torch.Tensor
     picture: torch.Tensor
     cell: torch.Tensor
+    entered: torch.Tensor
     newline: torch.Tensor
     instruction: torch.Tensor
 

@@ -629,6 +629,21 @@ def test_a_class_token_that_is_kept_stays(tmp_path: Path, name: str) -> None:
     assert bool(model(**inputs.arguments())[0, -1].isfinite().all())
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("text", dict(keep=1)), ("fastv", dict(keep=1)), ("pyramiddrop", dict(ratio=0.05)), ("aim", dict(begin=0, end=4))],
+)
+@torch.inference_mode()
+def test_a_class_token_is_not_for_samplers_inside_to_drop(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    folder = save(build("llava", seed=1, vision_feature_select_strategy="full"), tmp_path)
+    model = minifocus.load(folder, name, **options)
+    inputs = make_inputs(model, [[(28, 28)]] * 4, seed=2)
+    gone = model(**inputs.arguments()).isnan().any(dim=-1)
+    for row, ids in enumerate(inputs.input_ids):
+        first = (ids == IMAGE_TOKEN).nonzero()[0]
+        assert not bool(gone[row, first]) and bool(gone[row, first + 1 :].any())
+
+
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @torch.inference_mode()

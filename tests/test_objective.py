@@ -568,6 +568,7 @@ def test_who_looks_at_whom(seed: int, size: int, turns: int, independent: bool) 
         source=none,
         picture=picture,
         cell=none[..., None].expand(-1, -1, 2),
+        entered=none,
         newline=none.bool(),
         instruction=none.bool(),
         turn=turn,
