@@ -3,13 +3,18 @@
 Before: tokens in alternation form two sets; each of the first is matched with the most similar of the second (cosine),
 and the best-matched are averaged into their partners. One pass can halve; passes follow until the share is reached.
 
-Inside, from layer `begin` on: tokens are ranked by PageRank over a layer's attention (every token passes what it has to
-those that it attends to), and so many stay that at layer `end` none is left, falling in equal steps.
+Inside, after layer `begin` and every one that follows: tokens are ranked by PageRank over the layer's attention, whose
+logits are sharpened tenfold (in each head every token passes what it has to those that it attends to, for some rounds;
+the score is the root mean square over heads), and so many stay that layer `end` sees none, falling in equal steps.
+
+The public code forgets in a second pass of merging how many tokens one is made of, and puts those that were not merged
+first. Here a token weighs as much as it is made of, and the order stays. It also lets dropped tokens pass on what they
+begin with; here they are gone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,21 +29,23 @@ from .inside import keep_where, largest, queries_and_keys
 from .pruning import Budget, check_share, check_whole
 
 QUERY_BLOCK = 128  # tokens whose attention is in memory at a time
+TEMPERATURE = 0.1  # of the walk's attention
 
 
 @dataclass(frozen=True)
 class AIMOptions:
     """
     ratio   share of a picture's tokens, newlines among them, that merging leaves; the paper's ½ or ¼
-    begin   the last layer that sees them all; None: 14/32 of the depth
-    end     the first that sees none; None: 22/32 of the depth; the depth itself is none of them
+    begin   the last layer that sees them all; None: half the depth (14 of 28)
+    end     the first that sees none, nor the pictures' newlines; None: 22/28 of the depth, or the layer after a `begin` that
+            is later; `end` = depth: none is emptied
     rounds  of PageRank
     """
 
     ratio: float = 0.5
     begin: int | None = None
     end: int | None = None
-    rounds: int = 1
+    rounds: int = 5
 
     def __post_init__(self) -> None:
         check_share("ratio", self.ratio)
@@ -97,46 +104,43 @@ class Dropping:
     """AIM's second part."""
 
     def __init__(self, options: AIMOptions, config: TextConfig):
-        depth = config.num_hidden_layers
-        begin = 14 * depth // 32 if options.begin is None else options.begin
+        self.depth, depth = config.num_hidden_layers, config.num_hidden_layers
+        begin = depth // 2 if options.begin is None else options.begin
         self.begin = check_whole("begin", begin, 0, depth - 1)
-        end = max(-(-22 * depth // 32), self.begin + 1) if options.end is None else options.end
+        end = max(-(-22 * depth // 28), self.begin + 1) if options.end is None else options.end
         self.end = check_whole("end", end, 1, depth)
         if self.end <= self.begin:
             raise InputError(f"end: expected a layer after begin, {self.begin}, got {self.end}")
         self.rounds, self.config = options.rounds, config
 
-    def share(self, index: int) -> float:
-        """Of the tokens that entered, which layer `index` sees."""
-        return min(max((self.end - index) / (self.end - self.begin), 0.0), 1.0)
-
     def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
-        before = self.share(index - 1)
-        if self.share(index) == before:
+        if not self.begin <= index < min(self.end, self.depth - 1):
             return None
         scores = page_rank(layer, rows, self.config, self.rounds)
+        left = self.end - index - 1  # of end - begin equal steps
 
         def choose(row: int, tokens: torch.Tensor) -> torch.Tensor:
-            return largest(scores[row, tokens], round(len(tokens) * self.share(index) / before))
+            count = int(rows.entered[row, tokens[0]]) * left // (self.end - self.begin)
+            return largest(scores[row, tokens], count)
 
         chosen = keep_where(rows, choose, scores)
         # Where no token of a picture is left, its newlines separate nothing.
-        return Selection(chosen.kept & (rows.picture < 0), chosen.scores) if self.share(index) == 0 else chosen
+        return replace(chosen, kept=chosen.kept & (rows.picture < 0) if left == 0 else chosen.kept, after=True)
 
 
 def page_rank(layer: DecoderLayer, rows: Rows, config: TextConfig, rounds: int) -> torch.Tensor:
-    """[B, S]: after `rounds` rounds in which every token hands on its weight, 1/S at first, along its causal attention."""
+    """[B, S]: what tokens have after `rounds` rounds along a layer's sharpened causal attention; they begin with 1/S each."""
     q, k = queries_and_keys(layer, rows, config, 0)
-    size = rows.valid.shape[1]
+    q, size = q / TEMPERATURE, rows.valid.shape[1]
     columns = torch.arange(size, device=k.device)
-    weight = rows.valid.to(q.dtype) / rows.valid.sum(dim=1, keepdim=True)
+    weight = (rows.valid.to(q.dtype) / rows.valid.sum(dim=1, keepdim=True))[:, None].expand(-1, q.shape[1], -1)
     for _ in range(rounds):
         received = torch.zeros_like(weight)
         for begin in range(0, size, QUERY_BLOCK):
             own = slice(begin, begin + QUERY_BLOCK)
             hidden = (columns[None, :] > columns[own, None]) | ~rows.valid[:, None, None]
             hidden = hidden & (columns[None, :] != columns[own, None])  # padding sees itself, or softmax would give NaN
-            attention = (q[:, :, own] @ k.transpose(2, 3)).masked_fill(hidden, -torch.inf).softmax(dim=-1).mean(dim=1)
-            received += (weight[:, own, None] * attention).sum(dim=1)
+            attention = (q[:, :, own] @ k.transpose(2, 3)).masked_fill(hidden, -torch.inf).softmax(dim=-1)
+            received += (weight[:, :, None, own] @ attention)[:, :, 0]
         weight = received
-    return weight
+    return weight.square().mean(dim=1).sqrt()

@@ -1,13 +1,13 @@
 """FEATHER ("feather"; Endo et al. 2024): attention without positions, and a grid so that no part of the picture is lost.
 
-Tokens are ranked by the attention of the prompt's last token computed without rotary positions, which favour the end of
-the picture. Before a first layer the best share stays and with it every token on a grid of stride 3; before a second
-layer the best share of what is left.
+Tokens are ranked by the attention of the prompt's last token in a layer, computed without rotary positions, which favour
+the end of the picture: softmax over the picture's keys, mean over heads. After that layer the best share stays and with
+it every token on a grid of stride 3; after a second layer the best share of what is left.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..llama import DecoderLayer
 from ..rows import Rows
 from .hooks import Selection
-from .inside import keep_where, largest, last_query, layers_of
+from .inside import keep_where, largest, layers_of, pictures_of, queries_and_keys
 from .pruning import check_share, check_whole
 
 
@@ -26,7 +26,8 @@ class FeatherOptions:
     ratio   share of a picture's tokens, besides newlines and grid, that stays at the first layer; rounded down, at least one
     stride  of the grid, in rows and columns of the map (and of the thumbnail)
     second  share of the tokens left that stays at the second layer; likewise
-    layers  the two layers; None: a quarter and half of the depth (8 and 16 of 32)
+    layers  the two layers that are the first to see what stays, from 1 on; None: a quarter and half of the depth (8 and 16
+            of 32)
     """
 
     ratio: float = 0.3
@@ -44,15 +45,20 @@ class Feather:
     def __init__(self, options: FeatherOptions, config: TextConfig):
         self.options, self.config = options, config
         depth = config.num_hidden_layers
-        self.layers = layers_of("layers", options.layers, tuple(sorted({depth // 4, depth // 2})), depth)
+        default = tuple(sorted({max(depth // 4, 1), max(depth // 2, 1)}))
+        self.layers = layers_of("layers", options.layers, default, depth, least=1)
         if len(self.layers) > 2:
             raise InputError(f"layers: expected at most two, got {options.layers!r}")
 
     def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
-        if index not in self.layers:
+        if index + 1 not in self.layers:
             return None
-        scores = last_query(layer, rows, self.config, rope=False)
-        first = index == self.layers[0]
+        q, k = queries_and_keys(layer, rows, self.config, rows.valid.shape[1] - 1, rope=False)
+        logits = (q @ k.transpose(2, 3))[:, :, 0]
+        scores = logits.new_zeros(rows.valid.shape)
+        for row, tokens in pictures_of(rows):
+            scores[row, tokens] = logits[row][:, tokens].softmax(dim=-1).mean(dim=0)
+        first = index + 1 == self.layers[0]
         share = self.options.ratio if first else self.options.second
 
         def choose(row: int, tokens: torch.Tensor) -> torch.Tensor:
@@ -60,4 +66,4 @@ class Feather:
             on_grid = (rows.cell[row, tokens] % self.options.stride == 0).all(dim=-1)
             return best | on_grid if first else best
 
-        return keep_where(rows, choose, scores)
+        return replace(keep_where(rows, choose, scores), after=True)

@@ -20,7 +20,7 @@ from .pruning import check_whole
 
 
 def pictures_of(rows: Rows) -> list[tuple[int, torch.Tensor]]:
-    """(row, columns of its tokens) of every picture; newlines, which always stay, are not among them."""
+    """(row, columns of its tokens) of every picture; those that `rows.newline` marks are not among them."""
     scored = (rows.picture >= 0) & ~rows.newline & rows.valid
     found = []
     for row in range(len(rows.valid)):
@@ -32,7 +32,7 @@ def pictures_of(rows: Rows) -> list[tuple[int, torch.Tensor]]:
 
 
 def newlines_of(rows: Rows, row: int, column: int) -> int:
-    """How many newlines there are of the picture that a token belongs to."""
+    """How many tokens `rows.newline` marks of the picture that a token belongs to."""
     own = rows.newline[row] & rows.valid[row] & (rows.picture[row] == rows.picture[row, column])
     return int(own.sum())
 
@@ -67,16 +67,22 @@ def queries_and_keys(
     return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
-def last_query(layer: DecoderLayer, rows: Rows, config: TextConfig, rope: bool = True) -> torch.Tensor:
+def last_query(layer: DecoderLayer, rows: Rows, config: TextConfig) -> torch.Tensor:
     """The attention that the last token of each row pays in a layer: softmax over all keys, mean over heads, [B, S]."""
-    q, k = queries_and_keys(layer, rows, config, rows.valid.shape[1] - 1, rope)
+    q, k = queries_and_keys(layer, rows, config, rows.valid.shape[1] - 1)
     logits = (q @ k.transpose(2, 3)).masked_fill(~rows.valid[:, None, None], -torch.inf)
     return logits.softmax(dim=-1).mean(dim=1)[:, 0]
 
 
-def layers_of(name: str, given: object, default: tuple[int, ...], depth: int) -> tuple[int, ...]:
-    """An option that lists layers in ascending order (one number is a list of one), or `default`; raises InputError."""
+def layers_of(name: str, given: object, default: tuple[int, ...], depth: int, least: int = 0) -> tuple[int, ...]:
+    """An option that lists layers from `least` on in ascending order (one number is a list of one), or `default`.
+
+    Raises InputError.
+    """
     layers = default if given is None else (given,) if type(given) is int else given
-    if not isinstance(layers, tuple | list) or not layers or sorted(set(layers)) != list(layers):
+    if not isinstance(layers, tuple | list) or not layers:
         raise InputError(f"{name}: expected layers in ascending order, got {given!r}")
-    return tuple(check_whole(name, layer, 0, depth - 1) for layer in layers)
+    checked = [check_whole(name, layer, least, depth - 1) for layer in layers]
+    if sorted(set(checked)) != checked:
+        raise InputError(f"{name}: expected layers in ascending order, got {given!r}")
+    return tuple(checked)

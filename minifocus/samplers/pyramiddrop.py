@@ -7,6 +7,7 @@ rest new positions, which a cache of the layers before knows nothing of; here th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,9 @@ from .pruning import check_share
 @dataclass(frozen=True)
 class PyramidDropOptions:
     """
-    ratio   share of a picture's tokens besides newlines that each stage leaves of the one before, rounded down; at least one
-    layers  before which layers; None: a quarter, half and three quarters of the depth (8, 16 and 24 of 32)
+    ratio   share of a picture's tokens besides newlines that the first stage leaves; its powers are the later stages' shares
+            of all that entered. Rounded down; at least one token
+    layers  before which layers; None: a quarter, half and three quarters of the depth (8, 16 and 24 of 32), from 1 on
     """
 
     ratio: float = 0.5
@@ -37,15 +39,17 @@ class PyramidDrop:
     def __init__(self, options: PyramidDropOptions, config: TextConfig):
         self.options, self.config = options, config
         depth = config.num_hidden_layers
-        stages = tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+        stages = tuple(sorted({max(quarters * depth // 4, 1) for quarters in (1, 2, 3)}))
         self.layers = layers_of("layers", options.layers, stages, depth)
 
     def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
         if index not in self.layers:
             return None
         scores = last_query(layer, rows, self.config)
+        share = self.options.ratio ** (self.layers.index(index) + 1)
 
         def choose(row: int, tokens: torch.Tensor) -> torch.Tensor:
-            return largest(scores[row, tokens], max(int(self.options.ratio * len(tokens)), 1))
+            count = math.floor(share * int(rows.entered[row, tokens[0]]) + 1e-9)
+            return largest(scores[row, tokens], max(count, 1))
 
         return keep_where(rows, choose, scores)
