@@ -3,6 +3,9 @@
 The thumbnail takes a share of the budget. The rest goes to the tiles in proportion to the attention that the class token
 of the thumbnail pays, in the tower's first block, to the part of the thumbnail that each tile shows. Inside a view the
 tokens stay that its own class token looks at in the last block that is read.
+
+The public code does not sum that attention: it marks the thumbnail's best tokens, as large a share of them as the tiles
+have of the budget, and counts those in each of as many equal runs of its raster order as there are tiles.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from ..config import Config
 from ..vision import Block
 from .hooks import PictureFeatures
-from .pruning import Budget, RankingPruner, check_share, cues, spread
+from .pruning import Budget, RankingPruner, check_share, cues, looked_at, spread, views
 from .tower_attention import check_block, class_attention, last_block
 
 
@@ -50,8 +53,7 @@ class HiRED(RankingPruner):
         room = groups.bincount().tolist()
         if len(room) == 1:
             return [min(total, room[0])]
-        assert picture.cues is not None
-        weights = per_tile(picture, picture.cues[1][..., 0]).tolist()
+        weights = per_tile(picture, looked_at(picture)[1][..., 0]).tolist()
         thumbnail, *tiles = room
         own = min(round(self.share * total), thumbnail)
         of_tiles = spread(total - own, tiles, weights[1:])
@@ -60,11 +62,11 @@ class HiRED(RankingPruner):
 
 def per_tile(picture: PictureFeatures, thumbnail: torch.Tensor) -> torch.Tensor:
     """A map of the thumbnail [g, g] → its sum over what each tile shows [1 + tiles]; the first is 0."""
-    assert picture.tile is not None
-    height, width = picture.tile.shape
+    height, width = picture.map.shape[:2]
+    shown = views(picture)[picture.layout.leading :].view(height, width)
     rows, cols = (
         ((torch.arange(side, device=thumbnail.device) + 0.5) * size / side).long()
         for side, size in zip(thumbnail.shape, (height, width), strict=True)
     )
-    tile = picture.tile[rows[:, None], cols]
-    return thumbnail.new_zeros(int(picture.tile.max()) + 1).index_add(0, tile.flatten(), thumbnail.flatten())
+    tile = shown[rows[:, None], cols]
+    return thumbnail.new_zeros(int(shown.max()) + 1).index_add(0, tile.flatten(), thumbnail.flatten())

@@ -109,10 +109,18 @@ def views(picture: PictureFeatures) -> torch.Tensor:
     return torch.cat([thumbnail, tile.flatten()])
 
 
+def looked_at(picture: PictureFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    """`picture.cues`; InputError where the picture was encoded without the sampler that wants them."""
+    if picture.cues is None:
+        raise InputError(
+            "before_llm: expected pictures that were encoded with this sampler, got one encoded without it"
+        )
+    return picture.cues
+
+
 def cues(picture: PictureFeatures) -> torch.Tensor:
     """[n, K], what was taken from the tower for each competing token."""
-    assert picture.cues is not None, "the sampler that looks into the tower has to be the one that samples"
-    whole, small = (cue.flatten(0, 1) for cue in picture.cues)
+    whole, small = (cue.flatten(0, 1) for cue in looked_at(picture))
     return torch.cat([small, whole]) if picture.layout.newlines else whole
 
 
