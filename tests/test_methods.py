@@ -299,34 +299,82 @@ def test_hired(folder: Path, attentions: list[torch.Tensor]) -> None:
         assert set(kept_places(visual)) == expected
 
 
+def last_block_queries_and_keys(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """In the tower's last block, the class token's query [tiles, C] and all keys [tiles, 1 + g², C], from transformers."""
+    kind = "llava_next" if "llava_next" in folder.name else "llava"
+    oracle = ORACLES[kind].from_pretrained(folder).eval().model.vision_tower
+    pixels = torch.cat(tiles_and_sizes(minifocus.load(folder, "none"))[0])
+    hidden = oracle(pixels, output_hidden_states=True).hidden_states[LAYERS - 1]
+    block = next(m for n, m in oracle.named_modules() if n.endswith(f"encoder.layers.{LAYERS - 1}"))
+    normed = block.layer_norm1(hidden)
+    return block.self_attn.q_proj(normed)[:, 0], block.self_attn.k_proj(normed)
+
+
+def between(values: torch.Tensor, row: float, column: float) -> float:
+    """A map's value between its cells, whose centres are at whole numbers; beyond the outermost centres it is level."""
+    found = 0.0
+    for r in range(values.shape[0]):
+        for c in range(values.shape[1]):
+            down = 1 - abs(r - min(max(row, 0), values.shape[0] - 1))
+            across = 1 - abs(c - min(max(column, 0), values.shape[1] - 1))
+            found += max(down, 0) * max(across, 0) * float(values[r, c])
+    return found
+
+
+@torch.inference_mode()
 def test_globalcom2(folder: Path, attentions: list[torch.Tensor]) -> None:
-    own = split_by_picture(folder, attentions[1][:, :, 0, 1:].mean(dim=1).unflatten(1, (4, 4)))
-    for (picture, visual), values in zip(sampled(folder, "globalcom2", ratio=0.5), own, strict=True):
+    q, keys = last_block_queries_and_keys(folder)
+    heads = attentions[0].shape[1]
+    size = q.shape[1] // heads
+    logits = torch.zeros(len(q), 16)
+    for tile in range(len(q)):
+        for patch in range(16):
+            own = [slice(head * size, (head + 1) * size) for head in range(heads)]
+            logits[tile, patch] = sum(q[tile, h] @ keys[tile, 1 + patch, h] for h in own) / heads / size**0.5
+    for (picture, visual), values in zip(
+        sampled(folder, "globalcom2", ratio=0.5, temperature=2.0),
+        split_by_picture(folder, logits.unflatten(1, (4, 4))),
+        strict=True,
+    ):
         scores, places = of_token(picture, values), scored_places(picture)
         views = sorted({view for _, view, *_ in places})
-        room = [sum(v == view for _, v, *_ in places) for view in views]
+        of_view = {view: [place for place in places if place[1] == view] for view in views}
         total = len(kept_places(visual))
         counts = [total]
         if len(views) > 1:
             height, width = picture.tile.shape
-            big = torch.nn.functional.interpolate(values[:1][None], (height, width), mode="bilinear")[0, 0]
-            for place, view, row, column in places:
-                if view:
-                    scores[place] = (scores[place] + float(big[row, column])) / 2
-            richness = [0.0] * (max(views) + 1)
+            for view in views[1:]:
+                own = [scores[place] for place, *_ in of_view[view]]
+                seen = [
+                    between(values[0], (row + 0.5) * 4 / height - 0.5, (column + 0.5) * 4 / width - 0.5)
+                    for _, _, row, column in of_view[view]
+                ]
+                for (place, *_), one, other in zip(of_view[view], own, seen, strict=True):
+                    scores[place] = one / math.hypot(*own) + other / math.hypot(*seen)
+            richness = [0.0] * len(views)
             for row in range(4):
                 for column in range(4):
                     shown = picture.tile[int((row + 0.5) * height / 4), int((column + 0.5) * width / 4)]
-                    richness[int(shown)] += float(values[0, row, column] / values[0].sum())
-            sigma = (torch.tensor(richness[1:]) / 0.1).softmax(0).tolist()
-            rates = [1 + s - 1 / len(sigma) for s in sigma]
+                    richness[views.index(int(shown))] += float(values[0, row, column]) / 2.0
+            weight = [math.exp(s) for s in richness[1:]]
+            room = [len(of_view[view]) for view in views]
             thumbnail = spread(total, room, room)[0]
-            of_tiles = [rate * n for rate, n in zip(rates, room[1:], strict=True)]
-            counts = [thumbnail, *spread(total - thumbnail, room[1:], of_tiles)]
+            shares = [(1 + w / sum(weight) - 1 / len(weight)) * n for w, n in zip(weight, room[1:], strict=True)]
+            counts = [thumbnail, *spread(total - thumbnail, room[1:], shares)]
         expected = set()
         for view, count in zip(views, counts, strict=True):
-            expected |= best({place: scores[place] for place, v, *_ in places if v == view}, count)
+            expected |= best({place: scores[place] for place, *_ in of_view[view]}, count)
         assert set(kept_places(visual)) == expected
+
+
+@pytest.mark.parametrize("name", ["prumerge", "hired", "globalcom2", "fastervlm"])
+@torch.inference_mode()
+def test_pictures_encoded_without_the_sampler_are_refused(folder: Path, name: str) -> None:
+    model = minifocus.load(folder, name)
+    assert model.before_llm is not None
+    for picture in model.encode_pictures(*tiles_and_sizes(model)):
+        with pytest.raises(minifocus.InputError, match="before_llm: expected pictures that were encoded with this"):
+            model.before_llm(picture, torch.zeros(0, 32))
 
 
 @pytest.mark.parametrize("axis", ["column", "row"])
@@ -358,14 +406,7 @@ def test_fopru(folder: Path, attentions: list[torch.Tensor], axis: str, strategy
 @pytest.mark.parametrize("options", [{}, dict(ratio=0.5), dict(keep=10, neighbours=2), dict(ratio=0.3, neighbours=0)])
 @torch.inference_mode()
 def test_prumerge(folder: Path, options: dict[str, Any]) -> None:
-    """The last block's queries and keys from its input, which is transformers' last hidden state but one."""
-    kind = "llava_next" if "llava_next" in folder.name else "llava"
-    oracle = ORACLES[kind].from_pretrained(folder).eval().model.vision_tower
-    pixels = torch.cat(tiles_and_sizes(minifocus.load(folder, "none"))[0])
-    hidden = oracle(pixels, output_hidden_states=True).hidden_states[LAYERS - 1]
-    block = next(m for n, m in oracle.named_modules() if n.endswith(f"encoder.layers.{LAYERS - 1}"))
-    normed = block.layer_norm1(hidden)
-    q, keys = block.self_attn.q_proj(normed)[:, 0], block.self_attn.k_proj(normed)
+    q, keys = last_block_queries_and_keys(folder)
     attention = torch.stack([(q[i] @ keys[i].T / math.sqrt(q.shape[1])).softmax(0)[1:] for i in range(len(q))])
     near = options.get("neighbours", 32)
     for (picture, visual), score, key in zip(

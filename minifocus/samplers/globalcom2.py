@@ -1,8 +1,12 @@
 """GlobalCom² ("globalcom2"; Liu et al. 2025): the thumbnail decides how much of each tile stays, and has a say in what.
 
-With s_j the thumbnail's class-token attention summed over what tile j shows and σ = softmax(s / τ) over the n tiles, tile
-j keeps R·(1 + σ_j - 1/n) of its tokens; the thumbnail keeps R. A tile's token scores the mean of its own tile's attention
-to it and the thumbnail's attention to its place.
+Scores are the class token's logits, mean over heads, in the tower's last block. With s_j the thumbnail's summed over what
+tile j shows and σ = softmax(s / τ) over the n tiles, tile j keeps R·(1 + σ_j - 1/n) of its tokens; the thumbnail keeps R.
+A tile's tokens are ranked by the sum of its own scores and the thumbnail's at their places, each as a vector of length 1
+over the tile.
+
+The public code cuts the thumbnail into equal parts where s_j is summed; here the padding that the map has lost counts. It
+rounds every tile's number down; here they add up to the budget.
 """
 
 from __future__ import annotations
@@ -17,17 +21,17 @@ from ..errors import InputError
 from ..vision import Block
 from .hired import per_tile
 from .hooks import PictureFeatures
-from .pruning import Budget, RankingPruner, spread
-from .tower_attention import check_block, class_attention, last_block
+from .pruning import Budget, RankingPruner, cues, looked_at, spread, views
+from .tower_attention import check_block, queries_and_keys, reachable_block
 
 
 @dataclass(frozen=True)
 class GlobalCom2Options(Budget):
     """
-    temperature  τ, above 0, beside attention summed to 1 over the thumbnail
+    temperature  τ, above 0, beside sums of logits
     """
 
-    temperature: float = 0.1
+    temperature: float = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,30 +43,35 @@ class GlobalCom2Options(Budget):
 class GlobalCom2(RankingPruner):
     def __init__(self, options: GlobalCom2Options, config: Config):
         super().__init__(options)
-        self.temperature, self.block = options.temperature, check_block(config, None, last_block(config))
+        self.temperature, self.block = options.temperature, check_block(config, None, reachable_block(config))
 
     def look(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor | None:
-        return class_attention(block, x) if index == self.block else None
+        if index != self.block:
+            return None
+        q, k = queries_and_keys(block, x, slice(0, 1))
+        return (q @ k.transpose(2, 3)).mean(dim=1)[:, 0, 1:, None]
 
     def scores(self, picture: PictureFeatures) -> torch.Tensor:
-        assert picture.cues is not None
-        own, small = (cue[..., 0] for cue in picture.cues)
-        if not picture.layout.newlines:
-            return own.flatten()
-        both = own
-        if own.numel():
-            seen = F.interpolate(small[None, None], own.shape, mode="bilinear", align_corners=False)[0, 0]
-            both = (own + seen) / 2
-        return torch.cat([small.flatten(), both.flatten()])
+        own, view = cues(picture)[:, 0], views(picture)
+        if not picture.layout.newlines or not picture.map.numel():
+            return own
+        small = looked_at(picture)[1][..., 0]
+        size = picture.map.shape[:2]
+        seen = F.interpolate(small[None, None], size, mode="bilinear", align_corners=False).flatten()
+        return unit(own, view) + unit(torch.cat([small.flatten(), seen]), view)
 
     def allocate(self, picture: PictureFeatures, groups: torch.Tensor, total: int) -> list[int]:
         room = groups.bincount().tolist()
         if len(room) == 1:
             return [min(total, room[0])]
-        assert picture.cues is not None
-        small = picture.cues[1][..., 0]
-        richness = per_tile(picture, small / small.sum())[1:]
+        richness = per_tile(picture, looked_at(picture)[1][..., 0])[1:]
         rate = 1 + (richness / self.temperature).softmax(dim=0) - 1 / len(richness)
         thumbnail, *tiles = spread(total, room, room)
         tiles = spread(total - thumbnail, room[1:], [r * n for r, n in zip(rate.tolist(), room[1:], strict=True)])
         return [thumbnail, *tiles]
+
+
+def unit(values: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+    """Values [n] over their length in each view [n] int64."""
+    length = values.new_zeros(int(view.max()) + 1).index_add(0, view, values.square()).sqrt()
+    return values / length[view].clamp(min=1e-12)

@@ -24,7 +24,7 @@ from ..vision import Block
 from .chance import stride_grid
 from .hooks import PictureFeatures
 from .pruning import PruningOptions, RankingPruner, check_share, check_whole, cues, top
-from .tower_attention import check_block
+from .tower_attention import check_block, reachable_block
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PruMerge(RankingPruner):
         super().__init__(options)
         self.neighbours, self.plus = options.neighbours, plus
         self.adaptive = options.ratio is None and options.keep is None
-        self.block = check_block(config, None, min(max(config.feature_layers), config.vision.num_hidden_layers - 1))
+        self.block = check_block(config, None, reachable_block(config))
 
     def look(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor | None:
         """[N, g², 1 + C]: attention, then keys."""

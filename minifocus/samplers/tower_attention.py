@@ -30,11 +30,15 @@ def last_block(config: Config) -> int:
     return max(config.feature_layers) - 1
 
 
+def reachable_block(config: Config) -> int:
+    """The last block whose input the model computes: the one after, where the tower has it."""
+    return min(max(config.feature_layers), config.vision.num_hidden_layers - 1)
+
+
 def check_block(config: Config, given: int | None, default: int) -> int:
     """An option `block`, or `default`; InputError where the tower does not come that far."""
-    reachable = min(max(config.feature_layers), config.vision.num_hidden_layers - 1)
     if max(config.feature_layers) < 1:
         raise InputError(
             "sampler: this model's vision features come from before its first block, which has no attention"
         )
-    return check_whole("block", default if given is None else given, 0, reachable)
+    return check_whole("block", default if given is None else given, 0, reachable_block(config))
