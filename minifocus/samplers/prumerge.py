@@ -3,11 +3,11 @@
 The attention is the class token's to every patch's key in the tower's last block, over all heads at once. In each tile
 the tokens stay whose attention is an outlier, above the third quartile by 1.5 interquartile ranges; with a `ratio` or
 `keep` so many instead. Each then becomes the attention-weighted mean of itself and of the dropped tokens of its tile
-whose keys are most like its own. PruMerge+ adds tokens on a uniform grid, as many as there are outliers (or, of a budget,
-half).
+whose keys are most like its own. PruMerge+ adds tokens on a uniform grid, three for each outlier (of a budget, three
+quarters are the grid's).
 
-The public code adds the weighted neighbours to the token, before the projector; the paper's weighted mean is taken here,
-after it.
+The public code adds the weighted neighbours, kept tokens among them, to the token, before the projector, and at the end
+one token more, the weighted sum of all that were dropped; the paper's weighted mean is taken here, after the projector.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ class PruMerge(RankingPruner):
         room = groups.bincount().tolist()
         if self.adaptive:
             counts = [outliers(scores[groups == group]) if n else 0 for group, n in enumerate(room)]
-            wanted = [min(2 * count, n) if self.plus else count for count, n in zip(counts, room, strict=True)]
+            wanted = [min(4 * count, n) if self.plus else count for count, n in zip(counts, room, strict=True)]
         else:
             wanted = self.allocate(picture, groups, total)
-            counts = [-(-count // 2) if self.plus else count for count in wanted]
+            counts = [-(-count // 4) if self.plus else count for count in wanted]
         kept = top(scores, groups, counts)
         if self.plus:
             grid = torch.zeros(len(scores), device=scores.device)
