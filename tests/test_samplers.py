@@ -29,7 +29,11 @@ from minifocus.samplers.vision_guided import (
     save_selector,
 )
 
-SIZES = [[(57, 91)], [(30, 90), (100, 31)], [(50, 50), (1, 400)]]  # the last leaves a map without rows
+SIZES = [
+    [(57, 91)],
+    [(30, 90), (100, 31)],
+    [(50, 50), (1, 400), (400, 1)],
+]  # the last leave maps without rows or columns
 VISION = [dict(window=w) for w in (1, 2, 4, 8, 12)] + [
     dict(branches=7),
     dict(thumbnail="compress"),
