@@ -36,7 +36,11 @@ PRUNERS = [
     "prumerge",
     "prumerge+",
 ]
-SIZES = [[(57, 91)], [(30, 90), (100, 31)], [(50, 50), (1, 400)]]  # the last leaves a map without rows
+SIZES = [
+    [(57, 91)],
+    [(30, 90), (100, 31)],
+    [(50, 50), (1, 400), (400, 1)],
+]  # the last leave maps without rows or columns
 LAYERS = 3  # of the towers, whose outputs before the last are read
 ORACLES = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
 
@@ -102,7 +106,7 @@ def best(values: dict[int, float], count: int) -> set[int]:
 def test_budgets_are_exact_and_order_newlines_and_features_stay(
     folder: Path, name: str, options: dict[str, Any]
 ) -> None:
-    if name in ("hired", "globalcom2"):
+    if name in ("uniform", "hired", "globalcom2"):
         options = {key: value for key, value in options.items() if key != "per"}
     for picture, visual in sampled(folder, name, **options):
         layout = picture.layout
@@ -177,10 +181,12 @@ def test_pooling(folder: Path, name: str, how: Any, window: int, thumbnail: str)
             tokens, places = zip(*[(value, r * 4 + c) for value, r, c in pooled(picture.thumbnail)], strict=True)
             tokens, places = list(tokens), list(places)
         row_length = layout.width + layout.newlines
-        for value, r, c in pooled(picture.map):
-            tokens.append(value)
-            places.append(layout.leading + r * row_length + c)
-            if layout.newlines and c + window >= layout.width:
+        windows = pooled(picture.map)
+        for r in range(0, layout.height, window):
+            row = [(value, c) for value, own, c in windows if own == r]
+            tokens += [value for value, _ in row]
+            places += [layout.leading + r * row_length + c for _, c in row]
+            if layout.newlines:
                 tokens.append(picture.newline)
                 places.append(layout.leading + min(r + window, layout.height) * row_length - 1)
         assert torch.allclose(visual.tokens, torch.stack(tokens) if tokens else torch.zeros(0, 32), atol=1e-6)
@@ -442,7 +448,19 @@ def test_prumerge(folder: Path, options: dict[str, Any]) -> None:
 def test_prumerge_plus_adds_a_grid_to_the_outliers(folder: Path) -> None:
     for (_, plain), (picture, plus) in zip(sampled(folder, "prumerge"), sampled(folder, "prumerge+"), strict=True):
         assert set(kept_places(plain)) <= set(kept_places(plus))
-        assert len(kept_places(plus)) == min(2 * len(kept_places(plain)), len(scored_places(picture)))
+        by_view = {view: [place for place, v, *_ in scored_places(picture) if v == view] for view in range(9)}
+        outliers_of = {view: len(set(own) & set(kept_places(plain))) for view, own in by_view.items()}
+        expected = sum(min(4 * outliers_of[view], len(own)) for view, own in by_view.items())
+        assert len(kept_places(plus)) == expected
+
+
+def test_prumerge_plus_gives_the_grid_three_quarters_of_a_budget(folder: Path) -> None:
+    few, plus = (sampled(folder, name, per="picture", keep=keep) for name, keep in (("prumerge", 3), ("prumerge+", 12)))
+    for (picture, best_three), (_, visual) in zip(few, plus, strict=True):
+        places = [place for place, *_ in scored_places(picture)]
+        if len(places) == 16:  # one view
+            on_grid = {place for place, on in zip(places, stride_grid(4, 4, 9).flatten(), strict=True) if on}
+            assert set(kept_places(best_three)) | on_grid <= set(kept_places(visual))
 
 
 def test_outliers() -> None:
@@ -735,7 +753,7 @@ def test_half_precision(folder: Path, name: str, dtype: str) -> None:
         ("random", dict(keep=0), "keep: expected a whole number of at least 1, got 0"),
         ("random", dict(per="row"), "per: expected 'picture', 'map' or 'tile', got 'row'"),
         ("random", dict(seed=-1), "seed: expected a whole number from 0"),
-        ("uniform", dict(seed=1), "seed: not an option of sampler 'uniform'; its options: keep, per, ratio"),
+        ("uniform", dict(per="tile"), "per: not an option of sampler 'uniform'; its options: keep, ratio"),
         ("similarity", dict(flip=1), "flip: expected True or False, got 1"),
         ("avgpool", dict(window=0), "window: expected a whole number from 1 to 24, got 0"),
         ("maxpool", dict(thumbnail="no"), "thumbnail: expected 'keep', 'compress' or 'drop', got 'no'"),

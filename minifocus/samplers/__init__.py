@@ -21,7 +21,7 @@ from .hired import HiRED, HiREDOptions
 from .hooks import BeforeLLM, InsideLLM, PictureFeatures, Samplers, Selection, VisualTokens, uncompressed
 from .pooling import Pooling, PoolingOptions
 from .prumerge import PruMerge, PruMergeOptions
-from .pruning import PruningOptions
+from .pruning import Budget
 from .pyramiddrop import PyramidDrop, PyramidDropOptions
 from .similarity import Similarity, SimilarityOptions
 from .text_guided import TextGuidedOptions, TextGuidedSampler
@@ -59,7 +59,7 @@ _METHODS: dict[str, tuple[type, Callable[[Any, Config], Samplers]]] = {
     "avgpool": (PoolingOptions, lambda options, config: Samplers(Pooling(options, config, "mean"))),
     "maxpool": (PoolingOptions, lambda options, config: Samplers(Pooling(options, config, "max"))),
     "random": (RandomOptions, lambda options, config: Samplers(Random(options))),
-    "uniform": (PruningOptions, lambda options, config: Samplers(Uniform(options))),
+    "uniform": (Budget, lambda options, config: Samplers(Uniform(options))),
     "similarity": (SimilarityOptions, lambda options, config: Samplers(Similarity(options))),
     "fastervlm": (FasterVLMOptions, lambda options, config: Samplers(FasterVLM(options, config))),
     "vtc-cls": (VTCCLSOptions, lambda options, config: Samplers(VTCCLS(options, config))),
