@@ -369,6 +369,14 @@ def turn_alone(example: Example, turn: int) -> Example:
 SIZES = [[(57, 91)], [(30, 90), (100, 31)], [], [(50, 50), (1, 400)]]  # the last leaves a map without rows
 
 
+def test_maps_without_regions_have_no_balance_loss(folder: Path) -> None:
+    model = minifocus.load(folder, "focus")
+    if model.config.anyres:
+        task = AnswerObjective(model, Objective(), 0).train()
+        loss, figures = task(collate([random_example(model, [(1, 400)], 0)]), 7, 5)
+        assert bool(loss.isfinite()) and "balance_loss" not in figures
+
+
 def test_chat_turns_are_the_plain_causal_forward(folder: Path) -> None:
     """Every answer's token counts and nothing else: against cross-entropy token by token from `model(...)`."""
     model = minifocus.load(folder, "none")

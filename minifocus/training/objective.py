@@ -96,7 +96,7 @@ class AnswerObjective(nn.Module):
             "tokens": float(output.share.mean()),
             "tokens_entered": float(output.entered.mean()),
         }
-        logits = [p.logits for own in output.pictures for p in own if p.logits is not None]
+        logits = [p.logits for own in output.pictures for p in own if p.logits is not None and len(p.logits)]
         if isinstance(self.model.before_llm, VisionGuidedSampler):
             # Where the selector alone is trained and no picture was pooled, nothing else has a gradient to go back from.
             loss = loss + 0.0 * sum(p.float().sum() for p in self.model.before_llm.parameters() if p.requires_grad)
