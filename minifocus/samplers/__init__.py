@@ -125,8 +125,8 @@ def _vision_guided(config: Config, folder: Path, given: Mapping[str, object]) ->
         full = VisionGuidedOptions(**options)  # type: ignore[arg-type]
         _log.warning("selector='variance' is a training-free stand-in for FocusLLaVA's learned selector")
         return VisionGuidedSampler(VarianceSelector(len(pools_for(full.window, full.branches))), full)
-    if selector is not None and not isinstance(selector, str | Path):
-        raise InputError(f"selector: expected 'variance' or a file's path, got {selector!r}")
+    if selector is not None and not (isinstance(selector, str | Path) and Path(selector).is_file()):
+        raise InputError(f"selector: expected 'variance' or a selector's file, got {selector!r}")
     file = Path(selector) if selector is not None else folder / SELECTOR_FILE
     if not file.is_file():
         raise CheckpointError(

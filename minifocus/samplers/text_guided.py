@@ -14,6 +14,7 @@ from ..ops import importance, select_top_p
 from ..rows import Rows
 from .hooks import Selection
 from .inside import pictures_of
+from .pruning import check_share, check_whole
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,9 @@ class TextGuidedOptions:
     rope: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float) or not 0 < self.gamma <= 1:
-            raise InputError(f"gamma: expected a number above 0 and at most 1, got {self.gamma!r}")
-        if self.keep is not None and (type(self.keep) is not int or self.keep < 1):
-            raise InputError(f"keep: expected a whole number of at least 1, got {self.keep!r}")
+        check_share("gamma", self.gamma)
+        if self.keep is not None:
+            check_whole("keep", self.keep, 1, 2**31)
         if self.text not in ("instruction", "all", "last"):
             raise InputError(f"text: expected 'instruction', 'all' or 'last', got {self.text!r}")
         if not isinstance(self.rope, bool):
@@ -50,9 +50,7 @@ class TextGuidedSampler:
     def __init__(self, options: TextGuidedOptions, config: TextConfig):
         self.options, self.config = options, config
         depth = config.num_hidden_layers
-        self.layer = depth // 4 if options.layer is None else options.layer
-        if type(self.layer) is not int or not 0 <= self.layer < depth:
-            raise InputError(f"layer: expected a whole number from 0 to {depth - 1}, got {options.layer!r}")
+        self.layer = check_whole("layer", depth // 4 if options.layer is None else options.layer, 0, depth - 1)
 
     def text_tokens(self, rows: Rows, row: int, picture_end: int) -> torch.Tensor:
         """The columns of `row` whose attention counts for a picture that ends before column `picture_end`."""
