@@ -74,7 +74,7 @@ def _boxes(size: tuple[int, int], trace: PictureTrace) -> list[tuple[int, tuple[
             continue
         row, column = divmod(cell, width)
         down, across = trace.extent[number].tolist()
-        bottom, right = min(row + down, height), min(column + across, width)
+        bottom, right = row + down, column + across
         boxes.append(
             (
                 number,

@@ -132,6 +132,43 @@ def test_tokens_stand_region_by_region_with_a_newline_after_each_row_of_regions(
     assert visual.choice is not None and visual.choice.flatten().tolist() == [n % 3 for n in range(number)]
 
 
+@pytest.mark.parametrize("thumbnail", ["keep", "compress"])
+def test_extents_cover_every_cell_once(thumbnail: Any) -> None:
+    options = VisionGuidedOptions(window=8, thumbnail=thumbnail)
+    sampler = VisionGuidedSampler(VarianceSelector(3), options).eval()
+    for height, width in ((9, 14), (3, 1), (0, 5), (5, 0)):
+        visual = sampler(features(height, width), torch.zeros(0, 6))
+        covered = torch.zeros(height, width)
+        for cell, (down, across) in zip(
+            visual.layout.cells(visual.source).tolist(), visual.extent.tolist(), strict=True
+        ):
+            if cell >= 0:
+                row, column = divmod(cell, width)
+                assert row + down <= height and column + across <= width
+                covered[row : row + down, column : column + across] += 1
+        assert bool((covered == 1).all())
+
+
+def test_the_selector_computes_in_float32_under_autocast() -> None:
+    selector = LinearSelector(16, 3)
+    torch.nn.init.normal_(selector.weight)
+    sampler, picture = VisionGuidedSampler(selector, VisionGuidedOptions()), features(9, 6)
+    with torch.no_grad():
+        for mode in (True, False):
+            plain = sampler.train(mode)(picture, torch.zeros(0, 6))
+            with torch.autocast("cpu", torch.bfloat16):
+                under = sampler(picture, torch.zeros(0, 6))
+            assert torch.equal(under.tokens, plain.tokens)
+            assert not mode or torch.equal(under.logits, plain.logits)
+
+
+def test_a_default_device_is_not_that_of_the_grid() -> None:
+    sampler = VisionGuidedSampler(LinearSelector(16, 3), VisionGuidedOptions()).eval()
+    picture, text = features(9, 6), torch.zeros(0, 6)
+    with torch.device("meta"):
+        sampler(picture, text)
+
+
 def test_ties_go_to_the_coarsest_branch() -> None:
     visual = VisionGuidedSampler(LinearSelector(16, 3), VisionGuidedOptions()).eval()(features(8, 8), torch.zeros(0, 6))
     assert visual.choice is not None and visual.choice.tolist() == [[0, 0], [0, 0]]
@@ -421,16 +458,21 @@ def test_no_selector_is_an_error_that_names_the_ways_out(folder: Path) -> None:
         ("text", dict(gamma=1.01), "gamma: expected .* got 1.01"),
         ("text", dict(gamma=math.nan), "gamma: expected .* got nan"),
         ("text", dict(gamma="0.5"), "gamma: expected .* got '0.5'"),
-        ("text", dict(keep=0), "keep: expected a whole number of at least 1, got 0"),
+        ("text", dict(keep=0), "keep: expected a whole number from 1 to 2147483648, got 0"),
+        ("text", dict(keep=10**30), "keep: expected a whole number from 1 to 2147483648, got 10000"),
         ("text", dict(layer=4), "layer: expected a whole number from 0 to 3, got 4"),
         ("text", dict(layer=-1), "layer: expected .* got -1"),
         ("text", dict(text="some"), "text: expected 'instruction', 'all' or 'last', got 'some'"),
         ("text", dict(rope=1), "rope: expected True or False, got 1"),
         ("vision", dict(selector="variance", window=3), "window: expected one of .* got 3"),
+        ("vision", dict(selector="variance", window=4.0), "window: expected one of .* got 4.0"),
+        ("vision", dict(selector="variance", window=True), "window: expected one of .* got True"),
         ("vision", dict(selector="variance", branches=5), "branches: expected 3 or 7, got 5"),
+        ("vision", dict(selector="variance", branches=[3]), r"branches: expected 3 or 7, got \[3\]"),
         ("vision", dict(selector="variance", score_pool="sum"), "score_pool: expected"),
         ("vision", dict(selector="variance", thumbnail="maybe"), "thumbnail: "),
-        ("vision", dict(selector=7), "selector: expected 'variance' or a file's path, got 7"),
+        ("vision", dict(selector=7), "selector: expected 'variance' or a selector's file, got 7"),
+        ("vision", dict(selector="nofile"), "selector: expected 'variance' or a selector's file, got 'nofile'"),
         ("vision", dict(selector="variance", straight_through=None), "straight_through: expected"),
     ],
 )
@@ -461,7 +503,7 @@ def test_bad_selector_files(folder: Path, tmp_path: Path) -> None:
             minifocus.load(folder, sampler="vision", selector=file)
         assert "s.safetensors" in str(error.value) or message.startswith("window")
 
-    refused("no trained selector")
+    refused("selector: expected 'variance' or a selector's file")
     file.write_bytes(b"nonsense")
     refused("not a readable selector")
     save_file({"weight": torch.zeros(3, 16), "bias": torch.zeros(3)}, file)

@@ -56,9 +56,9 @@ class VisionGuidedOptions:
     straight_through: bool = False
 
     def __post_init__(self) -> None:
-        if self.window not in WINDOWS:
+        if type(self.window) is not int or self.window not in WINDOWS:
             raise InputError(f"window: expected one of {WINDOWS}, got {self.window!r}")
-        if self.branches not in _POOLS:
+        if type(self.branches) is not int or self.branches not in _POOLS:
             raise InputError(f"branches: expected 3 or 7, got {self.branches!r}")
         if self.score_pool not in ("max", "mean"):
             raise InputError(f"score_pool: expected 'max' or 'mean', got {self.score_pool!r}")
@@ -98,15 +98,17 @@ class LinearSelector(nn.Module):
     def forward(self, regions: torch.Tensor, exists: torch.Tensor, thumbnail: torch.Tensor) -> torch.Tensor:
         pooled = pool_regions(regions, exists, self.score_pool)
         pooled = pooled.to(wide(pooled.dtype))
-        if self.training:
-            score = pooled @ thumbnail.to(pooled.dtype).T / math.sqrt(pooled.shape[-1])
-            return F.linear(score, self.weight.to(pooled.dtype), self.bias.to(pooled.dtype))
-        return torch.addmm(self.bias.to(pooled.dtype), pooled, self.fold(thumbnail).T)
+        with torch.autocast(pooled.device.type, enabled=False):  # which would round the products
+            if self.training:
+                score = pooled @ thumbnail.to(pooled.dtype).T / math.sqrt(pooled.shape[-1])
+                return F.linear(score, self.weight.to(pooled.dtype), self.bias.to(pooled.dtype))
+            return torch.addmm(self.bias.to(pooled.dtype), pooled, self.fold(thumbnail).T)
 
     def fold(self, thumbnail: torch.Tensor) -> torch.Tensor:
         """X_g [G, C] → W·X_g / √C [S, C], in float32 (float64 for float64)."""
         dtype = wide(thumbnail.dtype)
-        return self.weight.to(dtype) @ thumbnail.to(dtype) / math.sqrt(thumbnail.shape[-1])
+        with torch.autocast(thumbnail.device.type, enabled=False):
+            return self.weight.to(dtype) @ thumbnail.to(dtype) / math.sqrt(thumbnail.shape[-1])
 
 
 class VarianceSelector(nn.Module):
@@ -200,7 +202,7 @@ class VisionGuidedSampler(BeforeLLM):
     def sample_map(self, x: torch.Tensor, thumbnail: torch.Tensor) -> _SampledMap:
         """A map [H, W, C] → its pooled tokens, region after region."""
         window, pools, selector = self.options.window, self.pools, self.selector
-        cells, grid = x.flatten(0, 1), torch.tensor([x.shape[:2]])
+        cells, grid = x.flatten(0, 1), torch.tensor([x.shape[:2]], device="cpu")
         thumbnail = thumbnail.flatten(0, 1)
         logits = None
         if isinstance(selector, LinearSelector) and selector.score_pool == "max" and not self.training:
@@ -212,6 +214,11 @@ class VisionGuidedSampler(BeforeLLM):
             weight = self._weight(logits, choice, x.dtype) if self.training else None
             tokens, source, offsets = region_pool(cells, grid, choice, window, pools, weight)
         extent = torch.tensor(pools, device=choice.device)[choice.repeat_interleave(offsets.diff())]
+        (height, width), across = x.shape[:2], max(x.shape[1], 1)
+        left = torch.stack(
+            [height - source // across, width - source % across], dim=-1
+        )  # from there to the map's edges
+        extent = extent.minimum(left)
         return _SampledMap(tokens, source, extent, offsets, choice, logits)
 
     def _weight(self, logits: torch.Tensor, choice: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
