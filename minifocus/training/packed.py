@@ -72,8 +72,8 @@ class Output:
     logits    [targets, V], for each token of an answer
     targets   [targets] int64
     pictures  per example, per picture: its tokens as they entered the decoder, the selector's logits among them
-    share     [B] float, the visual tokens that a turn sees, over all layers, as a share of the uncompressed ones; 1
-              where there is no picture
+    share     [B] float, the visual tokens that a turn sees, on average over the example's turns and all layers, as a share
+              of the uncompressed ones; 1 where there is no picture
     entered   [B] float, those that enter the decoder, likewise
     """
 
@@ -100,6 +100,8 @@ def forward(model: Llava, batch: Batch, guidance: Guidance, independent: bool = 
     items = _items(packed, _at(labels, packed, 0) != NO_LABEL, model.inside_llm)
     full = torch.tensor([sum(v.layout.num_tokens for v in own) for own in pictures])
     entered = (packed.picture >= 0).sum(dim=1).cpu()
+    turns = torch.arange(packed.seen.shape[1], device=device)
+    own = (turns <= packed.turn.amax(dim=1, keepdim=True)) | (turns == 0)  # [B, T], the turns that an example has
     seen = []
     leaving: list[torch.Tensor] = []  # what a selection at the layer before keeps
 
@@ -118,7 +120,7 @@ def forward(model: Llava, batch: Batch, guidance: Guidance, independent: bool = 
             elif selection is not None:
                 rows = replace(rows, valid=rows.valid & selection.kept)
         visual = (rows.picture >= 0) & rows.valid
-        seen.append((rows.seen & visual[:, None]).sum(dim=2).float().mean(dim=1))
+        seen.append(((rows.seen & visual[:, None]).sum(dim=2) * own).sum(dim=1) / own.sum(dim=1))
         return rows
 
     is_target = following != NO_LABEL
