@@ -28,7 +28,6 @@ import minifocus
 from minifocus import cards
 from minifocus.conversations import asked_alone, read_conversations
 from minifocus.samplers import SELECTOR_FILE
-from minifocus.samplers.text_guided import TextGuidedSampler
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
 from minifocus.training.curve import draw_curve
 from minifocus.training.examples import Batches, CardScenes, Source
@@ -216,9 +215,6 @@ def load_model(arguments: argparse.Namespace, fresh: set[str], device: torch.dev
         model.before_llm = VisionGuidedSampler(selector, full).to(device)
     else:
         model = minifocus.load(arguments.model, sampler, device, "float32", **options)
-    if not (model.inside_llm is None or isinstance(model.inside_llm, TextGuidedSampler)):
-        # It would follow one token of one turn, where a conversation has many.
-        raise minifocus.InputError(f"--sampler: {sampler!r} acts inside the language model and is not for training")
     if "projector" in fresh:
         torch.manual_seed(arguments.seed)
         for layer in (model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2):

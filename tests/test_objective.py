@@ -597,6 +597,22 @@ def test_who_looks_at_whom(seed: int, size: int, turns: int, independent: bool) 
                 assert mask[row, 0, who, whom] == (who == whom or (whom < who and bool(looks)))
 
 
+def test_the_share_of_tokens_is_that_of_an_example_s_own_turns(folder: Path) -> None:
+    model = minifocus.load(folder, "text")
+    one, three = (random_example(model, [(57, 91)], 70, turns=turns) for turns in (1, 3))
+    with torch.no_grad():
+        alone = forward(model, collate([one]), Guidance([False], [1], [0.4]))
+        beside = forward(model, collate([one, three]), Guidance([False] * 2, [1, 1], [0.4] * 2))
+    assert float(alone.share[0]) < 1
+    assert float(beside.share[0]) == pytest.approx(float(alone.share[0]))
+
+
+def test_samplers_that_are_not_for_training_are_refused(folder: Path) -> None:
+    for name in ("fastv", "aim"):
+        with pytest.raises(minifocus.InputError, match="sampler: .* acts inside the language model and is not for"):
+            AnswerObjective(minifocus.load(folder, name), Objective(), 0)
+
+
 class DropFirst:
     """Another method inside the decoder: before layer 2, the first token of every picture goes."""
 

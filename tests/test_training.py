@@ -620,7 +620,7 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--branches", 5, "--fresh", "selector"], "branches: expected 3 or 7, got 5"),
     (["--thumbnail", "drop", "--sampler", "text"], "--thumbnail: sampler 'text' has no such option"),
     (["--straight-through", "--sampler", "none"], "--straight-through: sampler 'none' has no such option"),
-    (["--sampler", "fastv"], "--sampler: 'fastv' acts inside the language model and is not for training"),
+    (["--sampler", "fastv"], "sampler: FastV acts inside the language model and is not for training"),
     (["--sampler", "random", "--option", "window=2"], "window: not an option of sampler 'random'"),
     (["--fresh", "selector", "--option", "gamma=0.5"], "--option: a new selector has branches, score_pool,"),
     (["--window", "2", "--option", "window=4"], "--option: expected NAME=VALUE, each name once, got 'window=4'"),

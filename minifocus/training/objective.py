@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
+from ..samplers.text_guided import TextGuidedSampler
 from ..samplers.vision_guided import VisionGuidedSampler, balance_loss
 from .examples import Batch
 from .packed import Guidance, forward
@@ -67,10 +68,14 @@ def draw_guidance(objective: Objective, depth: int, seed: int, position: int, si
 
 
 class AnswerObjective(nn.Module):
-    """A model with its loss. Parameters: the model's, under `model.`."""
+    """A model with its loss. Parameters: the model's, under `model.`. InputError for a sampler that is not for training."""
 
     def __init__(self, model: Llava, objective: Objective, seed: int):
         super().__init__()
+        if not (model.inside_llm is None or isinstance(model.inside_llm, TextGuidedSampler)):
+            # It would follow one token of one turn, where a conversation has many.
+            name = type(model.inside_llm).__name__
+            raise InputError(f"sampler: {name} acts inside the language model and is not for training")
         self.model, self.objective, self.seed = model, objective, seed
         before, weights = model.before_llm, objective.scale_weights
         self.scale_weights: torch.Tensor | None = None
