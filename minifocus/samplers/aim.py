@@ -8,8 +8,8 @@ logits are sharpened tenfold (in each head every token passes what it has to tho
 the score is the root mean square over heads), and so many stay that layer `end` sees none, falling in equal steps.
 
 The public code forgets in a second pass of merging how many tokens one is made of, and puts those that were not merged
-first. Here a token weighs as much as it is made of, and the order stays. It also lets dropped tokens pass on what they
-begin with; here they are gone.
+first; inside, its dropped tokens still pass on what they begin with. Here a token weighs as much as it is made of, the
+order stays, and dropped tokens are gone.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def last_block(config: Config) -> int:
 
 
 def reachable_block(config: Config) -> int:
-    """The last block whose input the model computes: the one after, where the tower has it."""
+    """The last block whose input is computed: the first that is not run, where the tower has one."""
     return min(max(config.feature_layers), config.vision.num_hidden_layers - 1)
 
 
