@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .config import Config, read_json
 from .errors import CheckpointError
@@ -196,18 +196,18 @@ def _finite(value: torch.Tensor) -> bool:
     return bool(value.sum(dtype=torch.float32).isfinite()) or bool(value.isfinite().all())
 
 
-@contextmanager
-def _without_initialisation() -> Iterator[None]:
-    """Modules made inside get no random values: on the meta device those cost more than a second of imports alone."""
-    kinds: tuple[Any, ...] = (nn.Linear, nn.Embedding, nn.Conv2d, nn.LayerNorm)
-    originals = [kind.reset_parameters for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.reset_parameters = lambda self: None
-        yield
-    finally:
-        for kind, original in zip(kinds, originals, strict=True):
-            kind.reset_parameters = original
+class _WithoutInitialisation(TorchFunctionMode):
+    """Modules made inside get no random values: on the meta device those cost more than a second of imports alone.
+
+    It holds for the thread that enters it: others, which may be loading or making modules too, are not touched.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def load_model(
@@ -226,7 +226,7 @@ def load_model(
     """
     found = read_headers(folder)
     check_layer_counts(found, config, folder)
-    with torch.device("meta"), _without_initialisation():
+    with torch.device("meta"), _WithoutInitialisation():
         model = build()
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     tied = config.tie_word_embeddings

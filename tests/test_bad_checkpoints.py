@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -401,6 +402,23 @@ def test_older_rope_scaling_wins_over_rope_parameters(folder: Path) -> None:
 def test_wrong_arguments(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(minifocus.InputError, match=message):
         minifocus.load(folder, sampler="none", **options)
+
+
+def test_loading_leaves_other_threads_their_initialisation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules that another thread makes while a model is loaded get their random values, on their own device."""
+    made: list[torch.nn.Linear] = []
+
+    class Watched(minifocus.Llava):
+        def __init__(self, *arguments: Any):
+            thread = threading.Thread(target=lambda: made.append(torch.nn.Linear(64, 64)))
+            thread.start()
+            thread.join()
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("minifocus.model.Llava", Watched)
+    minifocus.load(folder, sampler="none")
+    (linear,) = made
+    assert linear.weight.device.type == "cpu" and 0.05 < float(linear.weight.detach().std()) < 0.1  # 1/8/√3
 
 
 def test_progress_ends_at_the_whole(folder: Path) -> None:
