@@ -275,6 +275,20 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-5)
 
 
+def test_text_alone_behind_a_frozen_decoder(tmp_path: Path) -> None:
+    """Micro-batches that reach nothing that is trained add nothing, in one process as in two."""
+    file = write_data(tmp_path, text_only=5)
+    arguments = ["--data", file, "--stage", "align", "--steps", 2, "--batch", 4, "--micro-batch", 1, "--max-turns", 2]
+    arguments += ["--log-every", 1, "--device", "cpu"]
+    done = train("--out", tmp_path / "one", *arguments)
+    assert done.code == 0, done.err
+    run(ROOT / "examples/train.py", "--out", tmp_path / "two", *arguments, processes=2)
+    one, two = (weights(tmp_path / name / "model") for name in ("one", "two"))
+    assert largest_difference(one, two) <= 1e-5
+    start = {name: value for name, value in weights(TINY).items() if part_of(name) != "selector"}
+    assert {part_of(name) for name in changed(start, one)} == {"projector"}
+
+
 TOY = """
 import json, sys, types
 from pathlib import Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -103,7 +104,7 @@ class AnswerObjective(nn.Module):
         }
         logits = [p.logits for own in output.pictures for p in own if p.logits is not None and len(p.logits)]
         if isinstance(self.model.before_llm, VisionGuidedSampler):
-            # Where the selector alone is trained and no picture was pooled, nothing else has a gradient to go back from.
+            # Where no picture was pooled, the selector's gradient is 0 and not absent: its optimiser goes on as ever.
             loss = loss + 0.0 * sum(p.float().sum() for p in self.model.before_llm.parameters() if p.requires_grad)
             if logits:
                 scores = torch.cat(logits).float()
@@ -114,4 +115,8 @@ class AnswerObjective(nn.Module):
                 figures["balance_loss"] = float(balance.detach())
                 for (down, across), share in zip(self.model.before_llm.pools, shares, strict=True):
                     figures[f"scale_{down}x{across}"] = share
+        if not loss.requires_grad:
+            # Text alone behind a frozen decoder reaches nothing that is trained: the step goes on, with a gradient of 0.
+            trained = (p for p in self.model.parameters() if p.requires_grad)
+            loss = loss + sum(0.0 * p.float().sum() for p in islice(trained, 1))
         return loss, figures
