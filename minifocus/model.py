@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from . import generate as generation
@@ -345,11 +346,20 @@ class Llava(nn.Module):
         self.inside_llm = method.inside
 
     def save(self, folder: str | PathLike[str]) -> None:
-        """Write the model as `load` takes it: weights, the other files of the folder it came from, a learned selector."""
+        """Write the model as `load` takes it: weights, the other files of the folder it came from, a learned selector.
+
+        Without a learned selector, one that lies in another model's folder goes, one in this model's own stays. Raises
+        CheckpointError where the folder it came from is gone, and InputError for one that cannot be written.
+        """
         target = Path(folder)
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("before_llm.")}
-        save_model(state, self.folder, target, self.config.tie_word_embeddings)
-        samplers.save(self.before_llm, target)
+        learned = self.before_llm is not None and next(self.before_llm.parameters(), None) is not None
+        try:
+            save_model(state, self.folder, target, self.config.tie_word_embeddings)
+            if learned or target.resolve() != self.folder.resolve():
+                samplers.save(self.before_llm, target)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{target}: expected a folder that can be written: {error}") from error
 
     # ---- questions and answers (generate.py) ----
 
@@ -416,7 +426,10 @@ def load(
     A folder without a tokenizer loads; only text asks for it. Raises CheckpointError for a bad folder and InputError for
     a bad argument.
     """
-    folder = Path(folder)
+    try:
+        folder = Path(folder)
+    except TypeError:
+        raise InputError(f"folder: expected a path, got {folder!r}") from None
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: expected the folder of a model, found {'a file' if folder.exists() else 'nothing'}"
@@ -435,7 +448,8 @@ def load(
 
     model = load_model(lambda: Llava(config), config, folder, target, resolved_dtype, check_finite, progress)
     model = cast(Llava, model)
-    model.image_processor, model.tokenizer, model.folder = processor, tokenizer, folder
+    # `save` and `set_sampler` read from it again, wherever the process works by then.
+    model.image_processor, model.tokenizer, model.folder = processor, tokenizer, folder.absolute()
     model.template = detect_template(tokenizer, config.text.model_type)
     model._use(method)
     return model
@@ -445,6 +459,6 @@ def _device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device: {str(name)!r} is not usable here: {str(error).splitlines()[0]}") from error
     return device

@@ -248,6 +248,8 @@ def load_model(
     return model.eval()
 
 
+# What holds weights: of these files, those that a save has not written are stale.
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 # What `save_model` takes over from the folder that a model came from, where it is there.
 COMPANIONS = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
@@ -262,12 +264,12 @@ def save_model(
     """Write a folder in Hugging Face's layout: `state`, by this package's names, and the other files of `source`.
 
     The names are those of a fresh `save_pretrained`, so transformers loads it as well. Each tensor is stored in its own
-    dtype. A tied head is left out. More than `shard_bytes` become several files with an index.
+    dtype; config.json names the embeddings'. A tied head is left out. More than `shard_bytes` become several files with an
+    index. Weights that are there are replaced once the new ones are whole. Raises CheckpointError where `source` has no
+    config.json, OSError and SafetensorError where `folder` cannot be written.
     """
+    config = read_json(source / "config.json")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in COMPANIONS:
-        if (source / name).is_file() and source.resolve() != folder.resolve():
-            shutil.copyfile(source / name, folder / name)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if not (tied and name == HEAD)}
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
@@ -277,15 +279,41 @@ def save_model(
             size = 0
         shards[-1][name] = value
         size += value.nbytes
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()
+    weights = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-    index = {"metadata": {"total_size": sum(v.nbytes for v in tensors.values())}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        weights = ["model.safetensors"]
+    written = {name: folder / f"{name}.tmp" for name in weights}
+    try:
+        for name, shard in zip(weights, shards, strict=True):
+            save_file(shard, written[name], metadata={"format": "pt"})
+        texts = {}
+        if len(shards) > 1:
+            weight_map = {key: name for name, shard in zip(weights, shards, strict=True) for key in shard}
+            total = sum(value.nbytes for value in tensors.values())
+            texts["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        if _set_dtype(config, str(state[EMBEDDINGS].dtype).removeprefix("torch.")):
+            texts["config.json"] = config
+        for name, fields in texts.items():
+            written[name] = folder / f"{name}.tmp"
+            written[name].write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        for name in COMPANIONS if source.resolve() != folder.resolve() else ():
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+        for name, unfinished in written.items():
+            unfinished.replace(folder / name)
+    finally:
+        for unfinished in written.values():
+            unfinished.unlink(missing_ok=True)
+    for old in folder.iterdir():
+        if WEIGHTS.fullmatch(old.name) and old.name not in written:
+            old.unlink()
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
+    """Have a config.json name `dtype` wherever it names one; whether that changed anything."""
+    changed = False
+    for section in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
+        for key in ("dtype", "torch_dtype"):
+            if section.get(key) not in (None, dtype):
+                section[key], changed = dtype, True
+    return changed

@@ -397,11 +397,13 @@ def test_older_rope_scaling_wins_over_rope_parameters(folder: Path) -> None:
         (dict(dtype=torch.int8), "dtype: expected one of"),
         (dict(device="abacus"), "device: 'abacus' is not usable here"),
         (dict(device="cuda:99"), "device: 'cuda:99' is not usable here"),
+        (dict(device=None), "device: 'None' is not usable here"),
+        (dict(folder=None), "folder: expected a path, got None"),
     ],
 )
 def test_wrong_arguments(folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(minifocus.InputError, match=message):
-        minifocus.load(folder, sampler="none", **options)
+        minifocus.load(**{"folder": folder, "sampler": "none", **options})
 
 
 def test_loading_leaves_other_threads_their_initialisation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
