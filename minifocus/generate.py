@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +15,7 @@ from PIL import Image
 from .errors import CheckpointError, InputError
 from .image import open_image
 from .llama import LayerCache
-from .prompt import build_prompt
+from .prompt import TEMPLATES, build_prompt
 from .rows import Rows
 from .samplers import VisualTokens
 from .samplers.hooks import Layout
@@ -66,8 +67,14 @@ class PictureTrace:
 @dataclass(frozen=True)
 class Answer:
     """
+    text          without special tokens, and without white space at either end
+    token_ids     as they were chosen, without the token that ended the answer
+    tokens        visual tokens of the prompt, see `TokenCounts`
     finish        "stop" when the model ended its answer, "length" at max_new_tokens or the context's end
     layer_tokens  how many tokens, text and all, each decoder layer read of the prompt
+    prefill_seconds, decode_seconds
+                  to open and read the prompts, and to answer them: of a batch, those of the whole batch in each answer
+    pictures      what became of each of the prompt's pictures
     """
 
     text: str
@@ -105,6 +112,8 @@ class Options:
             raise InputError(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
         if self.seed is not None and (type(self.seed) is not int or not -(2**63) <= self.seed < 2**63):
             raise InputError(f"seed: expected a 64-bit whole number, got {self.seed!r}")
+        if self.template not in (None, *TEMPLATES):
+            raise InputError(f"template: expected one of {', '.join(TEMPLATES)}, got {self.template!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -119,28 +128,28 @@ def answer_batch(model: Llava, images: Sequence[Images], prompts: Sequence[str],
     return run.answers()
 
 
-class Stream:
-    """Iterates over one answer's text as it is made; `.answer` holds the whole once the iteration is over.
+class Stream(Iterator[str]):
+    """Iterates, once, over one answer's text as it is made; `.answer` holds the whole when the iteration is over.
 
     The pieces joined, without white space at either end, are the answer's text.
     """
 
     def __init__(self, model: Llava, image: Images, prompt: str, **options: object):
-        self._run = _Run(model, [image], [prompt], options)
-        self._pieces = self._generate()
+        self._pieces = self._generate(_Run(model, [image], [prompt], options))
         self.answer: Answer | None = None
 
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
+    def __next__(self) -> str:
+        return next(self._pieces)
 
-    def _generate(self) -> Iterator[str]:
-        decoder = StreamDecoder(self._run.tokenizer)
-        for (token,) in self._run.steps():
+    def _generate(self, run: _Run) -> Iterator[str]:
+        """A generator's variables, the run with its caches among them, go when it ends."""
+        decoder = StreamDecoder(run.tokenizer)
+        for (token,) in run.steps():
             if token is not None and (piece := decoder.push(token)):
                 yield piece
         if piece := decoder.flush():
             yield piece
-        self.answer = self._run.answers()[0]
+        self.answer = run.answers()[0]
 
 
 class _Run:
@@ -155,7 +164,10 @@ class _Run:
             raise InputError(f"{unknown}: not an option of generation; its options: {known}") from None
         if model.tokenizer is None:
             raise CheckpointError(f"{model.folder}: has no tokenizer.json or tokenizer.model, which text needs")
-        if isinstance(prompts, str) or not len(prompts) or len(images) != len(prompts):
+        for name, value in (("images", images), ("prompts", prompts)):
+            if isinstance(value, str) or not isinstance(value, Sequence):
+                raise InputError(f"{name}: expected a list with one for each answer, got {type(value).__name__}")
+        if not prompts or len(images) != len(prompts):
             raise InputError(f"images and prompts: expected as many of each, got {len(images)} and {len(prompts)}")
         self.model, self.tokenizer = model, model.tokenizer
         self.template = self.options.template or model.template
@@ -226,6 +238,7 @@ class _Run:
     def _prefill(self) -> torch.Tensor:
         started = time.perf_counter()
         model, inputs = self.model, self._inputs
+        self._inputs = []  # the pixels need not stay for as long as the answer is made
         longest = max(len(i.ids) for i in inputs)
         ids = torch.zeros(len(inputs), longest, dtype=torch.int64)
         mask, instruction = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
@@ -234,12 +247,13 @@ class _Run:
             ids[row, begin:], mask[row, begin:], instruction[row, begin:] = one.ids, True, one.instruction
         device = model.device
         tiles, sizes = [t for i in inputs for t in i.tiles], [s for i in inputs for s in i.sizes]
-        pictures = model.encode_pictures(tiles, sizes, model.before_llm)
         mask, instruction = mask.to(device), instruction.to(device)
-        rows, visual = model.embed(ids.to(device), pictures, mask, instruction, model.before_llm)
-        del pictures
-        self.caches = [LayerCache() for _ in range(model.config.text.num_hidden_layers)]
-        self.prefill: Prefill = model.prefill(rows, visual, self.caches, last=1)
+        with _as_at_inference(model):
+            pictures = model.encode_pictures(tiles, sizes, model.before_llm)
+            rows, visual = model.embed(ids.to(device), pictures, mask, instruction, model.before_llm)
+            del pictures
+            self.caches = [LayerCache() for _ in range(model.config.text.num_hidden_layers)]
+            self.prefill: Prefill = model.prefill(rows, visual, self.caches, last=1)
         self.positions = self.prefill.rows.positions[:, -1]
         logits = model.language_model.lm_head(self.prefill.rows.hidden[:, -1]).float().cpu()
         self.prefill_seconds += time.perf_counter() - started
@@ -302,6 +316,19 @@ def _as_list(image: Images) -> list[Picture]:
     raise InputError(f"image: expected a path, a PIL image or a list of them, got {type(image).__name__}")
 
 
+@contextmanager
+def _as_at_inference(model: Llava) -> Iterator[None]:
+    """For a model in training, whose sampler would answer otherwise (Eq. 2's factor); its mode is what it was after it."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @dataclass(frozen=True)
 class _Input:
     ids: torch.Tensor
@@ -357,7 +384,7 @@ def _trace(prefill: Prefill, row: int, number: int, visual: VisualTokens) -> Pic
         mine = (rows.picture[row] == number) & rows.valid[row]
         return mine, (rows.source[row][mine] - first).cpu()
 
-    scores = torch.full((visual.layout.num_tokens,), float("nan"))
+    scores = torch.full((visual.layout.num_tokens,), float("nan"), dtype=torch.float32)
     for _, before, selection in prefill.selections:
         mine, where = places(before)
         given = selection.scores[row][mine].cpu()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from checkpoints import add_tokenizer, build, save
 from PIL import Image
 
 import minifocus
+from minifocus import generate
 from minifocus.generate import sample
+from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLERS = [("none", {}), ("text", dict(gamma=0.5)), ("vision", {}), ("focus", dict(keep=5))]
@@ -113,6 +117,44 @@ def test_stream_gives_the_answer_s_text(folder: Path, sampler: str, options: dic
 def test_streaming_leaves_inference_mode_between_pieces(folder: Path) -> None:
     for _ in load(folder).stream(picture(), "What is it?", max_new_tokens=3):
         assert not torch.is_inference_mode_enabled()
+
+
+def test_a_stream_that_is_over_holds_its_answer_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Any] = []
+    steps = generate._Run.steps
+    monkeypatch.setattr(generate._Run, "steps", lambda run: runs.append(weakref.ref(run)) or steps(run))
+    stream = load(folder).stream(picture(), "What is it?", max_new_tokens=5)
+    pieces = [next(stream)]
+    assert runs[0]() is not None and not runs[0]()._inputs  # nor the pixels, once they are read
+    pieces += stream
+    gc.collect()
+    assert runs[0]() is None
+    assert stream.answer is not None and "".join(pieces).strip() == stream.answer.text
+
+
+def test_a_model_in_training_answers_as_at_inference(folder: Path) -> None:
+    """The sampler's factor of Eq. 2 is of training alone; the model is in training again afterwards."""
+    model = load(folder, "vision")
+    model.before_llm = VisionGuidedSampler(LinearSelector(16, 3), VisionGuidedOptions()).eval()  # p is a third
+    expected = model.generate(picture(), "What is it?", max_new_tokens=20)
+    model.train()
+    model.multi_modal_projector.eval()
+    modes = [module.training for module in model.modules()]
+    answer = model.generate(picture(), "What is it?", max_new_tokens=20)
+    assert answer.token_ids == expected.token_ids and answer.tokens == expected.tokens
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_the_default_dtype_has_no_say(folder: Path) -> None:
+    model = load(folder, "focus", keep=5)
+    expected = model.generate(picture(), "What is it?", max_new_tokens=9)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        answer = load(folder, "focus", keep=5).generate(picture(), "What is it?", max_new_tokens=9)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert answer.token_ids == expected.token_ids
+    assert torch.equal(answer.pictures[0].importance.nan_to_num(-1), expected.pictures[0].importance.nan_to_num(-1))
 
 
 def test_picture_as_path_image_or_list(folder: Path, tmp_path: Path) -> None:
@@ -226,6 +268,7 @@ def test_a_tiny_temperature_is_greedy(folder: Path) -> None:
         (None, "<image>?", {}, "each of 0 pictures, got 1"),
         (picture(), "a" * 5000, {}, "more than the context length of 4096"),
         (picture(), "?", dict(template="alpaca"), "template: expected one of vicuna"),
+        (picture(), "?", dict(template=["vicuna"]), r"template: expected one of vicuna.* got \['vicuna'\]"),
         (picture(), "?", dict(max_new_tokens=0), "max_new_tokens: expected .* got 0"),
         (picture(), "?", dict(temperature=-1), "temperature: expected .* got -1"),
         (picture(), "?", dict(temperature=float("nan")), "temperature"),
@@ -247,6 +290,10 @@ def test_lists_of_different_lengths(folder: Path) -> None:
         model.generate_batch([picture(), picture()], ["?"])
     with pytest.raises(minifocus.InputError, match="as many of each"):
         model.generate_batch([], [])
+    with pytest.raises(minifocus.InputError, match="images: expected a list .* got NoneType"):
+        model.generate_batch(None, ["?"])  # type: ignore[arg-type]
+    with pytest.raises(minifocus.InputError, match="prompts: expected a list .* got NoneType"):
+        model.generate_batch([None], None)  # type: ignore[arg-type]
 
 
 def test_answers_end_with_the_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ class AnswerObjective(nn.Module):
         if isinstance(before, VisionGuidedSampler) and weights is not None:
             if len(weights) != len(before.pools):
                 raise InputError(f"scale_weights: expected {len(before.pools)}, one per scale, got {len(weights)}")
-            self.scale_weights = torch.tensor(weights) * len(weights) / sum(weights)
+            self.scale_weights = torch.tensor(weights, dtype=torch.float32) * len(weights) / sum(weights)
 
     def forward(self, batch: Batch, num_targets: int, num_batches: int) -> tuple[torch.Tensor, dict[str, float]]:
         """The part of a step's loss that this micro-batch adds, and figures to report.
