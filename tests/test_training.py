@@ -35,7 +35,7 @@ from minifocus import cards
 from minifocus.conversations import read_conversations
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, save_selector
 from minifocus.training.examples import Batches, CardScenes
-from minifocus.training.loop import Log, Settings, read_log
+from minifocus.training.loop import Log, Process, Settings, read_log
 from minifocus.training.objective import AnswerObjective, Objective, draw_guidance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,8 +182,15 @@ def test_a_run_that_is_done_stays_as_it_is_and_other_arguments_are_refused(whole
         assert done.err.startswith(f"error: {out / 'checkpoint.pt'}: of another run") and words in done.err
     assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
     (out / "checkpoint.pt").write_bytes(b"nonsense")
+    for foreign in (None, [1, 2], {"state_dict": {}}):
+        if foreign is not None:
+            torch.save(foreign, out / "checkpoint.pt")
+        done = train("--out", out, *RESUMED)
+        assert done.code == 2 and done.err.startswith(f"error: {out / 'checkpoint.pt'}: not a checkpoint of a run")
+    (out / "checkpoint.pt").unlink()
+    (out / "log.jsonl").write_text('{"step": 1}\n{"epoch": 1}\n')
     done = train("--out", out, *RESUMED)
-    assert done.code == 2 and done.err.startswith(f"error: {out / 'checkpoint.pt'}: not a checkpoint of a run")
+    assert done.code == 2 and f"{out / 'log.jsonl'}: line 2: expected an object with a step" in done.err
 
 
 def test_the_trained_folder_loads(whole: Path) -> None:
@@ -414,6 +421,25 @@ def test_the_loop_s_parts(toy: ModuleType, tmp_path: Path) -> None:
         {"step": 3, "loss": 1.23457},
     ]
     assert read_log(tmp_path / "none.jsonl") == []
+
+
+def test_what_processes_agree_on(toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They go on after the same step, and wait for the first for as long as it takes; counters stay on the CPU."""
+    toy.train(tmp_path, 4)
+    places: list[Any] = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: places.append(k["map_location"]) or load(*a, **k))
+    monkeypatch.setattr(Process, "current", lambda: Process(1, 2))
+    monkeypatch.setattr(Process, "gather", lambda self, value: [0, value])
+    with pytest.raises(minifocus.InputError, match=r"checkpoint.pt: expected one that all processes see, .* \[0, 3\]"):
+        toy.train(tmp_path, 4)
+    assert places == ["cpu"]
+
+    group = mock.Mock()
+    monkeypatch.setattr(torch.distributed, "init_process_group", group)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    Process.join(torch.device("cpu"))
+    assert group.call_args.kwargs["timeout"].total_seconds() > 3600
 
 
 # ------------------------------------------------------------------------------------------------------ every option once

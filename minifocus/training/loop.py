@@ -6,10 +6,12 @@ import ctypes
 import json
 import math
 import os
+import reprlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,7 +92,9 @@ class Process:
             # `leave`, and now and then Python aborts at its end.
             import torch._dynamo  # noqa: F401
 
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            # The others wait while the first validates or saves, on slow disks for longer than the 10 minutes that NCCL
+            # allows by itself. One that dies needs no limit: torchrun ends the others.
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
         return Process.current()
 
     @staticmethod
@@ -169,13 +173,16 @@ class Log:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without a last one that was cut off."""
+    """The lines of a log, without a last one that was cut off. Raises InputError where one is not of a run."""
     lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else (), 1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise InputError(f"{file}: line {number}: expected an object with a step, got {reprlib.repr(line)}")
+        lines.append(line)
     return lines
 
 
@@ -212,7 +219,13 @@ def fit(
     for name in ("save_every", "log_every"):
         identity.pop(name)
     trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
-    first, seconds, averages = _resume(folder / CHECKPOINT, trained, optimizers, identity, device)
+    first, seconds, averages = _resume(folder / CHECKPOINT, trained, optimizers, identity)
+    begins = process.gather(first)
+    if len(set(begins)) > 1:
+        raise InputError(
+            f"{folder / CHECKPOINT}: expected one that all processes see, got runs that go on after {begins} steps: "
+            "the folder must be on a disk that they share"
+        )
     log = Log(folder / LOG, first) if process.rank == 0 else None
     wrapped: nn.Module = task
     if process.count > 1:
@@ -308,15 +321,19 @@ def _resume(
     trained: dict[str, nn.Parameter],
     optimizers: Sequence[torch.optim.Optimizer],
     identity: dict[str, Any],
-    device: torch.device,
 ) -> tuple[int, float, dict[str, float]]:
     """Steps already done, the seconds that they took and the log's averages, after loading what they made."""
     if not file.exists():
         return 0, 0.0, {}
     try:
-        state = torch.load(file, map_location=device, weights_only=True)
+        # On the CPU, where the optimisers keep their counters; the rest they move to its parameter's device.
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile raise many
         raise InputError(f"{file}: not a checkpoint of a run: {error}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
+        raise InputError(
+            f"{file}: not a checkpoint of a run: expected one with an identity, got {type(state).__name__}"
+        )
     differing = [
         f"{name}: {state['identity'].get(name)!r} there, {identity.get(name)!r} here"
         for name in sorted({*state["identity"], *identity})
