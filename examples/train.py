@@ -12,6 +12,7 @@ with the selector's file), OUT/log.jsonl and OUT/curve.png.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 import sys
@@ -89,8 +90,8 @@ def parse_arguments() -> argparse.Namespace:
     samplers.add_argument("--branches", type=int, help="a new selector's: 3 or 7")
     samplers.add_argument("--thumbnail", choices=("keep", "compress", "drop"))
     samplers.add_argument("--straight-through", action="store_true", help="Eq. 2's factor as p / p.detach()")
-    samplers.add_argument("--selector-bias", type=float, default=1.0, help="a new selector's lean to the finest scale")
-    samplers.add_argument("--alpha", type=float, default=Objective.alpha, help="the balance loss' factor")
+    samplers.add_argument("--selector-bias", type=float, help="a new selector's lean to the finest scale (1)")
+    samplers.add_argument("--alpha", type=float, help=f"the balance loss' factor ({Objective.alpha})")
     samplers.add_argument("--scale-weights", help="Eq. 10's weights, coarse to fine, with commas")
     samplers.add_argument("--gamma", default="0.75,0.95", help="the range to draw gamma from")
     samplers.add_argument(
@@ -156,7 +157,9 @@ def check(arguments: argparse.Namespace) -> None:
     expect(arguments.warmup is None or 0 <= arguments.warmup <= 1, "warmup", "a share from 0 to 1")
     expect(0 <= arguments.beta2 < 1, "beta2", "a number from 0 to below 1")
     expect(arguments.max_grad_norm > 0, "max_grad_norm", "a number above 0")
-    expect(math.isfinite(arguments.selector_bias), "selector_bias", "a finite number")
+    expect(
+        arguments.selector_bias is None or math.isfinite(arguments.selector_bias), "selector_bias", "a finite number"
+    )
     if arguments.data is None:
         for name in ("images", "validation_data"):
             expect(getattr(arguments, name) is None, name, "--data beside it")
@@ -164,6 +167,7 @@ def check(arguments: argparse.Namespace) -> None:
         for name in ("dense", "first_scene"):
             expect(not getattr(arguments, name), name, "no --data, as it is of the miniature")
         expect(not arguments.validate or arguments.validation_data, "validate", "--validation-data beside it")
+        expect(arguments.validate or not arguments.validation_data, "validation_data", "--validate beside it")
 
 
 def names(text: str, option: str, known: tuple[str, ...]) -> set[str]:
@@ -196,6 +200,14 @@ def load_model(arguments: argparse.Namespace, fresh: set[str], device: torch.dev
     if not learned and own:
         option = next(iter(own)).replace("_", "-")
         raise minifocus.InputError(f"--{option}: sampler {sampler!r} has no such option")
+    for name in ("alpha", "scale_weights"):
+        if not learned and getattr(arguments, name) is not None:
+            option = name.replace("_", "-")
+            raise minifocus.InputError(f"--{option}: sampler {sampler!r} has no selector to balance")
+    if arguments.selector_bias is not None and (has_selector or not learned):
+        raise minifocus.InputError(
+            "--selector-bias: expected a new selector to give it to, such as --fresh selector makes"
+        )
     options = {**read_options(arguments.option, own), **own}
     if learned and not has_selector:
         inside = "text" if sampler == "focus" else "none"
@@ -211,7 +223,7 @@ def load_model(arguments: argparse.Namespace, fresh: set[str], device: torch.dev
         )
         with torch.no_grad():
             # From reading everything, the selector has to find out what it can do without.
-            selector.bias[-1] = arguments.selector_bias
+            selector.bias[-1] = 1.0 if arguments.selector_bias is None else arguments.selector_bias
         model.before_llm = VisionGuidedSampler(selector, full).to(device)
     else:
         model = minifocus.load(arguments.model, sampler, device, "float32", **options)
@@ -261,6 +273,9 @@ def train(arguments: argparse.Namespace) -> None:
     rates["selector_bias"] = 0.0 if "selector" in frozen else arguments.lr_selector_bias
 
     model = load_model(arguments, fresh, device)
+    # Named in the identity of a run, of which they were a part before they could be absent.
+    arguments.alpha = Objective.alpha if arguments.alpha is None else arguments.alpha
+    arguments.selector_bias = 1.0 if arguments.selector_bias is None else arguments.selector_bias
     source: Source
     if miniature:
         source = CardScenes(first=arguments.first_scene, dense=True if arguments.dense else None)
@@ -311,17 +326,24 @@ def train(arguments: argparse.Namespace) -> None:
     ignored = ("out", "device", "save_every", "log_every", "validate", "validate_every", "validation_data", "workers")
     identity = {name: value for name, value in vars(arguments).items() if name not in ignored}
     identity["model"] = os.path.relpath(arguments.model, out)  # runs may be moved together with what they began from
+    if not miniature:  # a file that has changed since is another run's
+        identity["conversations"] = len(source)
+        identity["digest"] = hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest()
 
     held_out = read_conversations(arguments.validation_data, arguments.images) if arguments.validation_data else []
 
     def validate() -> dict[str, Any]:
+        longest = 16
         if miniature:
             asked = cards.questions("validation", arguments.validate, dense=True if arguments.dense else None)
             questions, count = asked, arguments.validate
         else:
             every = [q for conversation in held_out for q in asked_alone(conversation)][: arguments.validate]
             questions, count = iter(every), len(every)
-        result = evaluate(model, questions, 16, count)
+            assert model.tokenizer is not None  # text was trained on
+            # What goes on for longer than every answer that is expected is wrong already.
+            longest = 8 + max(len(model.tokenizer.encode(answer).ids) for _, _, answer, _ in every)
+        result = evaluate(model, questions, 16, count, max_new_tokens=longest)
         return {name: result[name] for name in ("accuracy", "families", "tokens")}
 
     seconds = fit(

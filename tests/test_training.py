@@ -558,14 +558,35 @@ def test_data_of_one_s_own(data: Path, tmp_path: Path, turns: str) -> None:
     assert {part_of(name) for name in changed(start, trained)} == {"vision", "projector", "llm", "selector"}
 
     options = ["--workers", 1, "--validate", 3, "--validation-data", data, "--validate-every", 1]
-    done = train("--out", tmp_path / "other", *arguments, *options)
+    with mock.patch.object(trainer, "evaluate", wraps=trainer.evaluate) as evaluated:
+        done = train("--out", tmp_path / "other", *arguments, *options)
     assert done.code == 0, done.err
+    tokenizer, turns = minifocus.load(TINY, "none").tokenizer, read_conversations(data)[0].turns
+    assert tokenizer is not None
+    longest = 8 + max(len(tokenizer.encode(turn.answer).ids) for turn in turns[:3])
     assert not changed(trained, weights(tmp_path / "other/model"))
     lines = figures(tmp_path / "other")
     assert [line for line in lines if "loss" in line] == figures(tmp_path / "plain")
+    assert {call.kwargs["max_new_tokens"] for call in evaluated.call_args_list} == {longest}
     validated = [line for line in lines if "accuracy" in line]
     assert [line["step"] for line in validated] == [1, 2]
     assert all(0 <= line["accuracy"] <= 1 and line["tokens"]["equivalent"] < 1 for line in validated)
+
+
+def test_a_file_that_has_changed_is_another_run_s(tmp_path: Path) -> None:
+    """Under the same name; a run of the miniature is known by what it always was."""
+    arguments = ["--out", tmp_path / "run", "--data", write_data(tmp_path), *SHORT, "--sampler", "none"]
+    done = train(*arguments)
+    assert done.code == 0, done.err
+    write_data(tmp_path, text_only=1)
+    done = train(*arguments)
+    assert done.code == 2 and "conversations: 3 there, 4 here; digest: " in done.err
+
+    with mock.patch.object(trainer, "fit", return_value=0.0) as fit:
+        assert train("--out", tmp_path / "miniature", "--sampler", "none").code == 0
+    identity = fit.call_args.args[6]
+    assert not identity.keys() & {"conversations", "digest"}
+    assert (identity["alpha"], identity["selector_bias"], identity["scale_weights"]) == (0.1, 1.0, None)
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_next"])
@@ -632,6 +653,10 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--data", "{data}", "--first-scene", 2], "--first-scene: expected no --data"),
     (["--data", "{data}", "--validate", 2], "--validate: expected --validation-data beside it, got 2"),
     (["--data", "{data}", "--validate", 2, "--validation-data", "none.json"], "none.json: expected a JSON file"),
+    (
+        ["--data", "{data}", "--validation-data", "{data}"],
+        "--validation-data: expected --validate beside it, got {data}",
+    ),
     (["--images", "."], "--images: expected --data beside it, got ."),
     (["--validation-data", "x"], "--validation-data: expected --data beside it, got x"),
     *(
@@ -651,6 +676,10 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--beta2", "1"], "--beta2: expected a number from 0 to below 1, got 1.0"),
     (["--max-grad-norm", "0"], "--max-grad-norm: expected a number above 0, got 0.0"),
     (["--selector-bias", "nan"], "--selector-bias: expected a finite number, got nan"),
+    (["--selector-bias", "2"], "--selector-bias: expected a new selector"),
+    (["--selector-bias", "2", "--sampler", "text"], "--selector-bias: expected a new selector"),
+    (["--alpha", "0.5", "--stage", "align"], "--alpha: sampler 'none' has no selector"),
+    (["--scale-weights", "1,1,1", "--sampler", "text"], "--scale-weights: sampler 'text' has no selector"),
     (["--batch", 5, "--micro-batch", 2], "batch: expected a multiple of micro_batch x processes = 2 x 1, got 5"),
     (["--freeze", "tower"], "--freeze: expected some of vision, projector, llm, selector, got 'tower'"),
     (["--freeze", "vision,projector,llm,selector"], "learning rates: expected at least one above 0"),
