@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -958,6 +959,15 @@ def test_prompts_of_a_subword_vocabulary(file: str, template: str, tmp_path_fact
         assert at >= len(example.input_ids)
 
     check()
+
+
+def test_a_process_that_reads_ahead_is_not_sent_the_weights() -> None:
+    model = minifocus.load(TINY, "focus")
+    batches = Batches(model, CardScenes(count=8), 2, 0, independent=True, max_turns=2)
+    sent = pickle.dumps(batches)
+    assert len(sent) < 100_000 and len(list(model.parameters())) > 100
+    ours, theirs = batches[3], pickle.loads(sent)[3]
+    assert torch.equal(ours.input_ids, theirs.input_ids) and torch.equal(ours.tiles[0], theirs.tiles[0])
 
 
 def test_a_selector_trained_alone_survives_a_batch_without_pooled_pictures() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -216,6 +217,12 @@ class Batches(torch.utils.data.Dataset[Batch]):
         self.independent, self.max_turns, self.max_tokens, self.shuffle = independent, max_turns, max_tokens, shuffle
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a process that reads ahead is sent where it does not inherit memory: the model but for its parts."""
+        bare = copy.copy(self.model)
+        bare._modules, bare._parameters = {}, {}
+        return {**self.__dict__, "model": bare}
+
     def conversation(self, position: int) -> Conversation:
         epoch, index = divmod(position, len(self.source))
         if self.shuffle:
@@ -233,7 +240,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         first = number * self.size
         conversations = [self.conversation(first + i) for i in range(self.size)]
-        examples = [encode(self.model, c, self.independent, self.max_tokens) for c in conversations if c.turns]
+        examples = [encode(self.model, c, self.independent, self.max_tokens) for c in conversations]
         return collate(examples, first)
 
     def share(self, numbers: Sequence[int], workers: int = 0) -> Iterator[Batch]:
