@@ -1,6 +1,6 @@
 """Strict loading of safetensors: every key accounted for, every shape and dtype checked, before a model exists; saving.
 
-Checkpoints of the same model come with four sets of names (`RENAMES`); contents are taken from the shards themselves,
+Checkpoints of the same model come with five sets of names (`RENAMES`); contents are taken from the shards themselves,
 of which the index only gives the list.
 """
 
@@ -26,6 +26,7 @@ from .errors import CheckpointError
 # Names on disk → this package's, which are those of a fresh `save_pretrained` of transformers 5. First match wins.
 RENAMES = [
     ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),  # the original LLaVA repository
+    ("model.vision_tower.vision_model.", "vision_tower."),  # transformers 4.52 to 4.57, in memory
     ("model.vision_tower.", "vision_tower."),  # transformers 5, in memory
     ("vision_tower.vision_model.", "vision_tower."),  # transformers 4, most of the hub
     ("model.mm_projector.0.", "multi_modal_projector.linear_1."),

@@ -83,7 +83,7 @@ def build(
     return model.to(dtype)
 
 
-LAYOUTS = ("v5", "v5-memory", "hub", "original")
+LAYOUTS = ("v5", "v5-memory", "v4-memory", "hub", "original")
 
 
 def rename_for_layout(name: str, layout: str) -> str:
@@ -97,8 +97,10 @@ def rename_for_layout(name: str, layout: str) -> str:
         inner = rest.removeprefix("model.")
         if inner == rest:
             return rest  # lm_head.weight
-        return f"model.language_model.{inner}" if layout == "v5-memory" else f"model.{inner}"
-    if layout == "v5-memory":
+        return f"model.language_model.{inner}" if layout.endswith("memory") else f"model.{inner}"
+    if layout == "v4-memory" and part == "vision_tower":
+        return f"model.vision_tower.vision_model.{rest}"
+    if layout.endswith("memory"):
         return f"model.{name}"
     if part == "vision_tower":
         return f"model.vision_tower.vision_tower.vision_model.{rest}"
