@@ -7,6 +7,7 @@ Absent fields take the defaults that transformers gives them, which differ betwe
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ MODEL_TYPES = ("llava", "llava_next")
 TEXT_MODEL_TYPES = ("llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
+_log = logging.getLogger("minifocus")
 
 _LARGEST = 2**26  # of any size in the file: keeps a product of two, in bytes, within 64 bits
 
@@ -106,7 +110,6 @@ class Config:
     grid_pinpoints: tuple[tuple[int, int], ...]
     dtype: torch.dtype | None
     eos_token_ids: tuple[int, ...] = ()
-    pad_token_id: int | None = None
 
     @property
     def anyres(self) -> bool:
@@ -291,6 +294,7 @@ def _read_token_ids(value: Any, file: Path, key: str) -> tuple[int, ...]:
 def load_config(folder: Path) -> Config:
     """Read `folder`/config.json, and generation_config.json for the stop tokens where there is one.
 
+    Where the latter asks for sampling or a penalty, which are not taken over, the log says so.
     Raises CheckpointError, naming file and key, for anything missing, malformed or not supported.
     """
     file = folder / "config.json"
@@ -316,6 +320,12 @@ def load_config(folder: Path) -> Config:
 
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else {}
+    asked = {key: generation[key] for key in _SAMPLING if generation.get(key) not in (None, False)}
+    if "do_sample" in asked or asked.get("repetition_penalty", 1) != 1:
+        listed = ", ".join(f"{key} {value}" for key, value in asked.items())
+        _log.warning(
+            "%s: asks for %s: answers are greedy, unless generate() is given a temperature", generation_file, listed
+        )
     sources = (
         (generation_file, generation),
         (file, top.fields),
@@ -326,14 +336,6 @@ def load_config(folder: Path) -> Config:
             _read_token_ids(s["eos_token_id"], f, "eos_token_id")
             for f, s in sources
             if s.get("eos_token_id") is not None
-        ),
-        (),
-    )
-    pad = next(
-        (
-            _read_token_ids(s["pad_token_id"], f, "pad_token_id")
-            for f, s in sources
-            if s.get("pad_token_id") is not None
         ),
         (),
     )
@@ -350,5 +352,4 @@ def load_config(folder: Path) -> Config:
         grid_pinpoints=_read_pinpoints(top, vision.image_size) if model_type == "llava_next" else (),
         dtype=_read_dtype(top),
         eos_token_ids=eos,
-        pad_token_id=pad[0] if pad else None,
     )

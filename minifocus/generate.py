@@ -91,7 +91,8 @@ class Answer:
 class Options:
     """
     max_new_tokens  at most this many tokens per answer
-    temperature     0: always the likeliest token; above: sample from softmax(logits / temperature)
+    temperature     0: always the likeliest token; above: sample from softmax(logits / temperature). What the folder's
+                    generation_config.json says of sampling does not count
     top_p           sample only from the likeliest tokens that together have this probability
     seed            of the sampling; each row draws from its own generator, so that a batch gives what single calls give
     template        "vicuna", "mistral", "llama3", "chatml" or "raw"; None: the checkpoint's
