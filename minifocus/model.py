@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
@@ -25,6 +26,8 @@ from .samplers import PictureFeatures, Selection, VisualTokens
 from .tokenizer import Tokenizer
 from .vision import Block, VisionTower
 from .weights import Progress, load_model, save_model
+
+Sizes = torch.Tensor | Sequence[Sequence[int]] | None
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class Llava(nn.Module):
     ) -> list[PictureFeatures]:
         """Tiles of each picture [T_i, 3, S, S] and its (h, w) → its projected feature maps (paper §3.1).
 
-        `before_llm` may take cues from the vision tower on the way.
+        Tiles of any floating dtype and device are taken to the model's; the maps are in its dtype. T_i is `num_tiles` of
+        the picture's size, else InputError. `before_llm` may take cues from the vision tower on the way.
         """
         if not tiles:
             return []
@@ -154,9 +158,11 @@ class Llava(nn.Module):
     ) -> tuple[Rows, list[list[VisualTokens]]]:
         """Put each picture's tokens, shortened by `before_llm` where there is one, in place of its placeholders.
 
-        input_ids [B, S] with one `image_token_id` per uncompressed visual token; pictures in the order of their
-        placeholders. `instruction_mask` [B, S] marks the user's question; by default all text after the row's first
-        picture. Returns left-padded rows, and each row's pictures.
+        input_ids [B, S] int64 on the model's device, as the masks are, with one `image_token_id` per uncompressed visual
+        token; pictures in the order of their placeholders. `attention_mask` [B, S], bool or 0 and 1, is 0 for padding.
+        `instruction_mask` [B, S], likewise, marks the user's question; by default all text after the row's first picture.
+        Returns left-padded rows in the model's dtype, and each row's pictures. Raises InputError where pictures and
+        placeholders do not fit each other, and for a row longer than the context.
         """
         rows, row_pictures = [], []
         remaining = list(pictures)
@@ -261,16 +267,16 @@ class Llava(nn.Module):
         self,
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
-        image_sizes: torch.Tensor | None = None,
+        image_sizes: Sizes = None,
         attention_mask: torch.Tensor | None = None,
         instruction_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits [B, S, vocabulary], inputs as transformers takes them.
 
         input_ids       [B, S] int64, with one placeholder per uncompressed visual token
-        pixel_values    LLaVA-NeXT: [pictures, tiles, 3, side, side], zero tiles as padding; LLaVA-1.5:
-                        [pictures, 3, side, side]
-        image_sizes     [pictures, 2], (h, w) in pixels; LLaVA-NeXT only
+        pixel_values    LLaVA-NeXT: [pictures, tiles, 3, side, side], zero tiles as padding, or the tiles of all pictures
+                        without padding, [tiles, 3, side, side]; LLaVA-1.5: [pictures, 3, side, side]
+        image_sizes     [pictures, 2], (h, w) in pixels, as a tensor or a list; LLaVA-NeXT only
         attention_mask  [B, S], 1 for tokens and 0 for padding, at either end of a row
         instruction_mask [B, S], 1 for the user's question, which guides the text-guided sampler; by default all text
                         after the row's first picture
@@ -312,23 +318,26 @@ class Llava(nn.Module):
                 )
 
     def _split_pixels(
-        self, pixel_values: torch.Tensor | Sequence[torch.Tensor] | None, image_sizes: torch.Tensor | None
+        self, pixel_values: torch.Tensor | Sequence[torch.Tensor] | None, image_sizes: Sizes
     ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
         """Each picture's own tiles, without the zero tiles that pad a batch, and its (h, w)."""
-        if pixel_values is None:
+        if pixel_values is None or not len(pixel_values):
             return [], []
         side = self.config.vision.image_size
+        if self.config.anyres and isinstance(pixel_values, torch.Tensor) and pixel_values.dim() == 4:
+            counts = [self.num_tiles(size) for size in _picture_sizes(image_sizes)]
+            if sum(counts) != len(pixel_values):
+                raise InputError(f"pixel_values: expected {sum(counts)} tiles by image_sizes, got {len(pixel_values)}")
+            pixel_values = pixel_values.split(counts)
         dims = 4 if self.config.anyres else 3
         shapes = [list(p.shape) for p in pixel_values]
-        if any(len(shape) != dims or shape[-3:] != [3, side, side] for shape in shapes):
+        wrong = next((shape for shape in shapes if len(shape) != dims or shape[-3:] != [3, side, side]), None)
+        if wrong is not None:
             wanted = f"[pictures, {'tiles, ' if self.config.anyres else ''}3, {side}, {side}]"
-            raise InputError(f"pixel_values: expected {wanted}, got {[len(shapes), *shapes[0]]}")
+            raise InputError(f"pixel_values: expected {wanted}, got {[len(shapes), *wrong]}")
         if not self.config.anyres:
             return [p[None] for p in pixel_values], [(side, side)] * len(shapes)
-        if image_sizes is None or list(image_sizes.shape) != [len(shapes), 2] or bool((image_sizes < 1).any()):
-            got = None if image_sizes is None else list(image_sizes.shape)
-            raise InputError(f"image_sizes: expected positive (h, w) for each of {len(shapes)} pictures, got {got}")
-        sizes = [(int(h), int(w)) for h, w in image_sizes.tolist()]
+        sizes = _picture_sizes(image_sizes, len(shapes))
         tiles = []
         for number, (own, size) in enumerate(zip(pixel_values, sizes, strict=True)):
             needed = self.num_tiles(size)
@@ -378,6 +387,19 @@ class Llava(nn.Module):
         return generation.Stream(self, image, prompt, **options)
 
 
+def _picture_sizes(given: Sizes, count: int | None = None) -> list[tuple[int, int]]:
+    """(h, w) of each picture; InputError where they are not, or not `count`."""
+    try:
+        sizes = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        sizes = torch.empty(0)
+    if sizes.dim() != 2 or sizes.shape[1] != 2 or len(sizes) != (count or len(sizes)) or not bool((sizes >= 1).all()):
+        wanted = "each picture" if count is None else f"each of {count} pictures"
+        got = list(sizes.shape) if isinstance(given, torch.Tensor) else reprlib.repr(given)
+        raise InputError(f"image_sizes: expected positive (h, w) for {wanted}, got {got}")
+    return [(int(h), int(w)) for h, w in sizes.tolist()]
+
+
 def _first_column(rows: Rows, row: int, number: int, visual: VisualTokens) -> int:
     """Where a picture's placeholders begin in input_ids, from the first of its tokens in rows just embedded."""
     columns = rows.source[row][rows.picture[row] == number]
@@ -423,8 +445,9 @@ def load(
     check_finite  refuse weights with NaN or infinity (one pass over them)
     progress      called with (bytes read, bytes in all)
 
-    A folder without a tokenizer loads; only text asks for it. Raises CheckpointError for a bad folder and InputError for
-    a bad argument.
+    A folder without a tokenizer loads; only text asks for it. Of generation_config.json the stop tokens count: answers are
+    greedy whatever sampling it asks for, unless `generate` is told otherwise. Raises CheckpointError for a bad folder and
+    InputError for a bad argument.
     """
     try:
         folder = Path(folder)

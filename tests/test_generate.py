@@ -387,9 +387,37 @@ def test_bad_image_sizes(tmp_path: Path) -> None:
     ]:
         with pytest.raises(minifocus.InputError, match=message):
             model(**{**arguments, "image_sizes": sizes})
+    with pytest.raises(minifocus.InputError, match=r"image_sizes: expected positive .* got \[\(50,\)\]"):
+        model(**{**arguments, "image_sizes": [(50,)]})
+    pixels = arguments["pixel_values"]
+    with pytest.raises(minifocus.InputError, match="pixel_values: expected 5 tiles by image_sizes, got 4"):
+        model(**{**arguments, "pixel_values": pixels[0, :4]})
+    with pytest.raises(minifocus.InputError, match=r"3, 28, 28\], got \[2, 5, 3, 28, 27\]"):  # the one that is wrong
+        model(**{**arguments, "pixel_values": [pixels[0], pixels[0, ..., 1:]]})
     arguments["pixel_values"] = arguments["pixel_values"][:, :2]
     with pytest.raises(minifocus.InputError, match=r"picture 0 of \(50, 70\) needs 5 tiles, got 2"):
         model(**arguments)
+
+
+@torch.inference_mode()
+def test_tensors_as_transformers_takes_them(folder: Path) -> None:
+    """Sizes in a list, tiles of all pictures one after the other, no pictures at all."""
+    from checkpoints import make_inputs
+    from transformers import LlavaNextForConditionalGeneration
+
+    model = load(folder)
+    assert torch.equal(model(torch.tensor([[1, 5]]), []), model(torch.tensor([[1, 5]])))
+    arguments = make_inputs(model, [[(50, 70)], [(20, 90), (30, 30)]]).arguments()
+    if model.config.anyres:
+        sizes = [tuple(size) for size in arguments["image_sizes"].tolist()]
+        tiles = [own[: model.num_tiles(size)] for own, size in zip(arguments["pixel_values"], sizes, strict=True)]
+        stacked = {**arguments, "image_sizes": sizes, "pixel_values": torch.cat(tiles)}
+        oracle = LlavaNextForConditionalGeneration.from_pretrained(folder)
+        logits = oracle(**{**stacked, "image_sizes": arguments["image_sizes"]}).logits
+        present = arguments["attention_mask"].bool()
+        assert (model(**stacked) - logits)[present].abs().max() <= 1e-5
+    else:
+        assert arguments["pixel_values"].shape == (3, 3, 28, 28)
 
 
 # ---- the command line ----
