@@ -84,6 +84,8 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         orientation = None
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_eight_bits(image, name)
+    if image.mode in ("RGBa", "La"):  # colours already multiplied by their alpha
+        image = image.convert(image.mode.upper())
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -94,21 +96,29 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 
 
 def _to_eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """A deep grey picture as 8-bit grey, rescaled where Pillow would clip.
+    """A deep grey picture as 8-bit grey, rescaled where Pillow would clip; with alpha where one value is transparent.
 
-    16-bit values span 0…65535, floats 0…1 or 0…255. Values outside that have no known white: their own range is used.
+    16-bit values span 0…65535, other whole numbers 0…255 or 0…65535, floats 0…1 or 0…255. Values outside that have no known
+    white: their own range is used.
     """
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
     if not math.isfinite(high - low):
         raise InputError(f"{name}: the picture holds NaN or infinite values")
-    for white in (1.0, 255.0) if image.mode == "F" else (65535.0,):
+    # Of 32-bit integers Pillow makes also what it reads of 16 bits: all such PPMs, and, in older versions, such PNGs.
+    deep = image.mode != "I" or image.format in ("PNG", "PPM")
+    for white in (1.0, 255.0) if image.mode == "F" else (65535.0,) if deep else (255.0, 65535.0):
         if low >= 0 and high <= white:
             low, high = 0.0, white
             break
+    clear = image.info.get("transparency")
+    alpha = np.where(values == clear, 0, 255).astype(np.uint8) if isinstance(clear, int) else None
     values -= low
     values *= 255.0 / ((high - low) or 1.0)
-    return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+    grey = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+    if alpha is not None:
+        grey.putalpha(Image.fromarray(alpha))
+    return grey
 
 
 def select_best_resolution(size: tuple[int, int], pinpoints: Iterable[tuple[int, int]]) -> tuple[int, int]:

@@ -333,10 +333,29 @@ def test_deep_pictures_are_rescaled_not_clipped(tmp_path):
     (np.array([[7.0, 7.0]], np.float32), [7, 7]),
     (np.array([[700.0, 700.0]], np.float32), [0, 0]),
     (np.array([[0, 50000, 65535]], np.int32), [0, 195, 255]),
+    (np.array([[0, 100, 200]], np.int32), [0, 100, 200]),  # 8-bit grey in a wider type
     (np.array([[-(2**31), 0, 2**31 - 1]], np.int32), [0, 128, 255]),
 ])  # fmt: skip
 def test_grey_of_floats_and_integers(values, levels):
     assert np.asarray(open_image(Image.fromarray(values)))[0, :, 1].tolist() == levels
+
+
+def test_dark_files_of_16_bits_stay_dark(tmp_path):
+    """Pillow reads a PPM of 16 bits as 32-bit integers; its white is 65535 whatever its values."""
+    values = np.array([[0, 100, 200]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "16.png")
+    (tmp_path / "16.pgm").write_bytes(b"P5 3 1 65535\n" + values.astype(">u2").tobytes())
+    for name in ("16.png", "16.pgm"):
+        assert np.asarray(open_image(tmp_path / name))[0, :, 0].tolist() == [0, 0, 1], name
+
+
+def test_transparency_is_over_white_in_deep_and_premultiplied_pictures(tmp_path):
+    values = np.array([[0, 257, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "16.png", transparency=257)
+    assert np.asarray(open_image(tmp_path / "16.png"))[0, :, 0].tolist() == [0, 255, 255]
+    for mode, colour in (("RGBA", (255, 0, 0, 51)), ("LA", (0, 51))):
+        image = Image.new(mode, (2, 2), colour)
+        assert open_image(image.convert(mode.replace("A", "a"))).getpixel((0, 0)) == open_image(image).getpixel((0, 0))
 
 
 # ------------------------------------------------------------------------------------------------------- bad pictures
