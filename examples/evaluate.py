@@ -54,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return parser.parse_args()
 
@@ -159,7 +160,7 @@ def run(arguments: argparse.Namespace) -> None:
     check(arguments)
     questions, total = questions_of(arguments)
     options = sampler_options(arguments)
-    model = minifocus.load(arguments.model, arguments.sampler, arguments.device, **options)
+    model = minifocus.load(arguments.model, arguments.sampler, arguments.device, arguments.dtype, **options)
     result = evaluate(
         model,
         questions,

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -441,8 +442,10 @@ def test_what_is_asked_of_the_miniature(monkeypatch: pytest.MonkeyPatch, capsys:
         return iter([(None, "say red", "red", "read"), (None, "say no", "yes", "relate")])
 
     monkeypatch.setattr(cards, "questions", questions)
-    monkeypatch.setattr(minifocus, "load", lambda *arguments, **options: Parrot())
-    assert evaluate(monkeypatch, "--json") == 0
+    loaded = mock.Mock(return_value=Parrot())
+    monkeypatch.setattr(minifocus, "load", loaded)
+    assert evaluate(monkeypatch, "--json", "--dtype", "bfloat16") == 0
+    assert loaded.call_args.args[2:] == ("cpu", "bfloat16")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["families"] == {"read": 1.0, "relate": 0.0}
     assert evaluate(monkeypatch, "--dense", "--seed", 7, "--count", 5, "--split", "validation") == 0
     shown = capsys.readouterr().out.splitlines()
