@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
         from minifocus.figure import draw_answers
 
         try:
-            draw_answers(pictures, asked, model.config.anyres).save(arguments.figure)
+            draw_answers(pictures, asked, model.image_processor).save(arguments.figure)
         except (OSError, ValueError) as error:
             raise minifocus.InputError(f"--figure: {arguments.figure}: {error}") from error
         if not arguments.json:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .generate import Answer, PictureTrace
+from .image import ImageProcessor
 
 PANEL = 448  # pixels, the longer side of a panel
 MARGIN = 16
@@ -16,17 +17,17 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 
 
 def draw_answers(
-    pictures: Sequence[Image.Image], asked: Sequence[tuple[str, Answer]], anyres: bool = True
+    pictures: Sequence[Image.Image], asked: Sequence[tuple[str, Answer]], processor: ImageProcessor | None = None
 ) -> Image.Image:
     """One row per picture: left the scales, then for each question the importance of the tokens that reached the last layer.
 
-    pictures  as they were asked about (RGB)
-    asked     questions, all about these pictures, with their answers; the scales are those of the first
-    anyres    False for LLaVA-1.5, which sees the centre square of a picture only
+    pictures   as they were asked about (RGB)
+    asked      questions, all about these pictures, with their answers; the scales are those of the first
+    processor  the model's, which says what it sees of a picture: of LLaVA-1.5 most see the centre square; None: all of it
     """
     rows = []
     for number, picture in enumerate(pictures):
-        shown = _fit(picture if anyres else _centre_square(picture))
+        shown = _fit(picture if processor is None else picture.crop(processor.seen((picture.height, picture.width))))
         traces = [answer.pictures[number] for _, answer in asked]
         rows.append([_draw_scales(shown, traces[0]), *(_draw_importance(shown, trace) for trace in traces)])
     column = max([panel.width for row in rows for panel in row], default=PANEL) + MARGIN
@@ -57,12 +58,6 @@ def _fit(picture: Image.Image) -> Image.Image:
     return picture.resize(
         (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.BICUBIC
     )
-
-
-def _centre_square(picture: Image.Image) -> Image.Image:
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side))
 
 
 def _boxes(size: tuple[int, int], trace: PictureTrace) -> list[tuple[int, tuple[int, int, int, int]]]:

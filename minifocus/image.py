@@ -243,18 +243,32 @@ class ImageProcessor:
             thumbnail = np.asarray(_resize(image, (side, side), self.resample)).transpose(2, 0, 1)
             pixels = np.concatenate([thumbnail[None], self._tiles(image, best)])
         else:
-            height, width = size
-            if isinstance(self.size, tuple):
-                target = self.size
-            else:
-                target = int(self.size * height / min(size)), int(self.size * width / min(size))
-            pixels = np.asarray(_resize_and_crop(image, target, side, self.resample)).transpose(2, 0, 1)[None]
+            tile = _resize_and_crop(image, self._resized(size), side, self.resample)
+            pixels = np.asarray(tile).transpose(2, 0, 1)[None]
         # A byte has 256 values: normalise those, in the order and precision of transformers, and look the pixels up.
         levels = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
         values = np.empty(pixels.shape, dtype=np.float32)
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
             values[:, channel] = ((levels - np.float32(mean)) / np.float32(std))[pixels[:, channel]]
         return torch.from_numpy(values), size
+
+    def seen(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of what the model sees of a picture of (h, w); beyond its edges where it is padded."""
+        if self.anyres:
+            return 0, 0, size[1], size[0]
+        ends = []
+        for length, resized in zip(size, self._resized(size), strict=True):
+            first = (resized - self.image_size) // 2
+            scale = length / resized
+            ends.append((math.floor(first * scale), math.ceil((first + self.image_size) * scale)))
+        (top, bottom), (left, right) = ends
+        return left, top, right, bottom
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """LLaVA-1.5: what a picture of (h, w) is resized to, before its centre is cut out."""
+        if isinstance(self.size, tuple):
+            return self.size
+        return int(self.size * size[0] / min(size)), int(self.size * size[1] / min(size))
 
     def _tiles(self, image: Image.Image, best: tuple[int, int]) -> np.ndarray[Any, Any]:
         """uint8 [T, 3, S, S]: the picture scaled into `best`, centred on black, cut into tiles row by row."""

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 
 import minifocus
 from minifocus import generate
+from minifocus.figure import draw_answers
 from minifocus.generate import sample
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler
 
@@ -448,6 +450,18 @@ def test_command_line_json_and_figure(folder: Path, tmp_path: Path) -> None:
     assert report["visual_tokens"] == vars(answer.tokens)
     with Image.open(io.BytesIO(figure.read_bytes())) as image:
         assert image.size[0] > 500 and len(image.convert("RGB").getcolors(1 << 24) or []) > 100
+
+
+def test_a_figure_shows_what_the_model_sees(folder: Path) -> None:
+    """LLaVA-1.5 the centre square, unless its processor squashes pictures into one; LLaVA-NeXT the whole."""
+    model = load(folder)
+    answer = model.generate(picture(), "What?", max_new_tokens=1)
+    assert model.image_processor is not None
+    whole, squashed, own = (
+        draw_answers([picture()], [("What?", answer)], processor).height
+        for processor in (None, replace(model.image_processor, size=(28, 28)), model.image_processor)
+    )
+    assert squashed == whole and (own == whole if model.config.anyres else own > whole + 100)  # 448x448, not 320x448
 
 
 def test_command_line_text(folder: Path, tmp_path: Path) -> None:

@@ -163,6 +163,20 @@ def test_sliver_resized_in_the_other_order(monkeypatch):
     assert (plain - bounded).abs().max() * 255 <= 2.001
 
 
+def test_what_a_model_sees_of_a_picture():
+    """The rest may be anything: the pixels stay the same."""
+    assert ImageProcessor(True, 28, 28, grid_pinpoints=((28, 56),)).seen((90, 40)) == (0, 0, 40, 90)
+    assert ImageProcessor(False, 28, 28).seen((28, 90)) == (31, 0, 59, 28)
+    assert ImageProcessor(False, 28, (28, 28)).seen((40, 90)) == (0, 0, 90, 40)  # squashed, not cropped
+    assert ImageProcessor(False, 28, 14).seen((40, 40)) == (-20, -20, 60, 60)
+    crop = ImageProcessor(False, 28, 41, resample=Image.Resampling.NEAREST)
+    for height, width in SIZES[3:]:
+        left, top, right, bottom = crop.seen((height, width))
+        shown, other = picture(height, width).crop((left, top, right, bottom)), picture(height, width, seed=1)
+        other.paste(shown, (left, top))
+        assert torch.equal(crop(other)[0], crop(picture(height, width))[0]), (height, width)
+
+
 def test_only_rgb_goes_in():
     with pytest.raises(InputError, match="RGB.*open_image.*got mode L"):
         ImageProcessor(False, 28, 28)(Image.new("L", (5, 5)))
