@@ -223,4 +223,4 @@ def test_quick_run_of_everything_goes_on_where_it_was(tmp_path: Path) -> None:
         assert (tmp_path / "out" / picture).stat().st_size > 5000
 
     assert set(reproduce("--table", "2", "--arms", "printed,single")["arms"]) == set(ARMS)
-    assert "| both, Eq. 2's factor as printed | " in (tmp_path / "out/README.md").read_text()
+    assert "| both, Eq. 2's factor as printed (one seed) | " in (tmp_path / "out/README.md").read_text()
