@@ -34,7 +34,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import islice
+from itertools import cycle, islice
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, median
@@ -259,19 +259,23 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
-    methods = list(dict.fromkeys(one["method"] for one in results))
-    colours = pyplot.get_cmap("tab20")
-    for number, method in enumerate(methods):
+    methods = list(dict.fromkeys(one["method"] for one in results if one["method"] != "none"))
+    colours = cycle(pyplot.get_cmap("tab20").colors)
+    axes.plot(1.0, 100 * results[0]["accuracy"], "k*", markersize=12, label="none", zorder=4)
+    for method in methods:
         own = sorted((one for one in results if one["method"] == method), key=lambda one: one["budget"])
         points = [(one["prefill_ratio"], 100 * one["accuracy"]) for one in own]
-        style = {"linewidth": 2.5, "zorder": 3} if method in ("focus", "none") else {"linewidth": 1}
-        axes.plot(*zip(*points, strict=True), "o-", color=colours(number % 20), label=method, markersize=4, **style)
+        own_style = {"color": "k", "linewidth": 2.5, "zorder": 3}
+        style = own_style if method == "focus" else {"color": next(colours), "linewidth": 1}
+        axes.plot(*zip(*points, strict=True), "o-", label=method, markersize=4, **style)
     front, best = [], -1.0
     for one in sorted(results, key=lambda one: (one["prefill_ratio"], -one["accuracy"])):
         if one["accuracy"] > best:
             best = one["accuracy"]
             front.append((one["prefill_ratio"], 100 * best))
-    axes.step(*zip(*front, strict=True), where="post", color="0.8", linewidth=6, zorder=0, label="Pareto front")
+    axes.step(
+        *zip(*front, strict=True), where="post", color="gold", alpha=0.5, linewidth=6, zorder=0, label="Pareto front"
+    )
     axes.set_xlabel("time to read the prompt ÷ without a sampler")
     axes.set_ylabel("exact answers, %")
     axes.grid(alpha=0.3)

@@ -48,7 +48,7 @@ def score_and_speed_by_layer(recipe: Recipe, file: Path) -> dict[str, Any]:
         command += ["--count", str(recipe.count)]
         out = recipe.runs / f"text-{SEEDS[0]}"
         found = once(command, model_of("text", SEEDS[0], recipe), out, f"layer-{layer}")
-        return {"accuracy": found["accuracy"], "tokens": found["tokens"]["equivalent"]}
+        return {**{name: found[name] for name in ("accuracy", "interval_95")}, "tokens": found["tokens"]["equivalent"]}
 
     with ThreadPoolExecutor(recipe.jobs) as pool:
         points = {str(layer): found for layer, found in enumerate(pool.map(answers, range(depth)))}
@@ -57,7 +57,10 @@ def score_and_speed_by_layer(recipe: Recipe, file: Path) -> dict[str, Any]:
         points[layer] |= {"samples_per_second": found["samples_per_second"]}
     pyplot = plots()
     figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    left.plot(range(depth), [100 * points[str(i)]["accuracy"] for i in range(depth)], "o-", color="tab:blue")
+    accuracy = np.array([points[str(i)]["accuracy"] for i in range(depth)])
+    low, high = np.array([points[str(i)]["interval_95"] for i in range(depth)]).T
+    error = 100 * np.stack([accuracy - low, high - accuracy])
+    left.errorbar(range(depth), 100 * accuracy, error, fmt="o-", color="tab:blue", capsize=4)
     left.set_xlabel("layer before which the text-guided sampler acts")
     left.set_ylabel("exact answers, %", color="tab:blue")
     left.set_xticks(range(depth))
@@ -173,7 +176,7 @@ class Figure:
 FIGURES: dict[int, Figure] = {
     2: Figure(
         "Accuracy and speed by the text-guided sampler's layer",
-        "The paper: the later the layer, the better the score and the slower.",
+        "The paper: the later the layer, the better the score and the slower. Bars are 95 % intervals.",
         ("text",),
         score_and_speed_by_layer,
     ),

@@ -136,11 +136,9 @@ def _cheaper(arm: str, other: str) -> Callable[[Measured], Verdict]:
 
 def _all_below(arms: list[str], reference: str) -> Callable[[Measured], Verdict]:
     def check(m: Measured) -> Verdict:
-        found = [_above(reference, arm)(m) for arm in arms]
+        found = [_above(arm, reference)(m) for arm in arms]
         holds = [one.holds for one in found]
-        return Verdict(
-            False if False in holds else None if None in holds else True, "; ".join(v.figures for v in found)
-        )
+        return Verdict(False if True in holds else None if None in holds else True, "; ".join(v.figures for v in found))
 
     return check
 
