@@ -1,6 +1,6 @@
 """The paper's tables and figures in miniature, from nothing, on two cores.
 
-python examples/reproduce.py                    # everything, within three hours; stopped, it goes on where it was
+python examples/reproduce.py                    # everything, about three hours; stopped, it goes on where it was
 python examples/reproduce.py --table 2          # one table (2 to 8); may be repeated, as may --figure (2 to 10)
 python examples/reproduce.py --quick            # every arm for two steps and few questions, to try it out: minutes
 

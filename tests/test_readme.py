@@ -16,7 +16,14 @@ import minifocus
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
-    ROOT / name for name in ("README.md", "weights/README.md", "reproduction/notes.md", "examples/lmms_eval/README.md")
+    ROOT / name
+    for name in (
+        "README.md",
+        "weights/README.md",
+        "reproduction/README.md",
+        "reproduction/notes.md",
+        "examples/lmms_eval/README.md",
+    )
 ]
 
 
@@ -62,6 +69,19 @@ def test_the_operators_benchmark() -> None:
     recorded = json.loads((ROOT / "benchmarks/results/operators_cpu.json").read_text())
     assert [case["operator"] for case in report["cases"]] == [case["operator"] for case in recorded["cases"]]
     assert all(bar["met"] for case in recorded["cases"] for bar in case["bars"].values())
+
+
+def test_the_methods_table_is_the_record_s() -> None:
+    record = json.loads((ROOT / "benchmarks/results/compare.json").read_text())
+    found = {(one["method"], one["budget"]): one["accuracy"] for one in record["results"]}
+    lines = (ROOT / "README.md").read_text().split("| | 50 % | 39 % | 25 % |\n", 1)[1].splitlines()[1:]
+    rows = [line.strip("| ").split("|") for line in lines[: lines.index("")]]
+    assert len(rows) >= 10
+    for name, *cells in rows:
+        method = re.sub(r"[`*]", "", name).strip().replace(", flipped", " (flipped)")
+        for budget, cell in zip((0.5, 0.39, 0.25), cells, strict=False):
+            if cell.strip():
+                assert cell.strip(" *") == f"{100 * found[method, budget]:.1f}", (method, budget)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which it would run for minutes")
