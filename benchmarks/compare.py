@@ -146,6 +146,11 @@ def use(model: minifocus.Llava, setting: Setting) -> None:
     model.set_sampler(VARIANTS.get(setting.method, (setting.method,))[0], **setting.options)
 
 
+def decoding_steps(answer: minifocus.Answer) -> int:
+    """After the prompt, which gives the first token; a step of its own says that an answer is over."""
+    return len(answer.token_ids) - (answer.finish == "length")
+
+
 def measure(
     model: minifocus.Llava, settings: list[Setting], asked: list[tuple[Any, str]], new_tokens: int
 ) -> list[dict[str, Any]]:
@@ -160,7 +165,7 @@ def measure(
             if number:  # the first question warms up
                 tiles = model.num_tiles((image.height, image.width))
                 flops = decoder_flops(model.config, answer.layer_tokens) + vision_flops(model.config, tiles)
-                decoded = len(answer.token_ids) - (answer.finish == "length")  # a step of its own says that it is over
+                decoded = decoding_steps(answer)
                 own.append(
                     {
                         "prefill": answer.prefill_seconds,

@@ -30,10 +30,16 @@ ScienceQA, "relate" for GQA. The values are not comparable; their order is. What
 """
 
 
-def figures_of(name: str, record: dict[str, Any], spread: bool) -> Figures | None:
-    """Of all seeds of an arm, or of the first one: a mean of three beside a single one would be no comparison."""
+def seeds_of(table: Table, record: dict[str, Any]) -> list[str]:
+    """Those that all of a table's arms have, or the first of them: a mean of three beside a single one is no comparison."""
+    arms = [record["arms"][row.arm] for row in table.rows if row.arm in record["arms"] and not row.extra]
+    return sorted(set(arms[0]).intersection(*arms))[: None if table.spread else 1] if arms else []
+
+
+def figures_of(name: str, record: dict[str, Any], wanted: list[str]) -> Figures | None:
+    """Of those of the `wanted` seeds that an arm has."""
     found = record["arms"].get(name, {})
-    seeds = [found[key] for key in sorted(found)][: None if spread else 1]
+    seeds = [found[seed] for seed in wanted if seed in found]
     if not seeds:
         return None
     accuracies = [one["accuracy"] for one in seeds]
@@ -42,7 +48,7 @@ def figures_of(name: str, record: dict[str, Any], spread: bool) -> Figures | Non
         {"all": fmean(accuracies), **{f: fmean(one["families"][f] for one in seeds) for f in FAMILIES}},
         {"all": sum(one["count"] for one in seeds), **{f: sum(one["questions"][f] for one in seeds) for f in FAMILIES}},
         fmean(one["tokens"]["equivalent"] for one in seeds),
-        max(accuracies) - min(accuracies) if len(seeds) > 1 else None,
+        (min(accuracies), max(accuracies)) if len(seeds) > 1 else None,
         None if speed is None else speed["times_as_fast"],
         seeds[0]["where"]["scales"] if seeds[0].get("where") else None,
     )
@@ -67,9 +73,8 @@ def write_page(record: dict[str, Any], file: Path) -> None:
     ]
     for number in record["tables"]:
         table = TABLES[number]
-        measured = {
-            row.arm: one for row in table.rows if (one := figures_of(row.arm, record, table.spread)) is not None
-        }
+        seeds = seeds_of(table, record)
+        measured = {row.arm: one for row in table.rows if (one := figures_of(row.arm, record, seeds)) is not None}
         parts.append(f"## Table {number}. {table.title}\n")
         parts.append(markdown(table, measured, record))
         if missing := [row.label for row in table.rows if row.arm not in measured and not row.extra]:
@@ -96,8 +101,7 @@ def markdown(table: Table, measured: Measured, record: dict[str, Any]) -> str:
         if row.arm not in measured:
             continue
         one = measured[row.arm]
-        own = [seed["accuracy"] for seed in record["arms"][row.arm].values()]
-        spread = f" ({100 * min(own):.1f} – {100 * max(own):.1f})" if one.range is not None else ""
+        spread = "" if one.range is None else f" ({100 * one.range[0]:.1f} – {100 * one.range[1]:.1f})"
         cells = [f"{row.label}{' (one seed)' if table.spread and not spread else ''}"]
         cells += [f"{one.accuracy['all']:.1%}{spread}", *(f"{one.accuracy[f]:.1%}" for f in FAMILIES)]
         cells.append(f"{one.tokens:.1%}")

@@ -23,13 +23,13 @@ class Row:
 @dataclass(frozen=True)
 class Figures:
     """What claims are checked on, of one arm: means over its seeds of its accuracy by family ("all": over all questions) and
-    of its share of tokens, the number of answers behind each accuracy, the range of the accuracy over seeds (None: there is
-    one), how many times as fast as the control it is where that was timed, and scales by kind of region."""
+    of its share of tokens, the number of answers behind each accuracy, the lowest and highest accuracy of a seed (None:
+    there is one), how many times as fast as the control it is where that was timed, and scales by kind of region."""
 
     accuracy: dict[str, float]
     answers: dict[str, int]
     tokens: float
-    range: float | None = None
+    range: tuple[float, float] | None = None
     speed: float | None = None
     scales: dict[str, dict[str, float]] | None = None
 
@@ -99,7 +99,8 @@ def _as_good(arm: str, reference: str) -> Callable[[Measured], Verdict]:
 
     def check(m: Measured) -> Verdict:
         found, error = difference(m[arm], m[reference])
-        if found >= -(m[reference].range or 0.0):
+        low, high = m[reference].range or (0.0, 0.0)
+        if found >= low - high:
             return Verdict(True, _points(found, error))
         return Verdict(False if found < -error else None, _points(found, error))
 

@@ -77,6 +77,14 @@ def test_a_budget_is_found_along_any_curve(slope: float, monkeypatch: pytest.Mon
     assert compare.search(Model(), "focus", 0.05, [], {}) is None
 
 
+@pytest.mark.parametrize("most, finish", [(16, "stop"), (2, "length")])
+def test_decoding_steps_are_those_that_were_run(most: int, finish: str) -> None:
+    model, rows = minifocus.load(TINY, "none"), []
+    model.language_model.lm_head.register_forward_hook(lambda *given: rows.append(1))
+    answer = model.generate(ROOT / "examples/cards.png", "What number is on the red card?", max_new_tokens=most)
+    assert answer.finish == finish and compare.decoding_steps(answer) == len(rows) - 1
+
+
 def test_memory_of_a_call_does_not_depend_on_the_call_before() -> None:
     def call(megabytes: int) -> int | None:
         return memory.extra_memory(lambda: torch.ones(megabytes << 18).sum(), False)[1]

@@ -21,10 +21,12 @@ FIGURES, SAME, TABLES, Figures = drawn.FIGURES, drawn.SAME, tables.TABLES, table
 FAMILIES = ("read", "perceive", "reason", "relate")
 
 
-def figures(accuracy: float, tokens: float = 1.0, range: float | None = None, **more: Any) -> Figures:
+def figures(accuracy: float, tokens: float = 1.0, range: float = 0.0, **more: Any) -> Figures:
     """Of 1000 questions; families by name in `more`."""
     families = {family: more.pop(family, accuracy) for family in FAMILIES}
-    return Figures({"all": accuracy, **families}, {"all": 1000, **dict.fromkeys(FAMILIES, 250)}, tokens, range, **more)
+    return Figures(
+        {"all": accuracy, **families}, {"all": 1000, **dict.fromkeys(FAMILIES, 250)}, tokens, (0.9, 0.9 + range), **more
+    )
 
 
 def test_every_arm_is_in_a_table_and_every_row_and_figure_has_its_arms() -> None:
@@ -99,22 +101,21 @@ def test_claim_of_a_collapse() -> None:
     assert str(verdicts[1]) == "**Here too (1×1 for 98%).**"
 
 
-def test_a_table_of_one_seed_takes_the_first_of_three() -> None:
-    def answer(accuracy: float) -> dict[str, Any]:
-        own = {"count": 10, "accuracy": accuracy, "families": dict.fromkeys(FAMILIES, accuracy), "where": None}
-        return {**own, "questions": dict.fromkeys(FAMILIES, 5), "tokens": {"equivalent": 0.5}}
-
-    record = {"arms": {"vision": {"3": answer(0.3), "1": answer(0.9), "2": answer(0.6)}}, "speed": {}}
-    first, every = (page.figures_of("vision", record, spread) for spread in (False, True))
-    assert (first.accuracy["all"], first.answers["all"], first.range) == (0.9, 10, None)
-    assert every.accuracy["all"] == pytest.approx(0.6) and every.range == pytest.approx(0.6)
-    assert (every.answers["all"], every.answers["read"]) == (30, 15)
-
-
 def answers(accuracy: float) -> dict[str, Any]:
     own = {"count": 16, "accuracy": accuracy, "families": dict.fromkeys(FAMILIES, accuracy), "where": None}
     own |= {"questions": dict.fromkeys(FAMILIES, 4), "tokens": {"equivalent": 0.4}}
     return {**own, "commit": "0123456789ab"}
+
+
+def test_a_table_compares_the_seeds_that_all_its_arms_have() -> None:
+    own = {"like-80": {"1": answers(0.9), "2": answers(0.6)}, "control": {str(s): answers(s / 10) for s in (3, 2, 1)}}
+    record = {"arms": own, "speed": {}}
+    assert page.seeds_of(TABLES[7], record) == ["1", "2"] and page.seeds_of(TABLES[3], record) == ["1"]
+    both = page.figures_of("control", record, ["1", "2"])
+    assert both.accuracy["all"] == pytest.approx(0.15) and both.range == (0.1, 0.2)
+    assert (both.answers["all"], both.answers["read"]) == (32, 8)
+    assert page.figures_of("like-80", record, ["1"]).range is None
+    assert page.figures_of("vision", record, ["1"]) is None
 
 
 def test_a_table_s_markdown() -> None:
@@ -124,7 +125,7 @@ def test_a_table_s_markdown() -> None:
     record = {"arms": arms, "speed": {"control": speed}}
     table = TABLES[2]
     short = type(table)(table.title, table.rows[:2], (), table.spread, table.timed)
-    measured = {row.arm: page.figures_of(row.arm, record, True) for row in short.rows}
+    measured = {row.arm: page.figures_of(row.arm, record, ["1", "2"]) for row in short.rows}
     lines = page.markdown(short, measured, record).splitlines()
     begin = (
         "| LLaVA-NeXT (control) | 95.0% (94.0 – 96.0) | 95.0% | 95.0% | 95.0% | 95.0% | 40.0% | 3.25 | 20.0 (× 1.00) |"
