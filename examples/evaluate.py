@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -51,7 +51,9 @@ def parse_arguments() -> argparse.Namespace:
         "--count", type=int, help="at most this many questions; default: 1000 drawn ones, all of --data"
     )
     parser.add_argument("--seed", type=int, default=0, help="the split's scene, or --data's record, to begin with")
-    parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="default: 16, with --data 8 more than the longest expected answer takes"
+    )
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's")
@@ -130,8 +132,8 @@ def wilson(right: int, asked: int, z: float = 1.959964) -> list[float]:
     return [min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)]  # rounding apart, always so
 
 
-def questions_of(arguments: argparse.Namespace) -> tuple[Iterator[Asked], int]:
-    """What is asked, and how many questions these are."""
+def questions_of(arguments: argparse.Namespace) -> tuple[Iterable[Asked], int]:
+    """What is asked, and how many questions these are; of a file's, a list."""
     if arguments.data is None:
         count = 1000 if arguments.count is None else arguments.count
         return cards.questions(arguments.split or "test", count, arguments.seed, arguments.dense or None), count
@@ -140,7 +142,14 @@ def questions_of(arguments: argparse.Namespace) -> tuple[Iterator[Asked], int]:
     asked = list(islice(supply, arguments.count))
     if not asked:
         raise minifocus.InputError(f"--seed: {arguments.data} has no record {arguments.seed}")
-    return iter(asked), len(asked)
+    return asked, len(asked)
+
+
+def longest_answer(model: minifocus.Llava, questions: Iterable[Asked]) -> int:
+    """So many new tokens that what goes on for longer than every expected answer is wrong already."""
+    if model.tokenizer is None:
+        raise minifocus.InputError(f"model: {model.folder} has no tokenizer to read answers with")
+    return 8 + max(len(model.tokenizer.encode(expected).ids) for _, _, expected, _ in questions)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -161,14 +170,10 @@ def run(arguments: argparse.Namespace) -> None:
     questions, total = questions_of(arguments)
     options = sampler_options(arguments)
     model = minifocus.load(arguments.model, arguments.sampler, arguments.device, arguments.dtype, **options)
-    result = evaluate(
-        model,
-        questions,
-        arguments.batch,
-        total,
-        template=arguments.template,
-        max_new_tokens=arguments.max_new_tokens,
-    )
+    longest = arguments.max_new_tokens
+    if longest is None:
+        longest = 16 if arguments.data is None else longest_answer(model, questions)
+    result = evaluate(model, questions, arguments.batch, total, template=arguments.template, max_new_tokens=longest)
     if arguments.json:
         print(json.dumps({"sampler": arguments.sampler, **options, **result}))
     else:

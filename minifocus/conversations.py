@@ -6,13 +6,17 @@ A file is a JSON list of records, or, where its name ends in .jsonl, one record 
      "conversations": [{"from": "human", "value": "<image>\\nWhat does the sign say?"}, {"from": "gpt", "value": "stop"}],
      "families": ["read"]}                        (optional, not LLaVA's: the family of each question)
 
-The two sides take turns, and there is one `<image>` in the questions for each picture. What is not so is refused with the
-file, the record and the key. Other keys are of no concern here.
+The two sides take turns, and there is one `<image>` in the questions for each picture. The only one of a question goes to
+its front, as in LLaVA's own training: in many of its records it stands at the end, where no word of the question would come
+after the picture. A question without an answer at the end is left out. What else is not so is refused with the file, the
+record and the key. Other keys are of no concern here.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,17 +29,22 @@ from PIL import Image
 from .errors import InputError
 from .prompt import IMAGE
 
+# How many records a message about all that cannot be used has room for.
+LISTED = 5
 
-@dataclass(frozen=True)
+_log = logging.getLogger("minifocus")
+
+
+@dataclass(frozen=True, slots=True)
 class Turn:
-    """A question as it stands in the file, with its `<image>` places, the answer to it, and its family if it has one."""
+    """A question with its `<image>` places, the answer to it, and its family if it has one."""
 
     question: str
     answer: str
     family: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """Turns about `images`, which are in the order of the `<image>` places. `id` need not be unique: LLaVA's are not."""
 
@@ -45,26 +54,37 @@ class Conversation:
 
 
 def read_conversations(
-    file: str | PathLike[str], image_folder: str | PathLike[str] | None = None
+    file: str | PathLike[str], image_folder: str | PathLike[str] | None = None, skip_unusable: bool = False
 ) -> list[Conversation]:
     """All records of a file, in its order. Pictures are named relative to `image_folder`: by default the file's own.
 
     A record without an id gets its number, from 0. A first turn of "gpt" answers nothing and is left out, as LLaVA's own
-    training does; a "system" turn is refused. Raises InputError for whatever does not follow the format. Pictures are
-    not looked for: a file of 665,000 records names too many. Whoever opens one (`minifocus.image.open_image`) checks it.
+    training does; a "system" turn is refused. Pictures are looked for, but not opened: whoever opens one
+    (`minifocus.image.open_image`) checks it.
+
+    Raises InputError for records that do not follow the format or name a picture that is not there: how many, and the
+    first few of them. With `skip_unusable` they are left out and a warning says the same.
     """
     path = Path(file)
     if image_folder is not None and not Path(image_folder).is_dir():
         raise InputError(f"{image_folder}: expected a folder with pictures: there is none")
     folder = path.parent if image_folder is None else Path(image_folder)
     conversations: list[Conversation] = []
-    for place, record in _records(path):
+    unusable: list[str] = []
+    count = 0
+    for count, (place, record) in enumerate(_records(path), 1):
         try:
-            conversations.append(_conversation(record, len(conversations), folder))
+            conversations.append(_conversation(record, count - 1, folder))
         except InputError as error:
-            raise InputError(f"{path}: {place}: {error}") from None
-    if not conversations:
+            unusable.append(f"{place}: {error}")
+    if not count:
         raise InputError(f"{path}: expected at least one record, got none")
+    if unusable:
+        more = f" (and {len(unusable) - LISTED} more)" if len(unusable) > LISTED else ""
+        listed = "; ".join(unusable[:LISTED]) + more
+        if not skip_unusable or not conversations:
+            raise InputError(f"{path}: {listed}")
+        _log.warning("%s: %d of %d records are left out: %s", path, len(unusable), count, listed)
     return conversations
 
 
@@ -134,7 +154,11 @@ def _conversation(record: Any, number: int, folder: Path) -> Conversation:
     places = sum(turn.question.count(IMAGE) for turn in turns)
     if places != len(images):
         raise _error("conversations", f"one {IMAGE} for each of {len(images)} pictures", places)
-    return Conversation(str(number if name is None else name), tuple(folder / image for image in images), turns)
+    files = tuple(folder / image for image in images)
+    for image in files:
+        if not os.path.isfile(image):  # noqa: PTH113 (Path.is_file raises where a name is too long)
+            raise InputError(f"image: {image}: no such file")
+    return Conversation(str(number if name is None else name), files, turns)
 
 
 def _turns(record: dict[str, Any]) -> tuple[Turn, ...]:
@@ -145,9 +169,9 @@ def _turns(record: dict[str, Any]) -> tuple[Turn, ...]:
     values = [
         _value(f"conversations[{i}]", said[i], "gpt" if (i - skip) % 2 else "human") for i in range(skip, len(said))
     ]
-    if not values or len(values) % 2:
+    if len(values) < 2:
         raise InputError(f"conversations: expected questions with an answer to each, got {len(values)} turns")
-    questions, answers = values[::2], values[1::2]
+    questions, answers = [_picture_first(question) for question in values[: len(values) // 2 * 2 : 2]], values[1::2]
     families = record.get("families")
     if families is None:
         families = [None] * len(questions)
@@ -156,6 +180,13 @@ def _turns(record: dict[str, Any]) -> tuple[Turn, ...]:
     if len(families) != len(questions):
         raise _error("families", f"one for each of {len(questions)} questions", families)
     return tuple(Turn(*turn) for turn in zip(questions, answers, families, strict=True))
+
+
+def _picture_first(question: str) -> str:
+    """Where a question has one picture, its place is in front, on a line of its own; several stay where they are."""
+    if question.count(IMAGE) != 1 or question.startswith(IMAGE):
+        return question
+    return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}"
 
 
 def _value(key: str, said: Any, side: str) -> str:

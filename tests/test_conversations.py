@@ -47,7 +47,9 @@ SIGN = {
 
 
 def write(folder: Path, content: Any, name: str = "data.json") -> Path:
-    """`content` as JSON, or text and bytes as they are."""
+    """`content` as JSON, or text and bytes as they are, beside a file where SIGN's picture should be."""
+    (folder / "signs").mkdir(exist_ok=True)
+    (folder / "signs/a.png").touch()
     file = folder / name
     if not isinstance(content, bytes):
         content = (content if isinstance(content, str) else json.dumps(content)).encode()
@@ -62,8 +64,11 @@ def test_a_record(tmp_path: Path) -> None:
     turns = (Turn("<image>\nWhat does it say?", "stop", "read"), Turn("In what colour?", "white", "perceive"))
     (found,) = read_conversations(write(tmp_path, [SIGN]))
     assert found == Conversation("sign", (tmp_path / "signs/a.png",), turns)
-    (found,) = read_conversations(str(write(tmp_path, [SIGN])), ROOT)
-    assert found.images == (ROOT / "signs/a.png",)
+    file, elsewhere = write(tmp_path, [SIGN]), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "signs").rename(elsewhere / "signs")
+    (found,) = read_conversations(str(file), elsewhere)
+    assert found.images == (elsewhere / "signs/a.png",)
 
 
 def test_what_a_record_may_leave_out_and_hold_besides(tmp_path: Path) -> None:
@@ -80,16 +85,38 @@ def test_what_a_record_may_leave_out_and_hold_besides(tmp_path: Path) -> None:
 
 
 def test_several_pictures_in_any_turn_from_anywhere(tmp_path: Path) -> None:
-    said = [human("Is <image> like <image>?"), gpt("no"), human("And <image>?"), gpt("yes")]
-    record = {"image": ["a.png", "../b.png", "/c.png"], "conversations": said}
+    said = [human("Is <image> like <image>?"), gpt("no"), human("And this:\n<image>"), gpt("yes")]
+    inner, elsewhere = tmp_path / "inner", tmp_path / "c.png"
+    inner.mkdir()
+    for picture in (inner / "a.png", tmp_path / "b.png", elsewhere):
+        picture.touch()
+    record = {"image": ["a.png", "../b.png", str(elsewhere)], "conversations": said}
+    (found,) = read_conversations(write(inner, [record]))
+    assert found.images == (inner / "a.png", inner / "../b.png", elsewhere)
+    assert [turn.question for turn in found.turns] == ["Is <image> like <image>?", "<image>\nAnd this:"]
+
+
+@pytest.mark.parametrize(
+    ("question", "read"),
+    [
+        ("<image>\nWhy?", "<image>\nWhy?"),
+        ("<image> Why?", "<image> Why?"),
+        ("Why?\n<image>", "<image>\nWhy?"),
+        (" <image>Why?", "<image>\nWhy?"),
+        ("What does <image> show?", "<image>\nWhat does  show?"),
+    ],
+)
+def test_the_only_picture_of_a_question_goes_to_its_front(tmp_path: Path, question: str, read: str) -> None:
+    """As `preprocess_multimodal` of LLaVA's public training code has it; most of its captions are "Describe …\\n<image>"."""
+    record = {"image": "signs/a.png", "conversations": [human(question), gpt("So.")]}
     (found,) = read_conversations(write(tmp_path, [record]))
-    assert found.images == (tmp_path / "a.png", tmp_path / "../b.png", Path("/c.png"))
-    assert [turn.question for turn in found.turns] == ["Is <image> like <image>?", "And <image>?"]
+    assert found.turns[0].question == read
 
 
-def test_a_first_turn_of_gpt_is_left_out(tmp_path: Path) -> None:
-    record = {**SIGN, "conversations": [gpt("Hello."), *SIGN["conversations"]]}
-    assert read_conversations(write(tmp_path, [record])) == read_conversations(write(tmp_path, [SIGN]))
+def test_a_first_turn_of_gpt_and_an_unanswered_question_are_left_out(tmp_path: Path) -> None:
+    for said in ([gpt("Hello."), *SIGN["conversations"]], [*SIGN["conversations"], human("Sure?")]):
+        record = {**SIGN, "conversations": said}
+        assert read_conversations(write(tmp_path, [record])) == read_conversations(write(tmp_path, [SIGN]))
 
 
 def test_json_lines(tmp_path: Path) -> None:
@@ -108,10 +135,30 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     )
 
 
-def test_pictures_are_looked_for_when_they_are_opened(tmp_path: Path) -> None:
+def test_pictures_are_looked_for_when_they_are_named_and_read_when_they_are_opened(tmp_path: Path) -> None:
+    for name in ("signs/b.png", "signs", "a" * 5000, "\0"):
+        with pytest.raises(InputError, match="record 0: image: .*: no such file"):
+            read_conversations(write(tmp_path, [{**SIGN, "image": name}]))
     (found,) = read_conversations(write(tmp_path, [SIGN]))
-    with pytest.raises(InputError, match=r"signs/a\.png: expected a picture file: this is no such file"):
+    with pytest.raises(InputError, match=r"signs/a\.png: not a picture that can be read"):
         open_image(found.images[0])
+
+
+def test_what_cannot_be_used_is_told_at_once_and_may_be_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    unanswered = {"conversations": [human("Why?")]}
+    file = write(tmp_path, [unanswered, SIGN, *[{**SIGN, "image": f"{i}.png"} for i in range(5)], {**SIGN, "id": None}])
+    listed = "record 0: conversations: expected questions with an answer to each, got 1 turns; record 2: image: "
+    with pytest.raises(InputError) as error:
+        read_conversations(file)
+    words = str(error.value)
+    assert words.startswith(f"{file}: {listed}") and words.endswith("3.png: no such file (and 1 more)")
+    first, last = read_conversations(file, skip_unusable=True)
+    assert (first.id, last.id) == ("sign", "7")  # a record keeps the number that the file gives it
+    assert f"{file}: 6 of 8 records are left out: {listed}" in caplog.text
+    with pytest.raises(InputError, match="record 0: conversations: expected"):
+        read_conversations(write(tmp_path, [unanswered]), skip_unusable=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- refusing
@@ -134,7 +181,7 @@ RECORDS = [
     ({"conversations": "Why?"}, "conversations: expected a list of what human and gpt say in turn, got 'Why?'"),
     (said(), "conversations: expected questions with an answer to each, got 0 turns"),
     (said(A), "conversations: expected questions with an answer to each, got 0 turns"),
-    (said(Q, A, Q), "conversations: expected questions with an answer to each, got 3 turns"),
+    (said(Q), "conversations: expected questions with an answer to each, got 1 turns"),
     (said(Q, Q), "conversations[1].from: expected 'gpt', got 'human'"),
     (said(A, A), "conversations[1].from: expected 'human', got 'gpt'"),
     (said(Q, A, A), "conversations[2].from: expected 'human', got 'gpt'"),
@@ -495,7 +542,7 @@ BAD_ARGUMENTS = [
     (["--data", "{data}", "--split", "test"], "--split and --dense are of the miniature"),
     (["--data", "{data}", "--images", "none"], "none: expected a folder with pictures"),
     (["--data", "{data}", "--seed", 1], "data.json has no record 1"),
-    (["--data", "{data}"], "questions 1 to 2: {folder}/signs/a.png: expected a picture file"),
+    (["--data", "{data}"], "questions 1 to 2: {folder}/signs/a.png: not a picture that can be read"),
     (["--data", "{data}", "--template", "raw"], "questions 1 to 2: prompt: expected one <image>"),
 ]
 
