@@ -229,13 +229,10 @@ def _read_text(top: _Section) -> TextConfig:
     if head_dim % 2:
         raise section.error("head_dim", "an even number, as rotary embedding needs")
     positions = section.integer("max_position_embeddings", defaults["max_position_embeddings"])
-    if model_type == "mistral":
-        # The window changes nothing until a sequence outgrows it; an absent key means 4096.
-        window = section.fields.get("sliding_window", 4096)
-        if window is not None and not (type(window) is int and window >= positions):
-            raise section.error(
-                "sliding_window", f"null or at least max_position_embeddings ({positions}); an absent key means 4096"
-            )
+    context = positions
+    if model_type == "mistral" and section.fields.get("sliding_window", 4096) is not None:  # an absent key means 4096
+        # The window changes nothing until a sequence outgrows it: so long may one be.
+        context = min(positions, section.integer("sliding_window", 4096))
     return TextConfig(
         model_type=model_type,
         vocab_size=section.integer("vocab_size", 32000),
@@ -247,7 +244,7 @@ def _read_text(top: _Section) -> TextConfig:
         head_dim=head_dim,
         hidden_act=section.choice("hidden_act", "silu", tuple(ACTIVATIONS)),
         rms_norm_eps=section.number("rms_norm_eps", 1e-6),
-        max_position_embeddings=positions,
+        max_position_embeddings=context,
         # transformers' Mistral has no biases, whatever its file says.
         attention_bias=section.boolean("attention_bias", False) and model_type == "llama",
         mlp_bias=section.boolean("mlp_bias", False) and model_type == "llama",
@@ -301,6 +298,11 @@ def load_config(folder: Path) -> Config:
     top = _Section(file, "", read_json(file))
     if top.fields.get("model_type") not in MODEL_TYPES:
         raise top.error("model_type", "one of " + ", ".join(MODEL_TYPES) + " (a LLaVA folder in Hugging Face's format)")
+    if "mm_vision_tower" in top.fields and "text_config" not in top.fields:
+        raise CheckpointError(
+            f"{file}: is of the original LLaVA repository (mm_vision_tower): expected a folder in Hugging Face's format, "
+            "such as llava-hf has of the same checkpoints"
+        )
     if top.fields.get("quantization_config") is not None:
         raise top.error("quantization_config", "none: quantised weights are not supported")
     model_type = top.fields["model_type"]

@@ -332,9 +332,8 @@ def test_old_buffers_are_ignored(folder: Path) -> None:
         (dict(text_rope_parameters={"rope_type": "llama3", "factor": 2}), ["low_freq_factor"]),
         (dict(text_rope_parameters={"partial_rotary_factor": 0.5}), ["partial_rotary_factor"]),
         (dict(text_rope_parameters=3), ["rope_parameters: expected an object, got 3"]),
-        # an absent sliding_window is one of 4096
-        (dict(text_model_type="mistral", text_max_position_embeddings=8192), ["sliding_window", "4096"]),
-        (dict(text_model_type="mistral", text_sliding_window=64), ["sliding_window", "64"]),
+        (dict(text_model_type="mistral", text_sliding_window=0), ["text_config.sliding_window: expected", "got 0"]),
+        (dict(text_model_type="mistral", text_sliding_window="all"), ["text_config.sliding_window: expected", "'all'"]),
         (dict(text_config=[1]), ["text_config: expected an object"]),
         (dict(image_token_index=96), ["image_token_index: expected less than text_config.vocab_size (96), got 96"]),
         (dict(image_token_index=-1), ["image_token_index"]),
@@ -359,6 +358,25 @@ def test_config_values(folder: Path, changes: dict[str, Any], parts: list[str]) 
     if "eos_token_id" in changes:
         (folder / "generation_config.json").unlink()
     refused(folder, "config.json", *parts)
+
+
+def test_the_original_repository_s_folder_is_named_as_such(folder: Path) -> None:
+    """Its keys are flat (here the first of liuhaotian/llava-v1.5-7b): with defaults for the rest it would be another model."""
+    flat = {"model_type": "llava", "hidden_size": 4096, "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+    (folder / "config.json").write_text(json.dumps(flat))
+    refused(folder, "config.json", "the original LLaVA repository", "expected a folder in Hugging Face's format")
+
+
+def test_a_window_of_mistral_is_the_context(folder: Path) -> None:
+    """An absent key is one of 4096; the rotary embedding goes by the positions that it was trained on."""
+    from minifocus.config import load_config
+
+    llama3 = {"rope_type": "llama3", "factor": 2, "low_freq_factor": 1, "high_freq_factor": 4}
+    change_config(folder, text_model_type="mistral", text_max_position_embeddings=8192, text_rope_parameters=llama3)
+    for window, context in ((ABSENT, 4096), (None, 8192), (100, 100), (9000, 8192)):
+        change_config(folder, text_sliding_window=window)
+        text = load_config(folder).text
+        assert text.max_position_embeddings == context and text.rope.original_max_position_embeddings == 8192
 
 
 def test_sampling_that_is_not_taken_over_is_said_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -99,6 +99,23 @@ def test_variants(tmp_path: Path, name: str) -> None:
     compare(save(oracle, tmp_path), oracle, [[SIZES["odd"]], [SIZES["wide"]]])
 
 
+def test_a_sliding_window_is_as_long_as_a_sequence_may_be(tmp_path: Path) -> None:
+    """Up to it, a decoder with one computes what one without does (bakLLaVA: 4096 of 32768 positions)."""
+    odd = [[SIZES["odd"]]]
+    plain = minifocus.load(save(build("llava"), tmp_path / "plain"), sampler="none")
+    length = make_inputs(plain, odd).input_ids.shape[1]
+    for window in (length, length - 1):
+        oracle = build("llava", text_model_type="mistral", text_sliding_window=window)
+        folder = save(oracle, tmp_path / str(window))
+        if window == length:
+            compare(folder, oracle, odd)
+        else:
+            with pytest.raises(
+                minifocus.InputError, match=f"takes {length} .* more than the context length of {window}"
+            ):
+                compare(folder, oracle, odd)
+
+
 def test_class_token_kept(tmp_path: Path) -> None:
     oracle = build("llava", vision_feature_select_strategy="full")
     compare(save(oracle, tmp_path), oracle, [[SIZES["odd"]]])
