@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import minifocus
 from minifocus.image import open_image
+from minifocus.prompt import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(ROOT / "weights/tiny"), help="folder in Hugging Face's layout")
     parser.add_argument("--image", action="append", help="picture; several for several <image> places in the prompt")
     parser.add_argument("--prompt", action="append", help="the question; several are asked one after the other")
-    parser.add_argument("--template", help="vicuna, mistral, llama3, chatml or raw; default: the model's")
+    parser.add_argument("--template", choices=list(TEMPLATES), help="default: the model's")
     add_sampler_options(parser)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's")

@@ -95,7 +95,7 @@ class Options:
                     generation_config.json says of sampling does not count
     top_p           sample only from the likeliest tokens that together have this probability
     seed            of the sampling; each row draws from its own generator, so that a batch gives what single calls give
-    template        "vicuna", "mistral", "llama3", "chatml" or "raw"; None: the checkpoint's
+    template        a name in `minifocus.prompt.TEMPLATES`; None: the checkpoint's
     """
 
     max_new_tokens: int = 256

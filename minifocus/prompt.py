@@ -1,4 +1,8 @@
-"""The user's question → the text that each family of models was trained to answer.
+"""The user's question → the text that each family of models answers.
+
+They are the hub's templates, with two exceptions. "chatml" has the system's words that LLaVA-1.6-34B was trained with, which
+the hub's leaves out. "vicuna_v1" is for asking: LLaVA and its published scores have the system's words in front of Vicuna's
+prompt, which the hub's ("vicuna") leaves out.
 
 No template holds a BOS token: the tokenizer puts it in front.
 """
@@ -17,6 +21,10 @@ IMAGE = "<image>"
 
 TEMPLATES = {
     "vicuna": "USER: {question} ASSISTANT:",
+    "vicuna_v1": (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+        "and polite answers to the user's questions. USER: {question} ASSISTANT:"
+    ),
     "mistral": "[INST] {question} [/INST]",
     "llama3": (
         "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
@@ -29,8 +37,10 @@ TEMPLATES = {
     "raw": "{question}",
 }
 
-ANSWERS = {"vicuna": " {answer}", "mistral": " {answer}"}  # else the answer follows at once
+ANSWERS = dict.fromkeys(("vicuna", "vicuna_v1", "mistral"), " {answer}")  # else the answer follows at once
 TURN_ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}  # else the tokenizer's end of sequence
+# What follows the system's words, which a conversation has once.
+TURN_BEGINS = {"vicuna_v1": "USER: ", "chatml": "<|im_start|>user\n"}
 
 
 @dataclass(frozen=True)

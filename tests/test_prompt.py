@@ -9,6 +9,10 @@ from minifocus.prompt import TEMPLATES, build_prompt, detect_template
 
 PROMPTS = {
     "vicuna": "USER: <image>\nWhat is it? ASSISTANT:",
+    "vicuna_v1": (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+        "and polite answers to the user's questions. USER: <image>\nWhat is it? ASSISTANT:"
+    ),
     "mistral": "[INST] <image>\nWhat is it? [/INST]",
     "llama3": (
         "<|start_header_id|>user<|end_header_id|>\n\n<image>\nWhat is it?<|eot_id|>"
@@ -64,7 +68,7 @@ def test_raw():
     (" \n", 1, "mistral", "expected a question"),
     ("<image>\n", 1, "chatml", "expected a question"),
     ("", 0, "raw", "expected a question"),
-    ("Hi", 0, "alpaca", "expected one of vicuna, mistral, llama3, chatml, raw, got 'alpaca'"),
+    ("Hi", 0, "alpaca", "expected one of vicuna, vicuna_v1, mistral, llama3, chatml, raw, got 'alpaca'"),
 ])  # fmt: skip
 def test_bad_prompts(question, num_images, template, words):
     with pytest.raises(InputError) as error:
