@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evaluate import evaluate
+from evaluate import evaluate, longest_answer
 from sampler_options import add_option, read_options
 
 import minifocus
@@ -58,6 +58,14 @@ DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
 }
 
 
+# What makes no other run of one: where things are (the model and the data count by what is in them), and what changes
+# neither the weights nor their order.
+NOT_OF_A_RUN = {
+    *("out", "model", "data", "images", "device", "workers", "gradient_checkpointing", "skip_unusable"),
+    *("save_every", "log_every", "validate", "validate_every", "validation_data"),
+}
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -78,7 +86,10 @@ def parse_arguments() -> argparse.Namespace:
         "--turns", choices=("chat", "independent"), help="whether a conversation's turns see the ones before"
     )
     data.add_argument("--max-turns", type=int, help="of a conversation (miniature: 12)")
-    data.add_argument("--max-tokens", type=int, help="of a sequence; turns that do not fit are left out")
+    data.add_argument("--max-tokens", type=int, help="of a sequence; turns that do not fit are left out, the first cut")
+    data.add_argument(
+        "--skip-unusable", action="store_true", help="leave out records that cannot be used, and say which"
+    )
     data.add_argument("--first-scene", type=int, default=0, help="miniature: the training split's scene to begin with")
     data.add_argument("--dense", action="store_true", help="miniature: dense scenes only, instead of every fourth")
     data.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead")
@@ -104,7 +115,11 @@ def parse_arguments() -> argparse.Namespace:
     steps = parser.add_argument_group("steps")
     steps.add_argument("--steps", type=int, help="default: one pass over the data (miniature: 500)")
     steps.add_argument("--batch", type=int, help="examples per step, over all processes")
-    steps.add_argument("--micro-batch", type=int, help="examples per forward pass of a process (miniature: 4; else 1)")
+    steps.add_argument(
+        "--micro-batch",
+        type=int,
+        help="examples per forward pass of a process (miniature: 4; else 1), over which the balance loss is taken",
+    )
     steps.add_argument("--warmup", type=float, help="share of the steps over which the learning rates rise")
     steps.add_argument("--final-lr", type=float, default=0.0, help="where the cosine ends, as a share of the peak")
     for part in PARTS:
@@ -161,8 +176,8 @@ def check(arguments: argparse.Namespace) -> None:
         arguments.selector_bias is None or math.isfinite(arguments.selector_bias), "selector_bias", "a finite number"
     )
     if arguments.data is None:
-        for name in ("images", "validation_data"):
-            expect(getattr(arguments, name) is None, name, "--data beside it")
+        for name in ("images", "validation_data", "skip_unusable"):
+            expect(not getattr(arguments, name), name, "--data beside it")
     else:
         for name in ("dense", "first_scene"):
             expect(not getattr(arguments, name), name, "no --data, as it is of the miniature")
@@ -209,13 +224,15 @@ def load_model(arguments: argparse.Namespace, fresh: set[str], device: torch.dev
             "--selector-bias: expected a new selector to give it to, such as --fresh selector makes"
         )
     options = {**read_options(arguments.option, own), **own}
+    for name, drawn in {"gamma": "gamma", "layer": "layers"}.items() if sampler in ("focus", "text") else ():
+        if name in options:
+            raise minifocus.InputError(f"--option: {name} is drawn for every sample: expected its range as --{drawn}")
     if learned and not has_selector:
-        inside = "text" if sampler == "focus" else "none"
-        model = minifocus.load(arguments.model, inside, device, "float32")
         known = {field.name for field in fields(VisionGuidedOptions)}
-        if set(options) - known:
-            raise minifocus.InputError(f"--option: a new selector has {', '.join(sorted(known))}, got {options}")
-        full = VisionGuidedOptions(**options)
+        of_text = {name: value for name, value in options.items() if name not in known}
+        # Refuses what is an option of neither.
+        model = minifocus.load(arguments.model, "text" if sampler == "focus" else "none", device, "float32", **of_text)
+        full = VisionGuidedOptions(**{name: value for name, value in options.items() if name in known})
         if full.thumbnail != "keep" and not model.config.anyres:
             raise minifocus.InputError(f"--thumbnail: LLaVA-1.5 has no thumbnail to {full.thumbnail}")
         selector = LinearSelector(
@@ -249,6 +266,20 @@ def learning_rate(name: str, rates: dict[str, float], model: minifocus.Llava) ->
     return rates["llm" if name.startswith("language_model.") else "projector"]
 
 
+def digest_of_model(folder: Path, blocks: int = 1024, size: int = 4096) -> str:
+    """Of a model folder's files that are loaded: their names, lengths and as many blocks of bytes, evenly spread."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".model"):
+            length = file.stat().st_size
+            digest.update(f"{file.name} {length} ".encode())
+            with file.open("rb") as stream:
+                for place in (*range(0, length, max(size, -(-length // blocks))), max(0, length - size)):
+                    stream.seek(place)
+                    digest.update(stream.read(size))
+    return digest.hexdigest()
+
+
 def train(arguments: argparse.Namespace) -> None:
     check(arguments)
     try:
@@ -280,7 +311,7 @@ def train(arguments: argparse.Namespace) -> None:
     if miniature:
         source = CardScenes(first=arguments.first_scene, dense=True if arguments.dense else None)
     else:
-        source = read_conversations(arguments.data, arguments.images)
+        source = read_conversations(arguments.data, arguments.images, arguments.skip_unusable)
     independent = arguments.turns == "independent"
     batches = Batches(
         model,
@@ -291,6 +322,7 @@ def train(arguments: argparse.Namespace) -> None:
         arguments.max_turns or (12 if miniature else None),
         arguments.max_tokens,
         shuffle=not miniature,
+        skip_unusable=arguments.skip_unusable,
     )
     steps = arguments.steps or (500 if miniature else max(1, len(source) // arguments.batch))
     settings = Settings(
@@ -323,27 +355,25 @@ def train(arguments: argparse.Namespace) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise minifocus.InputError(f"--out: {out}: {error}") from error
-    ignored = ("out", "device", "save_every", "log_every", "validate", "validate_every", "validation_data", "workers")
-    identity = {name: value for name, value in vars(arguments).items() if name not in ignored}
-    identity["model"] = os.path.relpath(arguments.model, out)  # runs may be moved together with what they began from
-    if not miniature:  # a file that has changed since is another run's
+    identity = {name: value for name, value in vars(arguments).items() if name not in NOT_OF_A_RUN}
+    identity["model"] = digest_of_model(Path(arguments.model))
+    if not miniature:
         identity["conversations"] = len(source)
-        identity["digest"] = hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest()
+        identity["data"] = hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest()
 
-    held_out = read_conversations(arguments.validation_data, arguments.images) if arguments.validation_data else []
+    held_out = (
+        read_conversations(arguments.validation_data, arguments.images, arguments.skip_unusable)
+        if arguments.validation_data
+        else []
+    )
 
     def validate() -> dict[str, Any]:
-        longest = 16
         if miniature:
-            asked = cards.questions("validation", arguments.validate, dense=True if arguments.dense else None)
-            questions, count = asked, arguments.validate
+            drawn = cards.questions("validation", arguments.validate, dense=True if arguments.dense else None)
+            result = evaluate(model, drawn, 16, arguments.validate)
         else:
             every = [q for conversation in held_out for q in asked_alone(conversation)][: arguments.validate]
-            questions, count = iter(every), len(every)
-            assert model.tokenizer is not None  # text was trained on
-            # What goes on for longer than every answer that is expected is wrong already.
-            longest = 8 + max(len(model.tokenizer.encode(answer).ids) for _, _, answer, _ in every)
-        result = evaluate(model, questions, 16, count, max_new_tokens=longest)
+            result = evaluate(model, every, 16, len(every), max_new_tokens=longest_answer(model, every))
         return {name: result[name] for name in ("accuracy", "families", "tokens")}
 
     seconds = fit(

@@ -27,7 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from checkpoints import add_tokenizer, build, save
-from safetensors.torch import load_file, safe_open
+from safetensors.torch import load_file, safe_open, save_file
 from scripts_as_modules import example
 
 import minifocus
@@ -35,7 +35,7 @@ from minifocus import cards
 from minifocus.conversations import read_conversations
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, save_selector
 from minifocus.training.examples import Batches, CardScenes
-from minifocus.training.loop import Log, Process, Settings, read_log
+from minifocus.training.loop import Log, Process, Settings, check_memory, read_log
 from minifocus.training.objective import AnswerObjective, Objective, draw_guidance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,9 +155,7 @@ def test_a_killed_run_goes_on_where_its_checkpoint_is(whole: Path, tmp_path: Pat
     assert not changed(weights(out / "model"), weights(whole / "model"))  # the order of a selector's metadata is random
     assert [line["step"] for line in figures(out)] == [1, 2, 3, 4, 5, 6]
     assert figures(out) == figures(whole)
-    assert (
-        changed(weights(TINY), weights(whole / "model")) >= {"selector.bias", "lm_head.weight"} & weights(TINY).keys()
-    )
+    assert changed(weights(TINY), weights(whole / "model")) >= {"selector.bias", "language_model.lm_head.weight"}
 
 
 def test_a_run_that_is_done_stays_as_it_is_and_other_arguments_are_refused(whole: Path, tmp_path: Path) -> None:
@@ -391,6 +389,29 @@ def test_gradients_of_accumulated_and_shared_micro_batches(toy: ModuleType, tmp_
     assert [line["number"] for line in figures(tmp_path / "one")] == pytest.approx([1.5, 1.7, 2.09])
 
 
+def test_a_gpu_without_room_for_training_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 billion parameters in float32: a gradient, two moments, and 2 bytes each for autocast's copies."""
+    task = torch.nn.Module()
+    task.large = torch.nn.Linear(70_000, 100_000, bias=False, device="meta")
+    task.frozen = torch.nn.Linear(10_000, 100_000, bias=False, device="meta").requires_grad_(False)
+    for free, bf16, refused in (
+        (99.9e9, True, True),
+        (100.1e9, True, False),
+        (83e9, False, True),
+        (85e9, False, False),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 10**12))
+        with pytest.raises(minifocus.InputError) if refused else contextlib.nullcontext() as error:
+            check_memory(task, torch.device("cuda:1"), bf16)
+        if error is not None:
+            needed = "100.0" if bf16 else "84.0"
+            assert f"at least {needed} GB" in str(error.value) and f"got {free / 1e9:.1f} GB on cuda:1" in str(
+                error.value
+            )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: pytest.fail("there may be no CUDA"))
+    check_memory(task, torch.device("cpu"), True)
+
+
 def test_the_loop_s_parts(toy: ModuleType, tmp_path: Path) -> None:
     """The learning rates' course, a step that is not finite, a batch that cannot be shared out, the log's lines."""
     settings = Settings(steps=10, batch=1, micro_batch=1, warmup_steps=4, final_lr=0.2)
@@ -461,18 +482,38 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
     return short(tmp_path_factory.mktemp("runs") / "plain", "--fresh", "projector")
 
 
-def test_a_run_may_be_moved_together_with_what_it_began_from(tmp_path: Path) -> None:
+def test_a_run_is_known_by_what_it_began_from_wherever_that_is(tmp_path: Path) -> None:
+    """Nor does it matter what takes less memory. Frozen parts are not in the checkpoint: other ones are another run's."""
     before, after = tmp_path / "before", tmp_path / "elsewhere/after"
     shutil.copytree(TINY, before / "start/model")
-    short(before / "run", "--model", before / "start/model")
+    short(before / "run", "--model", before / "start/model", "--freeze", "llm")
     after.parent.mkdir()
     before.rename(after)
     checkpoint = after / "run/checkpoint.pt"
     made = checkpoint.stat().st_mtime_ns
-    short(after / "run", "--model", after / "start/model")
+    same = ["--out", after / "run", *SHORT, "--freeze", "llm", "--model", after / "start/model"]
+    assert train(*same, "--gradient-checkpointing").code == 0
     assert checkpoint.stat().st_mtime_ns == made
-    done = train("--out", after / "run", *SHORT, "--model", TINY)
-    assert done.code == 2 and "model: '../start/model' there" in done.err
+    kept = (after / "run/model/model.safetensors").read_bytes()
+    with safe_open(after / "start/model/model.safetensors", "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["language_model.lm_head.weight"][7, 7] += 1
+    save_file(tensors, after / "start/model/model.safetensors", metadata)
+    done = train(*same)
+    assert done.code == 2 and "of another run" in done.err and "model: '" in done.err
+    assert (after / "run/model/model.safetensors").read_bytes() == kept
+
+
+def test_a_digest_of_a_model_reads_its_files_ends(tmp_path: Path) -> None:
+    """Also of those that are too large to be read whole."""
+    weights, found = tmp_path / "model.safetensors", set()
+    for content in (b"a" * 100, b"a" * 101, b"b" + b"a" * 99, b"a" * 99 + b"b"):
+        weights.write_bytes(content)
+        found |= {trainer.digest_of_model(tmp_path, blocks=4, size=8)}
+    (tmp_path / "config.json").write_text("{}")
+    found |= {trainer.digest_of_model(tmp_path, blocks=4, size=8)}
+    (tmp_path / "README.md").write_text("Hello.")
+    assert trainer.digest_of_model(tmp_path, blocks=4, size=8) in found and len(found) == 5
 
 
 def test_gradient_checkpointing_changes_nothing(plain: Tensors, tmp_path: Path) -> None:
@@ -534,7 +575,11 @@ def test_aligning_a_fresh_projector(tmp_path: Path) -> None:
 
 
 def test_a_fresh_selector_of_another_kind(tmp_path: Path) -> None:
-    trained = short(tmp_path, "--fresh", "selector,projector", "--window", 8, "--branches", 7, "--straight-through")
+    new = ["--fresh", "selector,projector", "--window", 8, "--branches", 7, "--straight-through"]
+    with mock.patch.object(trainer, "AnswerObjective", side_effect=AnswerObjective) as objective:
+        trained = short(tmp_path, *new, "--option", "text=all", "--option", "score_pool=max")
+    model = objective.call_args.args[0]
+    assert (model.inside_llm.options.text, model.before_llm.options.score_pool) == ("all", "max")
     start = weights(TINY)
     assert trained["selector.weight"].shape == (7, 64) and trained["selector.bias"].shape == (7,)
     assert trained["selector.weight"].any()
@@ -580,12 +625,12 @@ def test_a_file_that_has_changed_is_another_run_s(tmp_path: Path) -> None:
     assert done.code == 0, done.err
     write_data(tmp_path, text_only=1)
     done = train(*arguments)
-    assert done.code == 2 and "conversations: 3 there, 4 here; digest: " in done.err
+    assert done.code == 2 and "conversations: 3 there, 4 here; data: '" in done.err
 
     with mock.patch.object(trainer, "fit", return_value=0.0) as fit:
         assert train("--out", tmp_path / "miniature", "--sampler", "none").code == 0
     identity = fit.call_args.args[6]
-    assert not identity.keys() & {"conversations", "digest"}
+    assert not identity.keys() & {"conversations", "data"}
     assert (identity["alpha"], identity["selector_bias"], identity["scale_weights"]) == (0.1, 1.0, None)
 
 
@@ -627,15 +672,16 @@ def test_every_trained_parameter_has_a_gradient(kind: str, tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("refused")
-    lost = json.loads(data.read_text())[:1]
-    lost[0]["image"] = "lost.png"
-    (folder / "lost.json").write_text(json.dumps(lost))
+    record = json.loads(data.read_text())[0] | {"id": "0"}
+    for name, image in (("lost", "lost.png"), ("torn", "file")):
+        (folder / f"{name}.json").write_text(json.dumps([record | {"image": image}]))
     llava = save(build("llava", seed=1), folder / "llava")
     silent = save(build("llava_next", seed=1), folder / "silent")
     save_selector(silent / "selector.safetensors", LinearSelector(16, 3), VisionGuidedOptions())
     add_tokenizer(llava)
     (folder / "file").write_text("")
-    return SimpleNamespace(folder=folder, data=data, lost=folder / "lost.json", llava=llava, silent=silent)
+    files = {name: folder / f"{name}.json" for name in ("lost", "torn")}
+    return SimpleNamespace(folder=folder, data=data, llava=llava, silent=silent, **files)
 
 
 BAD: list[tuple[Sequence[Any], str]] = [
@@ -646,9 +692,13 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--device", "cuda:99"], "device: 'cuda:99' is not usable here"),
     (["--data", "none.json"], "none.json: expected a JSON file: this is no such file"),
     (["--data", "{data}", "--images", "none"], "none: expected a folder with pictures"),
-    (["--data", "{lost}"], "lost.png: expected a picture file"),
-    (["--data", "{lost}", "--workers", 1], "lost.png: expected a picture file"),
-    (["--data", "{data}", "--max-tokens", 3], "its first turn takes "),
+    (["--data", "{lost}"], "lost.json: record 0: image: {folder}/lost.png: no such file"),
+    (["--data", "{lost}", "--skip-unusable"], "lost.json: record 0: image: {folder}/lost.png: no such file"),
+    (["--data", "{torn}"], "conversation '0': {folder}/file: not a picture that can be read: "),
+    (["--data", "{torn}", "--workers", 1], "(skip_unusable leaves such a conversation out)"),
+    (["--data", "{torn}", "--skip-unusable"], "data: expected a usable conversation, got 1 that are not"),
+    (["--data", "{data}", "--max-tokens", 3], "; expected its answer to begin within 3 (skip_unusable"),
+    (["--skip-unusable"], "--skip-unusable: expected --data beside it, got True"),
     (["--data", "{data}", "--dense"], "--dense: expected no --data"),
     (["--data", "{data}", "--first-scene", 2], "--first-scene: expected no --data"),
     (["--data", "{data}", "--validate", 2], "--validate: expected --validation-data beside it, got 2"),
@@ -691,7 +741,13 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--straight-through", "--sampler", "none"], "--straight-through: sampler 'none' has no such option"),
     (["--sampler", "fastv"], "sampler: FastV acts inside the language model and is not for training"),
     (["--sampler", "random", "--option", "window=2"], "window: not an option of sampler 'random'"),
-    (["--fresh", "selector", "--option", "gamma=0.5"], "--option: a new selector has branches, score_pool,"),
+    (
+        ["--fresh", "selector", "--option", "gamma=0.5"],
+        "--option: gamma is drawn for every sample: expected its range as",
+    ),
+    (["--sampler", "text", "--option", "layer=1"], "drawn for every sample: expected its range as --layers"),
+    (["--fresh", "selector", "--option", "size=3"], "size: not an option of sampler 'text'; its options: "),
+    (["--fresh", "selector", "--sampler", "vision", "--option", "text=all"], "text: not an option of sampler 'none'"),
     (["--window", "2", "--option", "window=4"], "--option: expected NAME=VALUE, each name once, got 'window=4'"),
     (["--thumbnail", "drop", "--model", "{llava}"], "--thumbnail: LLaVA-1.5 has no thumbnail to drop"),
     (["--alpha", "-1"], "alpha: expected a number of at least 0, got -1.0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,20 @@ from .. import cards
 from ..conversations import Conversation
 from ..errors import CheckpointError, InputError
 from ..image import open_image
-from ..prompt import ANSWERS, IMAGE, build_prompt, end_token_id
+from ..prompt import ANSWERS, IMAGE, TURN_BEGINS, build_prompt, end_token_id
 
 if TYPE_CHECKING:
     from ..model import Llava
 
 NO_LABEL = -100
+# So many unusable conversations in a row are no accident of the data.
+MOST_SKIPPED = 100
+
+_log = logging.getLogger("minifocus")
+
+
+class UnusableConversation(InputError):
+    """One conversation cannot be trained on; others can."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +104,11 @@ def encode(
 
     independent  every turn is asked about the pictures as if it were alone, and sees no other; the pictures' places in
                  the text then are in front. Otherwise turns follow one another and see the ones before.
-    max_tokens   of the sequence; by default the context length. Turns that no longer fit are left out, from the end.
+    max_tokens   of the sequence; by default the context length. Turns that no longer fit are left out, from the end; the
+                 first is cut off there, as LLaVA's are.
 
-    Raises InputError, which names the conversation, where not even its first turn fits or its pictures do not, and
-    CheckpointError where the tokenizer does not know the model's placeholder.
+    Raises UnusableConversation where nothing of its first answer fits, or a picture cannot be read or has no place of its
+    own; InputError where the model has no tokenizer for this, and CheckpointError where that does not know the placeholder.
     """
     tokenizer, processor, config = model.tokenizer, model.image_processor, model.config
     if tokenizer is None or processor is None:
@@ -106,7 +116,10 @@ def encode(
     end = end_token_id(model.template, tokenizer)
     if end is None:
         raise InputError(f"model: the tokenizer of {model.folder} has no token that ends a turn of {model.template!r}")
-    processed = [processor(open_image(image)) for image in conversation.images]
+    try:
+        processed = [processor(open_image(image)) for image in conversation.images]
+    except InputError as error:
+        raise UnusableConversation(f"conversation {conversation.id!r}: {error}") from error
     counts = [model.num_visual_tokens(size) for _, size in processed]
     limit = min(max_tokens or config.text.max_position_embeddings, config.text.max_position_embeddings)
 
@@ -119,8 +132,8 @@ def encode(
             remaining = list(counts)
         prompt = build_prompt(question, places, model.template)
         text = prompt.text
-        if number and not independent and model.template == "chatml":
-            text = text[text.index("<|im_start|>user") :]  # the system's words come once
+        if number and not independent and model.template in TURN_BEGINS:
+            text = text[text.index(TURN_BEGINS[model.template]) :]
         shift = len(prompt.text) - len(text)
         begin, last = prompt.instruction[0] - shift, prompt.instruction[1] - shift
         answer = ANSWERS.get(model.template, "{answer}").format(answer=turn.answer.strip())
@@ -136,7 +149,9 @@ def encode(
                 continue
             if token == config.image_token_id and counts:
                 if not remaining:
-                    raise InputError(f"conversation {conversation.id!r}: has more {IMAGE} places than pictures")
+                    raise UnusableConversation(
+                        f"conversation {conversation.id!r}: has more {IMAGE} places than pictures"
+                    )
                 rows += [(token, False, NO_LABEL)] * remaining.pop(0)
             else:
                 own = first < last and after > begin and first < after
@@ -147,11 +162,15 @@ def encode(
         if independent and number:
             rows, shared = rows[shared:], 0
         if len(columns["input_ids"]) + len(rows) > limit:
-            if number == 0:
-                raise InputError(
-                    f"conversation {conversation.id!r}: its first turn takes {len(rows)} tokens, more than {limit}"
+            if number:
+                break
+            cut = rows[:limit]
+            if all(label == NO_LABEL for *_, label in cut):
+                raise UnusableConversation(
+                    f"conversation {conversation.id!r}: its first turn takes {len(rows)} tokens; expected its answer to "
+                    f"begin within {limit}"
                 )
-            break
+            rows = cut
         ids, instruction, labels = zip(*rows, strict=True)
         columns["input_ids"] += ids
         columns["instruction"] += instruction
@@ -197,7 +216,8 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
     A position's example follows from the seed alone: every pass over the source (an epoch) is a new permutation of it, or
     the source's own order where that is `shuffle` False (drawn scenes are random already). At most `max_turns` turns are
-    taken, in random order where they are independent.
+    taken, in random order where they are independent. An UnusableConversation is an error or, with `skip_unusable`, a
+    warning, and the next conversation in that order takes its place.
     """
 
     def __init__(
@@ -210,11 +230,13 @@ class Batches(torch.utils.data.Dataset[Batch]):
         max_turns: int | None = None,
         max_tokens: int | None = None,
         shuffle: bool = True,
+        skip_unusable: bool = False,
     ):
         if not len(source):
             raise InputError("data: expected at least one conversation, got none")
         self.model, self.source, self.size, self.seed = model, source, size, seed
         self.independent, self.max_turns, self.max_tokens, self.shuffle = independent, max_turns, max_tokens, shuffle
+        self.skip_unusable = skip_unusable
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -223,8 +245,10 @@ class Batches(torch.utils.data.Dataset[Batch]):
         bare._modules, bare._parameters = {}, {}
         return {**self.__dict__, "model": bare}
 
-    def conversation(self, position: int) -> Conversation:
+    def conversation(self, position: int, skipped: int = 0) -> Conversation:
+        """At a position, or `skipped` conversations after it in its epoch's order, which begins anew at its end."""
         epoch, index = divmod(position, len(self.source))
+        index = (index + skipped) % len(self.source)
         if self.shuffle:
             if epoch != self._epoch:
                 self._epoch = epoch
@@ -239,9 +263,18 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         first = number * self.size
-        conversations = [self.conversation(first + i) for i in range(self.size)]
-        examples = [encode(self.model, c, self.independent, self.max_tokens) for c in conversations]
-        return collate(examples, first)
+        return collate([self.example(first + i) for i in range(self.size)], first)
+
+    def example(self, position: int) -> Example:
+        for skipped in range(min(len(self.source), MOST_SKIPPED)):
+            conversation = self.conversation(position, skipped)
+            try:
+                return encode(self.model, conversation, self.independent, self.max_tokens)
+            except UnusableConversation as error:
+                if not self.skip_unusable:
+                    raise UnusableConversation(f"{error} (skip_unusable leaves such a conversation out)") from error
+                _log.warning("left out: %s", error)
+        raise InputError(f"data: expected a usable conversation, got {skipped + 1} that are not, one after another")
 
     def share(self, numbers: Sequence[int], workers: int = 0) -> Iterator[Batch]:
         """These micro-batches one after another, made ahead by `workers` processes where there are some."""

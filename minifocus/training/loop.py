@@ -219,6 +219,7 @@ def fit(
     for name in ("save_every", "log_every"):
         identity.pop(name)
     trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
+    check_memory(task, device, settings.bf16)
     first, seconds, averages = _resume(folder / CHECKPOINT, trained, optimizers, identity)
     begins = process.gather(first)
     if len(set(begins)) > 1:
@@ -229,8 +230,10 @@ def fit(
     log = Log(folder / LOG, first) if process.rank == 0 else None
     wrapped: nn.Module = task
     if process.count > 1:
-        wrapped = DistributedDataParallel(task, find_unused_parameters=True)  # text alone does not use the tower
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16)
+        # Text alone does not use the tower; gradients in the buckets that are sent are not there twice.
+        wrapped = DistributedDataParallel(task, find_unused_parameters=True, gradient_as_bucket_view=True)
+    # Without autocast's cache: what the text-guided sampler casts without a gradient, the layer after it needs with one.
+    amp = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16, cache_enabled=False)
     mine = [
         step * per_step + micro
         for step in range(first, settings.steps)
@@ -259,7 +262,8 @@ def fit(
         norm = nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
         if not math.isfinite(float(norm)):
             raise InputError(
-                f"step {step + 1}: the gradient is not finite; expected that of a lower learning rate to be"
+                f"step {step + 1}: the gradient is not finite. A new run with lower learning rates may get past this; this "
+                "one would come to the same step again"
             )
         for optimizer in optimizers:
             optimizer.step()
@@ -283,6 +287,21 @@ def fit(
             process.wait()
     bar.close()
     return time.perf_counter() - begun
+
+
+def check_memory(task: nn.Module, device: torch.device, bf16: bool) -> None:
+    """Whether a GPU has room for what every process keeps beside the weights: rather than run out of it after minutes."""
+    if device.type != "cuda":
+        return
+    trained = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
+    copies = 2 * sum(p.numel() for p in task.parameters()) if bf16 else 0  # autocast's, which the backward pass needs
+    needed, (free, _) = 3 * trained + copies, torch.cuda.mem_get_info(device)  # a gradient and two moments
+    if needed > free:
+        raise InputError(
+            f"device: expected at least {needed / 1e9:.1f} GB free beside the weights for gradients, AdamW's moments and "
+            f"bfloat16 copies, activations not counted, got {free / 1e9:.1f} GB on {device}: processes share the examples, "
+            "not these. Freeze the largest part"
+        )
 
 
 def _average(averages: dict[str, float], figures: Sequence[dict[str, float]], share: float = 0.05) -> None:
@@ -326,8 +345,9 @@ def _resume(
     if not file.exists():
         return 0, 0.0, {}
     try:
-        # On the CPU, where the optimisers keep their counters; the rest they move to its parameter's device.
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        # On the CPU, where the optimisers keep their counters; the rest they move to its parameter's device. Mapped: the
+        # processes of a machine share the file's pages, each would have a copy otherwise.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch and zipfile raise many
         raise InputError(f"{file}: not a checkpoint of a run: {error}") from error
     if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):

@@ -98,7 +98,7 @@ class AnswerObjective(nn.Module):
         answers = F.cross_entropy(output.logits.float(), output.targets, reduction="sum")
         loss = answers / num_targets
         figures = {
-            "loss": float(answers.detach()) / max(len(output.targets), 1),
+            "loss": float(answers.detach()) * num_batches / num_targets,  # their mean is the step's, whatever the split
             "tokens": float(output.share.mean()),
             "tokens_entered": float(output.entered.mean()),
         }
