@@ -13,7 +13,7 @@ Environment variables:
                           reference (minifocus/reference.py) does the work of a half that is missing.
     CXX                   the C++ compiler
     CUDA_HOME             the CUDA toolkit
-    TORCH_CUDA_ARCH_LIST  the GPUs to compile for, as for torch's own extensions; "8.0 9.0+PTX" unless set
+    TORCH_CUDA_ARCH_LIST  the GPUs to compile for, as for torch's own extensions; "7.5 8.0 9.0+PTX" unless set
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def needs_torch() -> bool:
 def gpu_options() -> str:
     """nvcc's options for TORCH_CUDA_ARCH_LIST: machine code for each GPU, and PTX, for newer ones, where it says +PTX."""
     options = []
-    for name in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "8.0 9.0+PTX"):
+    for name in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "7.5 8.0 9.0+PTX"):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
         if not match:
             raise Failed(f'TORCH_CUDA_ARCH_LIST has {name!r}; something like "9.0" or "9.0+PTX" is expected')

@@ -106,9 +106,14 @@ def test_region_pool_backward(backend: Backend, drawn: Regions, turns: dict[str,
         check_region_pool_backward(operators.region_pool_backward(*arguments), *arguments)
 
 
+# As much shared memory as a GPU gives a block, but for the kernel's own variables.
+FULL_48_KB = Regions(((4, 4),), 768, 4, ((4, 4), (2, 2), (1, 1)), torch.float32, "random", "contiguous", False, 0)
+
+
 @every_backend
 @given(drawn=regions(), turns=turns)
 @example(drawn=NO_CHANNELS, turns={})
+@example(drawn=FULL_48_KB, turns={})
 def test_region_route(backend: Backend, drawn: Regions, turns: dict[str, Any]) -> None:
     arguments = backend.takes(drawn).route_arguments(backend.device)
     with backend.taking_turns(turns) as operators:
@@ -127,6 +132,9 @@ def test_importance(backend: Backend, drawn: Attention, turns: dict[str, Any]) -
 @given(drawn=selections(), turns=turns)
 # Negative scores had a share on the CPU.
 @example(drawn=Selection((31,), 0.5, None, torch.float32, "random", "contiguous", 0), turns={})
+# As many scores as have their numbers in shared memory, and more.
+@example(drawn=Selection((4043,), 0.5, None, torch.float32, "random", "contiguous", 0), turns={})
+@example(drawn=Selection((2928, 2928), 0.85, None, torch.bfloat16, "random", "contiguous", 0), turns={})
 def test_select_top_p(backend: Backend, drawn: Selection, turns: dict[str, Any]) -> None:
     arguments = backend.takes(drawn).arguments(backend.device)
     with backend.taking_turns(turns) as operators:

@@ -8,6 +8,9 @@
 //   DEVICE_CHECK(condition)               stops the launch where the condition does not hold
 #pragma once
 
+#include <cstdint>
+#include <utility>
+
 #ifndef __CUDACC__
 
 #include "../emulator/cuda_on_cpu.h"
@@ -17,9 +20,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-
-#include <cstdint>
-#include <utility>
 
 #define DYN_SHARED(T, name)                                              \
   extern __shared__ __align__(16) unsigned char dynamic_shared_memory[]; \
@@ -40,15 +40,13 @@ inline int64_t max_shared_bytes() {
   return bytes - 2048;  // a kernel's own __shared__ variables, and what CUDA keeps for itself
 }
 
-// Arguments are converted to the kernel's parameter types, as in a call. Returns the error of the launch itself.
+inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                   Arguments&&... arguments) {
-  if (shared_bytes > 48 * 1024) {  // more than every GPU has must be asked for
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+cudaError_t start(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                  Arguments&&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
@@ -72,3 +70,20 @@ __device__ __forceinline__ unsigned long long load_acquire(const unsigned long l
 }  // namespace gpu
 
 #endif
+
+namespace gpu {
+
+// Arguments are converted to the kernel's parameter types, as in a call. Returns the error of the launch itself.
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+  // Beyond 48 KB, __shared__ variables included, a kernel has to be allowed it. All there is each time: what is allowed
+  // belongs to the kernel, so that another thread's smaller number would take it away before this launch.
+  if (shared_bytes > 40 * 1024) {
+    const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), max_shared_bytes());
+    if (error != cudaSuccess) return error;
+  }
+  return start(kernel, grid, block, shared_bytes, stream, std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace gpu

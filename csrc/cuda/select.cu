@@ -14,8 +14,8 @@ namespace minifocus::cuda {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr int64_t kCached =
-    4096;  // scores of an item whose numbers are kept in shared memory; the others' are made again
+// Scores of an item whose numbers are kept in shared memory; the others' are made again.
+constexpr int64_t kCached = 4096, kCachedBytes = sizeof(double) + sizeof(unsigned);
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Arguments {
@@ -49,10 +49,13 @@ __device__ __forceinline__ Tally block_tally(Tally own, Tally* scratch) {
   __syncthreads();  // the last call's sums have been read
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = own;
   __syncthreads();
-  Tally sum{0., 0};
-  for (int warp = 0; warp < (int)blockDim.x / 32; ++warp) {
-    sum.steps += scratch[warp].steps;
-    sum.count += scratch[warp].count;
+  // Sums of steps are exact: whichever way they are added, every thread has the same.
+  const int lane = threadIdx.x % 32;
+  Tally sum = lane < (int)blockDim.x / 32 ? scratch[lane] : Tally{0., 0};
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    sum.steps += __shfl_xor_sync(kAll, sum.steps, step);
+    sum.count += __shfl_xor_sync(kAll, sum.count, step);
   }
   return sum;
 }
@@ -188,14 +191,14 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
 
 int select_top_p(const SelectArgs& args, void* stream) {
   if (args.items == 0) return 0;
-  const int64_t cached = min(args.visual, kCached);
+  const int64_t cached = min(args.visual, min(kCached, gpu::max_shared_bytes() / kCachedBytes));
   const Arguments arguments{args.cu_visual, args.visual, cached, args.gamma, args.keep, args.index, args.count};
   const int threads = args.visual <= 128 ? 128 : args.visual <= 512 ? 512 : kMaxThreads;
   return dispatch(args.dtype, [&](auto element) -> int {
     using T = decltype(element);
     return gpu::launch(select_kernel<T>, dim3(unsigned(args.items)), dim3(threads),
-                       size_t(cached) * (sizeof(double) + sizeof(unsigned)), static_cast<cudaStream_t>(stream),
-                       arguments, static_cast<const T*>(args.scores));
+                       size_t(cached * kCachedBytes), static_cast<cudaStream_t>(stream), arguments,
+                       static_cast<const T*>(args.scores));
   });
 }
 

@@ -340,6 +340,7 @@ void __nanosleep(unsigned nanoseconds);
 namespace emulator {
 unsigned char* dynamic_shared();
 int64_t shared_bytes_option();
+void allow_shared(const void* kernel, int64_t bytes);
 void check_failed(const char* condition, const char* file, int line);
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(void*), void* arguments,
                 size_t arguments_size, const void* kernel);
@@ -356,8 +357,13 @@ namespace gpu {
 
 inline int64_t max_shared_bytes() { return emulator::shared_bytes_option(); }
 
+inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {
+  emulator::allow_shared(kernel, bytes);
+  return cudaSuccess;
+}
+
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+cudaError_t start(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                    Arguments&&... arguments) {
   struct Call {
     void (*kernel)(Parameters...);

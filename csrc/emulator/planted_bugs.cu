@@ -94,10 +94,10 @@ __global__ void warp_operations(const float* x, float* y, int*, int n) {
   else put(__reduce_min_sync(half, value));
 }
 
-// 1024 threads and 227 KB of dynamic shared memory.
+// 1024 threads and 225 KB of dynamic shared memory.
 __global__ void large_block(const float* x, float* y, int*, int n) {
   DYN_SHARED(float, values);
-  const int size = 227 * 1024 / 4;
+  const int size = 225 * 1024 / 4;
   for (int i = threadIdx.x; i < size; i += blockDim.x) values[i] = float(i);
   __syncthreads();
   if (int(threadIdx.x) < n) y[threadIdx.x] = values[size - 1 - threadIdx.x] + x[threadIdx.x];

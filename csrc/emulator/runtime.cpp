@@ -11,6 +11,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <numeric>
+#include <unordered_map>
 
 namespace emulator {
 
@@ -21,9 +22,11 @@ uintptr_t module_begin = 0, module_end = 0;
 namespace {
 
 constexpr uint64_t kMaxSteps = 200'000'000;  // of one launch: a few seconds
-constexpr size_t kMaxSharedBytes = 227 * 1024;
+// Dynamic shared memory of a kernel that was allowed no more: of 48 KB, up to 2 are taken to be its __shared__ variables.
+constexpr size_t kSharedBytes = 46 * 1024;
 
 Options options;
+std::unordered_map<uintptr_t, size_t> allowed_shared_bytes;  // by kernel
 uint64_t random_state = 1;
 std::string first_error;
 uint32_t last_block_serial = 0;
@@ -319,7 +322,9 @@ const char* invalid_configuration(dim3 grid, dim3 block, size_t shared_bytes) {
   if (grid.x > 2147483647u || grid.y > 65535 || grid.z > 65535) return "the grid is too large";
   if (block.x > 1024 || block.y > 1024 || block.z > 64) return "the block is too large in one direction";
   if (uint64_t(block.x) * block.y * block.z > 1024) return "the block has more than 1024 threads";
-  if (shared_bytes > kMaxSharedBytes) return "more than 227 KB of dynamic shared memory";
+  const auto allowed = allowed_shared_bytes.find(current.kernel);
+  if (shared_bytes > (allowed == allowed_shared_bytes.end() ? kSharedBytes : allowed->second))
+    return "more dynamic shared memory than the kernel is allowed";
   return nullptr;
 }
 
@@ -417,6 +422,10 @@ unsigned char* dynamic_shared() { return reinterpret_cast<unsigned char*>(curren
 
 int64_t shared_bytes_option() { return options.shared_bytes; }
 
+void allow_shared(const void* kernel, int64_t bytes) {
+  allowed_shared_bytes[reinterpret_cast<uintptr_t>(kernel)] = size_t(bytes);
+}
+
 int block_barrier(Vote vote, int predicate, const char* file, int line) {
   Thread& me = *current.thread;
   me.state = Thread::State::at_barrier;
@@ -482,6 +491,7 @@ void begin(const Options& new_options) {
   random_state = options.seed * 0x9E3779B97F4A7C15ull | 1;
   for (int i = 0; i < 8; i++) random_number();
   first_error.clear();
+  allowed_shared_bytes.clear();
   forget_regions();
 }
 
