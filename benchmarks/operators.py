@@ -230,9 +230,16 @@ class Clock:
 
 
 def measure(case: Case, clock: Clock, rounds: int) -> dict[str, Any]:
-    for run in case.runs.values():
-        run()
-        run()
+    failed = {}
+    for name, run in list(case.runs.items()):
+        try:
+            run()
+            run()
+        except Exception as error:  # of a peer, such as a compiler that is not there: the others are measured
+            if name == "minifocus":
+                raise
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
+            del case.runs[name]
     extra = {name: extra_memory(run, clock.gpu)[1] for name, run in case.runs.items()}
     times: dict[str, list[float]] = {name: [] for name in case.runs}
     for _ in range(rounds):
@@ -256,6 +263,7 @@ def measure(case: Case, clock: Clock, rounds: int) -> dict[str, Any]:
     return {
         "operator": case.name,
         "sizes": case.sizes,
+        "failed": failed,
         "seconds": seconds,
         "peer ÷ minifocus": ratios,
         "gb_per_second": case.bytes / seconds["minifocus"] / 1e9,
@@ -275,6 +283,8 @@ def print_case(result: dict[str, Any]) -> None:
     print(f"{result['operator']}, {result['sizes']}: {result['seconds']['minifocus'] * 1e6:.0f} µs, {rate}")
     for name, ratio in result["peer ÷ minifocus"].items():
         print(f"    {ratio:6.2f} × as fast as {name} ({result['seconds'][name] * 1e6:.0f} µs)")
+    for name, reason in result["failed"].items():
+        print(f"    not measured: {name}: {reason}")
     for name, size in result["extra_bytes"].items():
         print(f"    {'not measured' if size is None else f'{size / 1e6:.1f} MB':>12} extra for {name}")
     for name, bar in result["bars"].items():
@@ -296,19 +306,20 @@ def main() -> int:
         return 1
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    report = environment(Path(__file__), "torch")
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} threads"
     clock, results = Clock(arguments.device), []
+    report = {**environment(Path(__file__), "torch"), "device": device, "cases": results}
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.unlink(missing_ok=True)
     with torch.no_grad():
         for case in cases(arguments.device, arguments.quick):
             if arguments.quick:
                 case.bars = {}  # they are set for the real sizes
             results.append(measure(case, clock, 3 if arguments.quick else arguments.rounds))
             print_case(results[-1])
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} threads"
-    report |= {"device": device, "cases": results}
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            if arguments.out:  # after each: a later one may fail
+                arguments.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(json.dumps(report, ensure_ascii=False))
     return 0
 

@@ -16,8 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def git(*arguments: str) -> str | None:
-    """What a git command of this repository printed; None where it failed, as it does outside of one."""
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    """What a git command of this repository printed; None where it failed, as it does outside of one or without git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 
@@ -41,7 +44,7 @@ def environment(script: Path, *packages: str) -> dict[str, Any]:
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "command": shlex.join(["python", relative(script), *sys.argv[1:]]),
-        "commit": git("rev-parse", "--verify", "--quiet", "HEAD"),
+        "commit": git("rev-parse", "--verify", "--quiet", "HEAD") or os.environ.get("MINIFOCUS_COMMIT"),
         "dirty": None if changes is None else bool(changes),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {

@@ -3,9 +3,12 @@
     python scripts/gpu_check.py --out DIR
 
 In order, each step with a time limit of its own, under 10 minutes in all: build both halves for this GPU; the tests marked
-`gpu`; the benchmarks, with importance's tensor-core kernels and without; 20 steps of training in bfloat16; compute-sanitizer's
-memcheck and racecheck on a few calls of every operator. DIR/gpu_check.json holds every step's result, the commit, the device
-and the versions; DIR/<step>.log what it printed. A step that fails does not keep the next from running, but the build does.
+`gpu`, streams, graphs and the like before the properties; the benchmarks, with importance's tensor-core kernels and without;
+20 steps of training in bfloat16; compute-sanitizer's memcheck and racecheck on a few calls of every operator.
+DIR/gpu_check.json holds every step's result, the training's losses, the commit, the device and the versions;
+DIR/gpu_check.log what the steps printed. A step that fails does not keep the next from running, but the build does.
+
+Where the checkout comes without its .git, MINIFOCUS_COMMIT says what it is of.
 
 Exit status: 0 all passed, 1 a step failed, 2 usage, 3 there is no GPU.
 """
@@ -15,12 +18,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +40,7 @@ SANITIZED = """
 import torch, minifocus.ops
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
-    for channels in (37, 64):
+    for channels in (37, 64, 1536):
         x = torch.randn(13 * 11 + 16, channels, device="cuda", dtype=dtype)
         grid, pools = torch.tensor([[13, 11], [4, 4]]), [4, 4, 2, 2, 1, 1]
         context, bias = torch.randn(2, 3, channels, device="cuda"), torch.zeros(3, device="cuda")
@@ -50,50 +56,74 @@ for dtype in (torch.float32, torch.bfloat16):
         scores = torch.ops.minifocus.importance(q, k, cu_text, cu_visual, 0.3)
     index, count = torch.ops.minifocus.select_top_p(scores, cu_visual, 0.7)
     torch.ops.minifocus.gather_tokens([k, torch.arange(143).cuda()], index)
+    many = torch.rand(5000, device="cuda").to(dtype)
+    torch.ops.minifocus.select_top_p(many, torch.tensor([0, 4100, 5000]).cuda(), 0.7)
 torch.cuda.synchronize()
 """
 
 
-def steps(capability: tuple[int, int], out: Path) -> list[tuple[str, list[str], dict[str, str], int]]:
+def steps(capability: tuple[int, int], out: Path, scratch: Path) -> list[tuple[str, list[str], dict[str, str], int]]:
     """Name, command, environment, seconds."""
     python = sys.executable
     architecture = ".".join(map(str, capability))
-    pytest = [
-        python,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_operators.py",
-        "tests/test_gpu.py",
-    ]
-    benchmark = [python, "benchmarks/operators.py", "--device", "cuda"]
-    every = [
-        (
-            "build",
-            [python, "scripts/build_operators.py"],
-            {"MINIFOCUS_BUILD": "all", "TORCH_CUDA_ARCH_LIST": architecture},
-            120,
-        ),
-        ("tests", pytest, {}, 150),
-        ("benchmark", [*benchmark, "--out", str(out / "operators_cuda.json")], {}, 90),
+    pytest = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    benchmark = [python, "benchmarks/operators.py", "--device", "cuda", "--out"]
+    train = [python, "examples/train.py", "--device", "cuda", "--bf16", "--steps", "20", "--log-every", "1", "--out"]
+    build = {"MINIFOCUS_BUILD": "all", "TORCH_CUDA_ARCH_LIST": architecture}
+    every: list[tuple[str, list[str], dict[str, str], int]] = [
+        ("build", [python, "scripts/build_operators.py"], build, 120),
+        # By themselves: an error of the device fails whatever comes after it in the same process.
+        ("tests", [*pytest, "tests/test_gpu.py"], {}, 60),
+        ("properties", [*pytest, "tests/test_operators.py"], {}, 120),
+        ("benchmark", [*benchmark, str(out / "operators_cuda.json")], {}, 90),
         (
             "benchmark_tensor_cores",
-            [*benchmark, "--out", str(out / "operators_cuda_tensor_cores.json")],
+            [*benchmark, str(out / "operators_cuda_tensor_cores.json")],
             {"MINIFOCUS_TENSOR_CORES": "1"},
-            60,
+            50,
         ),
+        ("training", [*train, str(scratch / "training")], {}, 50),
     ]
-    train = [python, "examples/train.py", "--device", "cuda", "--bf16", "--steps", "20", "--log-every", "1"]
-    every.append(("training", [*train, "--out", tempfile.mkdtemp()], {}, 50))
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    for tool in ("memcheck", "racecheck"):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "-c", SANITIZED]
-        every.append((tool, command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "MINIFOCUS_TENSOR_CORES": "1"}, 60))
+    watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "MINIFOCUS_TENSOR_CORES": "1"}
+    # Calls that fail are looked at where they are made; torch makes some that may.
+    for tool, options in (("memcheck", ["--report-api-errors", "no"]), ("racecheck", [])):
+        command = [sanitizer, "--tool", tool, *options, "--error-exitcode", "9", python, "-c", SANITIZED]
+        every.append((tool, command, watched, 45))
     return every
+
+
+def run(command: list[str], settings: dict[str, str], limit: int) -> tuple[int | str, str]:
+    """Exit status, or why there is none, and what was printed. Whatever the command started ends with it."""
+    try:
+        running = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        return str(error), ""
+    try:
+        said, _ = running.communicate(timeout=limit)
+        return running.returncode, said
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, signal.SIGKILL)
+        return f"took more than {limit} s", running.communicate()[0]
+
+
+def measured(name: str, out: Path, scratch: Path) -> dict[str, Any]:
+    """What a step left behind, be it as much as it came to before it failed."""
+    if name == "training":
+        log = scratch / "training/log.jsonl"
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        return {"losses": [json.loads(line)["loss"] for line in lines]}
+    file = out / f"{name.replace('benchmark', 'operators_cuda')}.json"
+    return {"cases": json.loads(file.read_text(encoding="utf-8"))["cases"]} if file.exists() else {}
 
 
 def main() -> int:
@@ -106,25 +136,18 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     report = {**environment(Path(__file__), "torch", "hypothesis"), "device": torch.cuda.get_device_name(), "steps": {}}
     report["versions"]["cuda"] = torch.version.cuda
-    for name, command, extra, limit in steps(torch.cuda.get_device_capability(), out):
-        start, log = time.monotonic(), out / f"{name}.log"
-        settings = {**os.environ, "MINIFOCUS_BACKEND": "native", "PYTHONPATH": str(ROOT), **extra}
-        with log.open("w") as output:
-            try:
-                code = subprocess.run(
-                    command, cwd=ROOT, env=settings, stdout=output, stderr=subprocess.STDOUT, timeout=limit
-                ).returncode
-            except subprocess.TimeoutExpired:
-                code = f"took more than {limit} s"
-            except OSError as error:
-                code = str(error)
-        lines = log.read_text(errors="replace").splitlines()
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        report["steps"][name] = {"passed": code == 0, "exit": code, "seconds": round(time.monotonic() - start, 1)}
-        if name.startswith("benchmark") and code == 0:
-            report["steps"][name]["cases"] = json.loads(last)["cases"]
-        else:
-            report["steps"][name]["last_line"] = last
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    common = {**os.environ, "MINIFOCUS_BACKEND": "native", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    scratch, log = Path(tempfile.mkdtemp()), out / "gpu_check.log"
+    log.write_text("")
+    for name, command, extra, limit in steps(torch.cuda.get_device_capability(), out, scratch):
+        start = time.monotonic()
+        code, said = run(command, {**common, **extra}, limit)
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(f"==== {name}: {shlex.join(command[:6])} …\n{said}\n")
+        last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+        step = {"passed": code == 0, "exit": code, "seconds": round(time.monotonic() - start, 1)}
+        report["steps"][name] = {**step, "last_line": last[:500], **measured(name, out, scratch)}
         print(f"{name}: {'passed' if code == 0 else f'FAILED ({code})'}; {last[:200]}", flush=True)
         (out / "gpu_check.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if name == "build" and code != 0:

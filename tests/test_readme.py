@@ -84,14 +84,6 @@ def test_the_methods_table_is_the_record_s() -> None:
                 assert cell.strip(" *") == f"{100 * found[method, budget]:.1f}", (method, budget)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which it would run for minutes")
-def test_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/gpu_check.py", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 3
-    assert "torch sees no GPU" in done.stderr
-
-
 def test_the_recorded_mutants_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every change that the script makes still applies, and the record is of these: none has survived."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
