@@ -103,7 +103,7 @@ __device__ int choose(const Kernel& k, const Region& region, const T* x, Vec<T, 
 }
 
 template <class T, int V, bool kRoute>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads, kRoute ? 1 : 2)
     region_kernel(const __grid_constant__ Kernel k, const T* __restrict__ x, T* __restrict__ tokens) {
   DYN_SHARED(unsigned char, shared);
   Vec<T, V>* const cache = reinterpret_cast<Vec<T, V>*>(shared);
