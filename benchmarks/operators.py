@@ -38,6 +38,7 @@ from record import environment
 
 from minifocus import ops, reference
 from minifocus.samplers.vision_guided import pools_for
+from minifocus.training.loop import keep_freed_memory
 
 POOLS = pools_for(4, 3)
 FLAT = [side for pool in POOLS for side in pool]
@@ -304,6 +305,10 @@ def main() -> int:
     if ops.BACKENDS[arguments.device] != "native":
         print(f"the operators run in plain PyTorch on {arguments.device}: nothing to compare", file=sys.stderr)
         return 1
+    if arguments.device == "cpu":
+        # Or else glibc decides, differently from run to run, for which outputs the system has to clear new pages each time:
+        # five times what region_pool takes.
+        keep_freed_memory()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} threads"
