@@ -725,6 +725,26 @@ def test_a_class_token_is_not_for_samplers_inside_to_drop(tmp_path: Path, name: 
         assert not bool(gone[row, first]) and bool(gone[row, first + 1 :].any())
 
 
+@pytest.mark.parametrize("name", samplers.names())
+def test_torch_s_default_dtype_changes_nothing(folder: Path, name: str) -> None:
+    """Programs set it to what their own models have."""
+    options = {"selector": "variance"} if name in ("focus", "vision") else {}
+    arguments = make_inputs(minifocus.load(folder, "none"), SIZES, seed=2).arguments()
+
+    def logits() -> torch.Tensor:
+        with torch.inference_mode():
+            return minifocus.load(folder, name, **options)(**arguments)
+
+    expected = logits()
+    for dtype in (torch.float64, torch.float16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = logits()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert found.dtype == torch.float32 and torch.equal(found.nan_to_num(), expected.nan_to_num())
+
+
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @torch.inference_mode()

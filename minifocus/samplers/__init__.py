@@ -111,9 +111,11 @@ def build(name: str, config: Config, folder: Path, options: Mapping[str, object]
 
 def save(sampler: BeforeLLM | None, folder: Path) -> None:
     """Write what is learned of a before-LLM sampler; a selector that is there already and is not this one's goes."""
-    (folder / SELECTOR_FILE).unlink(missing_ok=True)
+    file = folder / SELECTOR_FILE
     if isinstance(sampler, VisionGuidedSampler) and isinstance(sampler.selector, LinearSelector):
-        save_selector(folder / SELECTOR_FILE, sampler.selector, sampler.options)
+        save_selector(file, sampler.selector, sampler.options)
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _vision_guided(config: Config, folder: Path, given: Mapping[str, object]) -> VisionGuidedSampler:

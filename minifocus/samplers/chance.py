@@ -63,6 +63,6 @@ def stride_grid(height: int, width: int, count: int) -> torch.Tensor:
         rows = min(max(wanted, -(-count // width), 1), height, count)
         for i in range(rows):
             own = (i + 1) * count // rows - i * count // rows
-            columns = ((torch.arange(own) + 0.5) * width / max(own, 1)).long()
+            columns = ((torch.arange(own, dtype=torch.float32) + 0.5) * width / max(own, 1)).long()
             kept[int((i + 0.5) * height / rows), columns] = True
     return kept

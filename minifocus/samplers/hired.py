@@ -65,7 +65,7 @@ def per_tile(picture: PictureFeatures, thumbnail: torch.Tensor) -> torch.Tensor:
     height, width = picture.map.shape[:2]
     shown = views(picture)[picture.layout.leading :].view(height, width)
     rows, cols = (
-        ((torch.arange(side, device=thumbnail.device) + 0.5) * size / side).long()
+        ((torch.arange(side, dtype=torch.float32, device=thumbnail.device) + 0.5) * size / side).long()
         for side, size in zip(thumbnail.shape, (height, width), strict=True)
     )
     tile = shown[rows[:, None], cols]

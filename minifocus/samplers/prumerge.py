@@ -80,7 +80,7 @@ class PruMerge(RankingPruner):
             counts = [-(-count // 4) if self.plus else count for count in wanted]
         kept = top(scores, groups, counts)
         if self.plus:
-            grid = torch.zeros(len(scores), device=scores.device)
+            grid = torch.zeros_like(scores)
             for group, (count, first) in enumerate(zip(wanted, counts, strict=True)):
                 # A grid of as many places as are missing, then the best of what it shares with the outliers.
                 grid[groups == group] = self._grid(picture, groups, group, count - first).to(grid)
@@ -90,11 +90,11 @@ class PruMerge(RankingPruner):
         return kept
 
     def _grid(self, picture: PictureFeatures, groups: torch.Tensor, group: int, count: int) -> torch.Tensor:
-        """[tokens of the group], 1 on a uniform grid of `count` of them."""
+        """bool [tokens of the group], True on a uniform grid of `count` of them."""
         size = int((groups == group).sum())
         places = coordinates(picture)[groups == group]
         if not size or not count:
-            return torch.zeros(size)
+            return torch.zeros(size, dtype=torch.bool)
         corner = places.amin(dim=0)
         height, width = (places.amax(dim=0) - corner + 1).tolist()
         if height * width != size:  # several views compete: no rectangle
@@ -128,5 +128,5 @@ def coordinates(picture: PictureFeatures) -> torch.Tensor:
 
 def outliers(scores: torch.Tensor) -> int:
     """How many lie above the third quartile by 1.5 interquartile ranges; at least 1."""
-    low, high = scores.float().quantile(torch.tensor([0.25, 0.75], device=scores.device)).tolist()
+    low, high = scores.float().quantile(scores.new_tensor([0.25, 0.75], dtype=torch.float32)).tolist()
     return max(int((scores > high + 1.5 * (high - low)).sum()), 1)

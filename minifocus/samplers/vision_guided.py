@@ -91,8 +91,8 @@ class LinearSelector(nn.Module):
 
     def __init__(self, num_thumbnail_tokens: int, branches: int, score_pool: str = "max"):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(branches, num_thumbnail_tokens))
-        self.bias = nn.Parameter(torch.zeros(branches))
+        self.weight = nn.Parameter(torch.zeros(branches, num_thumbnail_tokens, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(branches, dtype=torch.float32))
         self.score_pool = score_pool
 
     def forward(self, regions: torch.Tensor, exists: torch.Tensor, thumbnail: torch.Tensor) -> torch.Tensor:
