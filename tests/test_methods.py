@@ -414,7 +414,7 @@ def test_fopru(folder: Path, attentions: list[torch.Tensor], axis: str, strategy
 def test_prumerge(folder: Path, options: dict[str, Any]) -> None:
     q, keys = last_block_queries_and_keys(folder)
     attention = torch.stack([(q[i] @ keys[i].T / math.sqrt(q.shape[1])).softmax(0)[1:] for i in range(len(q))])
-    near = options.get("neighbours", 32)
+    neighbours = options.get("neighbours", 32)
     for (picture, visual), score, key in zip(
         sampled(folder, "prumerge", **options),
         split_by_picture(folder, attention.unflatten(1, (4, 4))),
@@ -436,12 +436,10 @@ def test_prumerge(folder: Path, options: dict[str, Any]) -> None:
                 values = torch.tensor([scores[place] for place in own])
                 low, high = values.quantile(0.25), values.quantile(0.75)
                 assert len(stays) == max(int((values > high + 1.5 * (high - low)).sum()), 1)
-            gone = [place for place in own if place not in stays]
             for place in stays:
-                likeness = {g: float(torch.cosine_similarity(by_place[place], by_place[g], dim=0)) for g in gone}
-                cluster = [place, *best(likeness, near)]
-                weight = torch.tensor([scores[p] for p in cluster])
-                expected = (weight[:, None] * tokens[cluster]).sum(0) / weight.sum()
+                others = [other for other in own if other != place]
+                likeness = {o: float(torch.cosine_similarity(by_place[place], by_place[o], dim=0)) for o in others}
+                expected = tokens[place] + sum(scores[near] * tokens[near] for near in best(likeness, neighbours))
                 assert torch.allclose(got[place], expected, atol=1e-4)
 
 

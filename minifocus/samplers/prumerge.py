@@ -2,12 +2,13 @@
 
 The attention is the class token's to every patch's key in the tower's last block, over all heads at once. In each tile
 the tokens stay whose attention is an outlier, above the third quartile by 1.5 interquartile ranges; with a `ratio` or
-`keep` so many instead. Each then becomes the attention-weighted mean of itself and of the dropped tokens of its tile
-whose keys are most like its own. PruMerge+ adds tokens on a uniform grid, three for each outlier (of a budget, three
-quarters are the grid's).
+`keep` so many instead. To each are then added those tokens of its tile, kept ones too, whose keys are most like its own,
+weighted by their attention. PruMerge+ adds tokens on a uniform grid, three for each outlier (of a budget, three quarters
+are the grid's).
 
-The public code adds the weighted neighbours, kept tokens among them, to the token, before the projector, and at the end
-one token more, the weighted sum of all that were dropped; the paper's weighted mean is taken here, after the projector.
+So it is in the public code. The paper speaks of a weighted average, which without training costs far more: where attention
+is even, it makes a kept token one thirty-third of what it was. The public code merges before the projector, here it is
+done after it, and ends in one token more, the weighted sum of all that were dropped, which no budget has room for.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .tower_attention import check_block, reachable_block
 class PruMergeOptions(PruningOptions):
     """
     ratio       of tokens to keep; None: the outliers
-    neighbours  how many dropped tokens each kept one takes in
+    neighbours  how many tokens each kept one takes in
     """
 
     ratio: float | None = None  # type: ignore[assignment]
@@ -105,16 +106,15 @@ class PruMerge(RankingPruner):
     def merge(self, picture: PictureFeatures, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         cue, groups = cues(picture), self.groups(picture)
         attention, keys = cue[:, 0], F.normalize(cue[:, 1:], dim=-1)
+        weighted = attention[:, None] * tokens.to(wide(tokens.dtype))
         merged = tokens.to(wide(tokens.dtype), copy=True)
         for group in groups.unique().tolist():
-            stay, go = ((groups == group) & one for one in (kept, ~kept))
-            near = min(self.neighbours, int(go.sum()))
-            if not near or not bool(stay.any()):
-                continue
-            closest = (keys[stay] @ keys[go].T).topk(near, dim=1).indices
-            weight = torch.cat([attention[stay][:, None], attention[go][closest]], dim=1)
-            values = torch.cat([tokens[stay][:, None], tokens[go][closest]], dim=1)
-            merged[stay] = (weight[..., None] * values).sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp(min=1e-30)
+            own = (groups == group).nonzero()[:, 0]
+            stay = own[kept[own]]
+            alike = keys[stay] @ keys[own].T
+            alike[own == stay[:, None]] = -torch.inf  # not itself
+            closest = alike.topk(min(self.neighbours, len(own) - 1), dim=1).indices
+            merged[stay] += weighted[own[closest]].sum(dim=1)
         return merged[kept].to(tokens.dtype)
 
 
