@@ -345,9 +345,9 @@ def _resume(
     if not file.exists():
         return 0, 0.0, {}
     try:
-        # On the CPU, where the optimisers keep their counters; the rest they move to its parameter's device. Mapped: the
-        # processes of a machine share the file's pages, each would have a copy otherwise.
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # On the CPU, where the optimisers keep their counters; the rest they move to its parameter's device. Mapped, where a
+        # mapped file can be replaced: the processes of a machine share its pages, each would have a copy otherwise.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=os.name == "posix")
     except Exception as error:  # torch and zipfile raise many
         raise InputError(f"{file}: not a checkpoint of a run: {error}") from error
     if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
