@@ -445,6 +445,28 @@ def test_the_same_result_from_a_file_as_from_the_cards(
     assert got["tokens"]["after_text"] < got["tokens"]["after_vision"] < got["tokens"]["full"]
 
 
+def test_answers_may_take_as_long_as_the_longest_that_a_file_expects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And 8 tokens more, so that one which begins rightly and goes on is wrong; 16 of the miniature, or what is asked for."""
+    answers = ["no", "the card is red " * 10, "yes"]
+    turns = [turn for answer in answers for turn in (human("Is it?"), gpt(answer))]
+    file = write(tmp_path, [{"conversations": turns}])
+    tokenizer = minifocus.load(ROOT / "weights/tiny", "none").tokenizer
+    assert tokenizer is not None
+    longest = len(tokenizer.encode(answers[1]).ids)
+    assert longest > 32
+    for options, expected in (
+        (["--data", file], longest + 8),
+        (["--data", file, "--count", 1], len(tokenizer.encode("no").ids) + 8),
+        (["--data", file, "--max-new-tokens", 3], 3),
+        (["--count", 1], 16),
+    ):
+        with mock.patch.object(evaluation, "evaluate", side_effect=InputError("enough")) as asked:
+            assert evaluate(monkeypatch, "--sampler", "none", *options) == 2
+        assert asked.call_args.kwargs["max_new_tokens"] == expected
+
+
 class Parrot:
     """Answers with the question's last word, having read as many visual tokens as the question has letters."""
 

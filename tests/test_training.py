@@ -280,6 +280,25 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
         assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-5)
 
 
+def test_a_run_goes_on_without_what_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A picture turns out to be torn in the middle of a run: what was done is not lost."""
+    data = write_data(tmp_path)
+    pictures = sorted((tmp_path / "images").iterdir())
+    arguments = ["--out", tmp_path / "run", "--data", data, *SHORT, "--steps", 3, "--batch", 1, "--save-every", 1]
+    arguments += ["--sampler", "none", "--seed", 1]
+    model = minifocus.load(TINY, "none")
+    second = Batches(model, read_conversations(data), 1, 1).conversation(1)
+    place = [conversation.id for conversation in read_conversations(data)].index(second.id)
+    pictures[place].write_bytes(pictures[place].read_bytes()[:100])
+    done = train(*arguments)
+    assert done.code == 2 and f"conversation {second.id!r}: {pictures[place]}: not a picture" in done.err
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["steps"] == 1
+    done = train(*arguments, "--skip-unusable")
+    assert done.code == 0, done.err
+    assert f"left out: conversation {second.id!r}: " in caplog.text
+    assert [line["step"] for line in figures(tmp_path / "run")] == [1, 2, 3]
+
+
 def test_text_alone_behind_a_frozen_decoder(tmp_path: Path) -> None:
     """Micro-batches that reach nothing that is trained add nothing, in one process as in two."""
     file = write_data(tmp_path, text_only=5)
