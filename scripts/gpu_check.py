@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -62,6 +62,9 @@ torch.cuda.synchronize()
 """
 
 
+RESULTS = {"benchmark": "operators_cuda.json", "benchmark_tensor_cores": "operators_cuda_tensor_cores.json"}
+
+
 def steps(capability: tuple[int, int], out: Path, scratch: Path) -> list[tuple[str, list[str], dict[str, str], int]]:
     """Name, command, environment, seconds."""
     python = sys.executable
@@ -75,10 +78,10 @@ def steps(capability: tuple[int, int], out: Path, scratch: Path) -> list[tuple[s
         # By themselves: an error of the device fails whatever comes after it in the same process.
         ("tests", [*pytest, "tests/test_gpu.py"], {}, 60),
         ("properties", [*pytest, "tests/test_operators.py"], {}, 120),
-        ("benchmark", [*benchmark, str(out / "operators_cuda.json")], {}, 90),
+        ("benchmark", [*benchmark, str(out / RESULTS["benchmark"])], {}, 90),
         (
             "benchmark_tensor_cores",
-            [*benchmark, str(out / "operators_cuda_tensor_cores.json")],
+            [*benchmark, str(out / RESULTS["benchmark_tensor_cores"])],
             {"MINIFOCUS_TENSOR_CORES": "1"},
             50,
         ),
@@ -93,37 +96,34 @@ def steps(capability: tuple[int, int], out: Path, scratch: Path) -> list[tuple[s
     return every
 
 
-def run(command: list[str], settings: dict[str, str], limit: int) -> tuple[int | str, str]:
-    """Exit status, or why there is none, and what was printed. Whatever the command started ends with it."""
+def run(command: list[str], settings: dict[str, str], limit: int, output: TextIO) -> int | str:
+    """Exit status, or why there is none. Whatever the command started ends with it."""
     try:
         running = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=settings,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
+            command, cwd=ROOT, env=settings, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     except OSError as error:
-        return str(error), ""
+        return str(error)
     try:
-        said, _ = running.communicate(timeout=limit)
-        return running.returncode, said
+        return running.wait(limit)
     except subprocess.TimeoutExpired:
         os.killpg(running.pid, signal.SIGKILL)
-        return f"took more than {limit} s", running.communicate()[0]
+        running.wait()
+        return f"took more than {limit} s"
 
 
 def measured(name: str, out: Path, scratch: Path) -> dict[str, Any]:
-    """What a step left behind, be it as much as it came to before it failed."""
-    if name == "training":
-        log = scratch / "training/log.jsonl"
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        return {"losses": [json.loads(line)["loss"] for line in lines]}
-    file = out / f"{name.replace('benchmark', 'operators_cuda')}.json"
-    return {"cases": json.loads(file.read_text(encoding="utf-8"))["cases"]} if file.exists() else {}
+    """What a step left behind, be it as much as it came to before it failed or was stopped in the middle of a line."""
+    file = scratch / "training/log.jsonl" if name == "training" else out / RESULTS.get(name, "none")
+    if not file.exists():
+        return {}
+    text = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        if name != "training":
+            return {"cases": json.loads(text)["cases"]}
+        return {"losses": [json.loads(line)["loss"] for line in text.splitlines(keepends=True) if line.endswith("\n")]}
+    except ValueError as error:
+        return {"unreadable": f"{file.name}: {error}"}
 
 
 def main() -> int:
@@ -140,11 +140,15 @@ def main() -> int:
     common = {**os.environ, "MINIFOCUS_BACKEND": "native", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
     scratch, log = Path(tempfile.mkdtemp()), out / "gpu_check.log"
     log.write_text("")
+    for file in RESULTS.values():  # an earlier run's are not this one's
+        (out / file).unlink(missing_ok=True)
     for name, command, extra, limit in steps(torch.cuda.get_device_capability(), out, scratch):
         start = time.monotonic()
-        code, said = run(command, {**common, **extra}, limit)
         with log.open("a", encoding="utf-8") as stream:
-            stream.write(f"==== {name}: {shlex.join(command[:6])} …\n{said}\n")
+            print(f"==== {name}: {shlex.join(command[:6])} …", file=stream, flush=True)
+            begun = stream.tell()
+            code = run(command, {**common, **extra}, limit, stream)
+        said = log.read_bytes()[begun:].decode(errors="replace")
         last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
         step = {"passed": code == 0, "exit": code, "seconds": round(time.monotonic() - start, 1)}
         report["steps"][name] = {**step, "last_line": last[:500], **measured(name, out, scratch)}

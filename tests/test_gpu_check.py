@@ -58,7 +58,7 @@ time.sleep(60)"""
 import json, os, pathlib
 folder = pathlib.Path(os.environ["SCRATCH"], "training")
 folder.mkdir()
-(folder / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\\n{"step": 2, "loss": 1.5}\\n')"""
+(folder / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\\n{"step": 2, "loss": 1.5}\\n{"step": 3, "lo')"""
     measures = f"""
 import json, sys
 open({str(tmp_path / "operators_cuda.json")!r}, "w").write(json.dumps({{"cases": [1, 2]}}))
@@ -73,6 +73,7 @@ sys.exit(1)"""
         ("training", python(trains), 60),
         ("memcheck", [str(tmp_path / "no such program")], 60),
     ]
+    (tmp_path / "operators_cuda_tensor_cores.json").write_text('{"cases": ["of another run"]}')
     begun = time.monotonic()
     code, report = check(tmp_path, monkeypatch, steps)
     assert code == 1 and time.monotonic() - begun < 50
@@ -89,6 +90,30 @@ sys.exit(1)"""
     assert "half a line" in log and "3 failed" in log
     time.sleep(max(0.0, 5 - (time.monotonic() - begun)))
     assert not orphan.exists()
+
+
+def test_what_cannot_be_read_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torn = f"open({str(tmp_path / 'operators_cuda.json')!r}, 'w').write('{{\"cases\": [1')"
+    code, report = check(tmp_path, monkeypatch, [("build", python(""), 60), ("benchmark", python(torn), 60)])
+    assert code == 0 and report["steps"]["benchmark"]["unreadable"].startswith("operators_cuda.json: ")
+
+
+def test_a_peer_that_fails_is_named_and_the_others_are_measured() -> None:
+    (operators,) = scripts("benchmarks", "operators")
+
+    def fails() -> None:
+        raise RuntimeError("no compiler")
+
+    case = operators.Case(
+        "toy", "none", bytes=1, runs={"minifocus": lambda: None, "compiled": fails, "copy": lambda: None}
+    )
+    result = operators.measure(case, operators.Clock("cpu"), 1)
+    assert result["failed"] == {"compiled": "RuntimeError: no compiler"} and set(result["seconds"]) == {
+        "minifocus",
+        "copy",
+    }
+    with pytest.raises(RuntimeError, match="no compiler"):
+        operators.measure(operators.Case("toy", "none", bytes=1, runs={"minifocus": fails}), operators.Clock("cpu"), 1)
 
 
 def test_without_a_build_nothing_else_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
