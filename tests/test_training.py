@@ -222,7 +222,6 @@ def test_the_log_and_its_picture(whole: Path, tmp_path: Path) -> None:
     for line in lines:
         assert 0 < line["tokens"] <= line["tokens_entered"] <= 1 and line["loss"] > 0
         assert line["scale_4x4"] + line["scale_2x2"] + line["scale_1x1"] == pytest.approx(1, abs=1e-4)
-    pytest.importorskip("matplotlib")
     from PIL import Image
 
     with Image.open(whole / "curve.png") as curve:
