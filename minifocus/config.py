@@ -6,7 +6,6 @@ Absent fields take the defaults that transformers gives them, which differ betwe
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 
 from .activations import ACTIVATIONS
+from .arguments import shown
 from .errors import CheckpointError
+from .files import present, read_json
 
 MODEL_TYPES = ("llava", "llava_next")
 TEXT_MODEL_TYPES = ("llama", "mistral")
@@ -124,7 +125,7 @@ class _Section:
         self.file, self.path, self.fields = file, path, fields
 
     def error(self, key: str, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self.file}: {self.path}{key}: expected {expected}, got {self.fields.get(key)!r}")
+        return CheckpointError(f"{self.file}: {self.path}{key}: expected {expected}, got {shown(self.fields.get(key))}")
 
     def section(self, key: str) -> _Section:
         value = self.fields.get(key)
@@ -159,19 +160,6 @@ class _Section:
         if value not in allowed:
             raise self.error(key, "one of " + ", ".join(allowed))
         return value
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`, or a CheckpointError that names it."""
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: there is no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable as JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise CheckpointError(f"{file}: expected a JSON object, got {type(fields).__name__}")
-    return fields
 
 
 def _read_vision(top: _Section) -> VisionConfig:
@@ -284,7 +272,7 @@ def _read_dtype(top: _Section) -> torch.dtype | None:
 def _read_token_ids(value: Any, file: Path, key: str) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int for token in ids):
-        raise CheckpointError(f"{file}: {key}: expected a token number or a list of them, got {value!r}")
+        raise CheckpointError(f"{file}: {key}: expected a token number or a list of them, got {shown(value)}")
     return tuple(ids)
 
 
@@ -321,7 +309,7 @@ def load_config(folder: Path) -> Config:
         tied = tied or top.section("text_config").boolean("tie_word_embeddings", False)
 
     generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.exists() else {}
+    generation = read_json(generation_file) if present(generation_file) else {}
     asked = {key: generation[key] for key in _SAMPLING if generation.get(key) not in (None, False)}
     if "do_sample" in asked or asked.get("repetition_penalty", 1) != 1:
         listed = ", ".join(f"{key} {value}" for key, value in asked.items())

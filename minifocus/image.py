@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .config import read_json
 from .errors import CheckpointError, InputError
+from .files import present, read_json
 
 MAX_PIXELS = 89_478_485  # 1 GiB / 12: Pillow's own warning limit, held here as an error and by this package itself
 
@@ -293,13 +293,13 @@ class _Fields:
     @classmethod
     def read(cls, folder: Path, image_size: int) -> _Fields:
         file = folder / "processor_config.json"
-        nested = read_json(file).get("image_processor") if file.exists() else None
+        nested = read_json(file).get("image_processor") if present(file) else None
         if nested is not None:
             if not isinstance(nested, dict):
                 raise CheckpointError(f"{file}: image_processor: expected an object, got {nested!r}")
             return cls(file, nested)
         file = folder / "preprocessor_config.json"
-        return cls(file, read_json(file) if file.exists() else {"size": image_size, "crop_size": image_size})
+        return cls(file, read_json(file) if present(file) else {"size": image_size, "crop_size": image_size})
 
     def get(self, key: str, default: Any) -> Any:
         return default if self.fields.get(key) is None else self.fields[key]

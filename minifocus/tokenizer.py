@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import read_json
 from .errors import CheckpointError, InputError
+from .files import present, read_json
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -43,9 +43,9 @@ class Tokenizer:
         """Load tokenizer.json, or tokenizer.model where there is none. Raises CheckpointError, naming the file."""
         file = Path(folder) / "tokenizer.json"
         make: Any = _TokenizersBackend
-        if not file.exists():
+        if not present(file):
             file, make = Path(folder) / "tokenizer.model", _SentencePieceBackend
-        if not file.exists():
+        if not present(file):
             raise CheckpointError(f"{folder}: expected tokenizer.json or tokenizer.model, found neither")
         settings, added = _read_settings(Path(folder))
         contents = {key: _content(settings.get(key)) for key in (*_NAMED, *settings) if key.endswith("_token")}
@@ -119,9 +119,9 @@ class StreamDecoder:
 def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
     """tokenizer_config.json, and the added tokens by id. Without its own list, two older files complete it."""
     file = folder / "tokenizer_config.json"
-    settings = read_json(file) if file.exists() else {}
+    settings = read_json(file) if present(file) else {}
     added = {}
-    if "added_tokens_decoder" not in settings and (folder / "special_tokens_map.json").exists():
+    if "added_tokens_decoder" not in settings and present(folder / "special_tokens_map.json"):
         file = folder / "special_tokens_map.json"
         settings.update(read_json(file))
     try:
@@ -130,7 +130,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, An
             entries = settings["added_tokens_decoder"]
         else:
             file = folder / "added_tokens.json"
-            tokens = read_json(file).items() if file.exists() else ()
+            tokens = read_json(file).items() if present(file) else ()
             entries = {token_id: {"content": token, "special": token in special} for token, token_id in tokens}
         for token_id, token in entries.items():
             flags = {flag: bool(token.get(flag)) for flag in ("lstrip", "rstrip", "single_word", "special")}

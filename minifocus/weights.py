@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .config import Config, read_json
+from .config import Config
 from .errors import CheckpointError
+from .files import read_json
 
 # Names on disk → this package's, which are those of a fresh `save_pretrained` of transformers 5. First match wins.
 RENAMES = [

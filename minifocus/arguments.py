@@ -1,0 +1,83 @@
+"""Checks of what a caller passes in. Each returns the value as a plain Python one, or raises InputError.
+
+numpy's scalars are numbers like Python's own. Booleans are not, nor are strings, arrays and tensors, of one element too.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import InputError
+
+LARGEST = 2**63 - 1  # of a whole number that torch takes
+
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 100
+
+
+def shown(value: object) -> str:
+    """`value` as a message repeats it: never longer than a line, whatever it is. Of an array, its type and shape."""
+    if isinstance(value, int) and abs(value) > LARGEST:  # Python itself refuses to write out long ones
+        return f"a whole number of {value.bit_length()} bits"
+    if hasattr(value, "shape") and hasattr(value, "dtype") and getattr(value, "shape", ()) != ():
+        return f"{type(value).__name__} of {value.dtype} {reprlib.repr(list(value.shape))}"
+    try:
+        return _brief.repr(value)
+    except Exception:  # a __repr__ of anybody's
+        return f"a {type(value).__name__}"
+
+
+def whole(name: str, value: object, low: int, high: int = LARGEST) -> int:
+    """A whole number from `low` to `high`."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high:
+        return int(value)
+    wanted = f"of at least {low}" if high >= LARGEST else f"from {low} to {high}"
+    raise InputError(f"{name}: expected a whole number {wanted}, got {shown(value)}")
+
+
+def number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> float:
+    """A finite number of at least `low` (with `above`: more than that) and at most `high`."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            found = float(value)
+        except (OverflowError, ValueError):  # a whole number that no float can hold
+            found = math.nan
+        if math.isfinite(found) and (low < found if above else low <= found) and found <= high:
+            return found
+    wanted = f"above {low:g}" if above else f"of at least {low:g}"
+    wanted += "" if high == math.inf else f" and at most {high:g}"
+    raise InputError(f"{name}: expected a finite number {wanted}, got {shown(value)}")
+
+
+def share(name: str, value: object) -> float:
+    """A number above 0 and at most 1."""
+    return number(name, value, 0, 1, above=True)
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False, numpy's among them."""
+    if isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")):
+        return bool(value)
+    raise InputError(f"{name}: expected True or False, got {shown(value)}")
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> str:
+    """One of some names."""
+    if isinstance(value, str) and value in allowed:
+        return str(value)
+    raise InputError(f"{name}: expected {_listed(allowed)}, got {shown(value)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    quoted = [repr(name) for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
+def settle(options: Any, **checked: object) -> None:
+    """Put checked values in the place of a frozen dataclass' own, from its `__post_init__`."""
+    for name, value in checked.items():
+        object.__setattr__(options, name, value)

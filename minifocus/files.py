@@ -1,0 +1,92 @@
+"""Where the files of a model's folder are opened: regular files, to which links may lead, and nothing else.
+
+A FIFO would be waited for, a device read for ever. Whoever opens a file by its path through a library asks `regular` first.
+What is there by name but cannot be read is an error and never the same as an absent file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from .arguments import shown
+from .errors import CheckpointError, InputError
+
+FILE, FOLDER, NOTHING = "a file", "a folder", "nothing"
+_KINDS = {
+    stat.S_IFREG: FILE,
+    stat.S_IFDIR: FOLDER,
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_LONGEST_TEXT = 2**28  # bytes of a JSON or tokenizer file: a hundred times what any has
+
+Failure = type[CheckpointError] | type[InputError]
+
+
+def kind(path: str | os.PathLike[str]) -> str:
+    """What has this name, links followed: FILE, FOLDER, NOTHING, or words for what else it is. It raises nothing."""
+    try:
+        return _KINDS.get(stat.S_IFMT(Path(path).stat().st_mode), "something that is not a file")
+    except (FileNotFoundError, NotADirectoryError):
+        return "a link that leads nowhere" if Path(path).is_symlink() else NOTHING
+    except OSError as error:
+        return f"a name that cannot be used ({error.strerror})"
+    except ValueError as error:  # a NUL in it
+        return f"a name that cannot be used ({error})"
+
+
+def present(path: str | os.PathLike[str]) -> bool:
+    """Whether anything at all has this name."""
+    return kind(path) != NOTHING
+
+
+def regular(path: str | os.PathLike[str], failure: Failure = CheckpointError) -> Path:
+    """`path`, if a regular file is there; else an error of the class `failure` that says what is."""
+    found = kind(path)
+    if found == NOTHING:
+        raise failure(f"{_name(path)}: there is no such file")
+    if found != FILE:
+        raise failure(f"{_name(path)}: expected a file, found {found}")
+    return Path(path)
+
+
+def read_bytes(path: str | os.PathLike[str], failure: Failure = CheckpointError, most: int = _LONGEST_TEXT) -> bytes:
+    """All of a regular file of at most `most` bytes."""
+    file = regular(path, failure)
+    try:
+        # Looked at once more when it is open: a FIFO that has taken the file's place meanwhile is not waited for.
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with os.fdopen(descriptor, "rb") as stream:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise failure(f"{_name(path)}: expected a file, found {kind(file)}")
+            content = stream.read(most + 1)
+    except OSError as error:
+        raise failure(f"{_name(path)}: cannot be read: {error.strerror}") from error
+    if len(content) > most:
+        raise failure(f"{_name(path)}: expected at most {most} bytes, found more")
+    return content
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON object in a file of a model's folder, or a CheckpointError that names it."""
+    try:
+        fields = json.loads(read_bytes(path).decode("utf-8"))
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{_name(path)}: not readable as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{_name(path)}: expected a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def _name(path: str | os.PathLike[str]) -> str:
+    """The path in full, which is at most as long as the system allows, or the beginning and end of what is none."""
+    name = os.fsdecode(path)
+    return name if len(name) <= 1000 else shown(name)
