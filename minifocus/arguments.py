@@ -39,6 +39,13 @@ def whole(name: str, value: object, low: int, high: int = LARGEST) -> int:
     raise InputError(f"{name}: expected a whole number {wanted}, got {shown(value)}")
 
 
+def whole_of(name: str, value: object, allowed: Sequence[int]) -> int:
+    """One of some whole numbers."""
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) in allowed:
+        return int(value)
+    raise InputError(f"{name}: expected {_listed(allowed)}, got {shown(value)}")
+
+
 def number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> float:
     """A finite number of at least `low` (with `above`: more than that) and at most `high`."""
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
@@ -72,7 +79,7 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> str:
     raise InputError(f"{name}: expected {_listed(allowed)}, got {shown(value)}")
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[object]) -> str:
     quoted = [repr(name) for name in names]
     return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
 

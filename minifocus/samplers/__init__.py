@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..arguments import shown
 from ..config import Config
 from ..errors import CheckpointError, InputError
+from ..files import FILE, kind, present
 from .aim import AIMOptions, Dropping, Merging
 from .chance import Random, RandomOptions, Uniform
 from .cls_attention import VTCCLS, FasterVLM, FasterVLMOptions, VTCCLSOptions
@@ -84,8 +87,8 @@ def names() -> list[str]:
 
 def options_of(name: str) -> set[str]:
     """The options that method `name` takes; InputError for an unknown one."""
-    if name not in names():
-        raise InputError(f"sampler: expected one of {', '.join(names())}, got {name!r}")
+    if not isinstance(name, str) or name not in names():
+        raise InputError(f"sampler: expected one of {', '.join(names())}, got {shown(name)}")
     return _FOCUS[name] if name in _FOCUS else {field.name for field in dataclasses.fields(_METHODS[name][0])}
 
 
@@ -99,7 +102,7 @@ def build(name: str, config: Config, folder: Path, options: Mapping[str, object]
     for key in options:
         if key not in known:
             listed = ", ".join(sorted(known)) or "none"
-            raise InputError(f"{key}: not an option of sampler {name!r}; its options: {listed}")
+            raise InputError(f"{key[:100]}: not an option of sampler {name!r}; its options: {listed}")
     if name in _METHODS:
         of_method, make = _METHODS[name]
         return make(of_method(**options), config)
@@ -120,17 +123,17 @@ def save(sampler: BeforeLLM | None, folder: Path) -> None:
 
 def _vision_guided(config: Config, folder: Path, given: Mapping[str, object]) -> VisionGuidedSampler:
     options = {key: value for key, value in given.items() if key in _VISION and key != "selector"}
+    checked = VisionGuidedOptions(**options)  # type: ignore[arg-type]
     selector = given.get("selector")
-    if not config.anyres and options.get("thumbnail", "keep") != "keep":
-        raise InputError(f"thumbnail: LLaVA-1.5 has no thumbnail to {options['thumbnail']}")
-    if selector == "variance":
-        full = VisionGuidedOptions(**options)  # type: ignore[arg-type]
+    if not config.anyres and checked.thumbnail != "keep":
+        raise InputError(f"thumbnail: LLaVA-1.5 has no thumbnail to {checked.thumbnail}")
+    if isinstance(selector, str) and selector == "variance":
         _log.warning("selector='variance' is a training-free stand-in for FocusLLaVA's learned selector")
-        return VisionGuidedSampler(VarianceSelector(len(pools_for(full.window, full.branches))), full)
-    if selector is not None and not (isinstance(selector, str | Path) and Path(selector).is_file()):
-        raise InputError(f"selector: expected 'variance' or a selector's file, got {selector!r}")
+        return VisionGuidedSampler(VarianceSelector(len(pools_for(checked.window, checked.branches))), checked)
+    if selector is not None and not (isinstance(selector, str | PathLike) and kind(selector) == FILE):
+        raise InputError(f"selector: expected 'variance' or a selector's file, got {shown(selector)}")
     file = Path(selector) if selector is not None else folder / SELECTOR_FILE
-    if not file.is_file():
+    if not present(file):
         raise CheckpointError(
             f"{file}: this folder has no trained selector. Pass selector='variance' for a training-free stand-in, "
             "selector=FILE for a trained one, or use sampler='text' or 'none', which need none"

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from .. import arguments
 from ..checks import wide
 from ..config import Config, TextConfig
 from ..errors import InputError
@@ -26,7 +27,7 @@ from ..llama import DecoderLayer
 from ..rows import Rows
 from .hooks import BeforeLLM, PictureFeatures, Selection, VisualTokens, uncompressed
 from .inside import keep_where, largest, queries_and_keys
-from .pruning import Budget, check_share, check_whole
+from .pruning import Budget
 
 QUERY_BLOCK = 128  # tokens whose attention is in memory at a time
 TEMPERATURE = 0.1  # of the walk's attention
@@ -48,8 +49,8 @@ class AIMOptions:
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        check_share("ratio", self.ratio)
-        check_whole("rounds", self.rounds, 1, 100)
+        rounds = arguments.whole("rounds", self.rounds, 1, 100)
+        arguments.settle(self, ratio=arguments.share("ratio", self.ratio), rounds=rounds)
 
 
 class Merging(BeforeLLM):
@@ -106,9 +107,9 @@ class Dropping:
     def __init__(self, options: AIMOptions, config: TextConfig):
         self.depth, depth = config.num_hidden_layers, config.num_hidden_layers
         begin = depth // 2 if options.begin is None else options.begin
-        self.begin = check_whole("begin", begin, 0, depth - 1)
+        self.begin = arguments.whole("begin", begin, 0, depth - 1)
         end = max(-(-22 * depth // 28), self.begin + 1) if options.end is None else options.end
-        self.end = check_whole("end", end, 1, depth)
+        self.end = arguments.whole("end", end, 1, depth)
         if self.end <= self.begin:
             raise InputError(f"end: expected a layer after begin, {self.begin}, got {self.end}")
         self.rounds, self.config = options.rounds, config

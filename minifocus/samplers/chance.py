@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .. import arguments
 from .hooks import PictureFeatures
-from .pruning import Pruner, PruningOptions, RankingPruner, check_whole, views
+from .pruning import Pruner, PruningOptions, RankingPruner, views
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class RandomOptions(PruningOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_whole("seed", self.seed, 0, 2**63 - 1)
+        arguments.settle(self, seed=arguments.whole("seed", self.seed, 0))
 
 
 class Random(RankingPruner):

@@ -13,10 +13,11 @@ from typing import Literal
 
 import torch
 
+from .. import arguments
 from ..config import Config
 from ..vision import Block
 from .hooks import PictureFeatures
-from .pruning import PruningOptions, RankingPruner, check_whole, cues
+from .pruning import PruningOptions, RankingPruner, cues
 from .tower_attention import check_block, class_attention, last_block
 
 
@@ -56,5 +57,5 @@ class VTCCLS(FasterVLM):
     def __init__(self, options: VTCCLSOptions, config: Config):
         RankingPruner.__init__(self, options)
         last = check_block(config, None, last_block(config))
-        count = (last + 2) // 2 if options.blocks is None else check_whole("blocks", options.blocks, 1, last + 1)
+        count = (last + 2) // 2 if options.blocks is None else arguments.whole("blocks", options.blocks, 1, last + 1)
         self.blocks = range(last + 1 - count, last + 1)

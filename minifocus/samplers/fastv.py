@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .. import arguments
 from ..config import TextConfig
 from ..llama import DecoderLayer
 from ..rows import Rows
 from .hooks import Selection
 from .inside import keep_where, largest, last_query, newlines_of
-from .pruning import Budget, check_whole
+from .pruning import Budget
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class FastVOptions(Budget):
 class FastV:
     def __init__(self, options: FastVOptions, config: TextConfig):
         self.options, self.config = options, config
-        self.layer = check_whole("layer", options.layer, 1, config.num_hidden_layers - 1)
+        self.layer = arguments.whole("layer", options.layer, 1, config.num_hidden_layers - 1)
 
     def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
         if index != self.layer - 1:

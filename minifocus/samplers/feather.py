@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .. import arguments
 from ..config import TextConfig
 from ..errors import InputError
 from ..llama import DecoderLayer
 from ..rows import Rows
 from .hooks import Selection
 from .inside import keep_where, largest, layers_of, pictures_of, queries_and_keys
-from .pruning import check_share, check_whole
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ class FeatherOptions:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_share("ratio", self.ratio)
-        check_share("second", self.second)
-        check_whole("stride", self.stride, 1, 2**31)
+        shares = {name: arguments.share(name, getattr(self, name)) for name in ("ratio", "second")}
+        arguments.settle(self, **shares, stride=arguments.whole("stride", self.stride, 1, 2**31))
 
 
 class Feather:
@@ -48,7 +47,7 @@ class Feather:
         default = tuple(sorted({max(depth // 4, 1), max(depth // 2, 1)}))
         self.layers = layers_of("layers", options.layers, default, depth, least=1)
         if len(self.layers) > 2:
-            raise InputError(f"layers: expected at most two, got {options.layers!r}")
+            raise InputError(f"layers: expected at most two, got {arguments.shown(options.layers)}")
 
     def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
         if index + 1 not in self.layers:

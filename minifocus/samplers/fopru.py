@@ -11,8 +11,8 @@ from typing import Literal
 
 import torch
 
+from .. import arguments
 from ..config import Config
-from ..errors import InputError
 from ..vision import Block
 from .hooks import PictureFeatures
 from .pruning import PruningOptions, RankingPruner, cues, views
@@ -36,9 +36,8 @@ class FoPruOptions(PruningOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("axis", ("column", "row")), ("strategy", ("rank", "rows"))):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
+        axis = arguments.choice("axis", self.axis, ("column", "row"))
+        arguments.settle(self, axis=axis, strategy=arguments.choice("strategy", self.strategy, ("rank", "rows")))
 
 
 class FoPru(RankingPruner):

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .. import arguments
 from ..config import Config
-from ..errors import InputError
 from ..vision import Block
 from .hired import per_tile
 from .hooks import PictureFeatures
@@ -35,9 +35,8 @@ class GlobalCom2Options(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        value = self.temperature
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise InputError(f"temperature: expected a finite number above 0, got {value!r}")
+        temperature = arguments.number("temperature", self.temperature, 0, above=True)
+        arguments.settle(self, temperature=temperature)
 
 
 class GlobalCom2(RankingPruner):

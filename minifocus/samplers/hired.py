@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import arguments
 from ..config import Config
 from ..vision import Block
 from .hooks import PictureFeatures
-from .pruning import Budget, RankingPruner, check_share, cues, looked_at, spread, views
+from .pruning import Budget, RankingPruner, cues, looked_at, spread, views
 from .tower_attention import check_block, class_attention, last_block
 
 
@@ -33,7 +34,7 @@ class HiREDOptions(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share("thumbnail", self.thumbnail)
+        arguments.settle(self, thumbnail=arguments.share("thumbnail", self.thumbnail))
 
 
 class HiRED(RankingPruner):

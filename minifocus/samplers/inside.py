@@ -7,16 +7,17 @@ attention; no layer's whole attention is ever in memory.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 
+from .. import arguments
 from ..checks import wide
 from ..config import TextConfig
 from ..errors import InputError
 from ..llama import DecoderLayer, rope_tables, rotate
 from ..rows import Rows
 from .hooks import Selection
-from .pruning import check_whole
 
 
 def pictures_of(rows: Rows) -> list[tuple[int, torch.Tensor]]:
@@ -79,10 +80,10 @@ def layers_of(name: str, given: object, default: tuple[int, ...], depth: int, le
 
     Raises InputError.
     """
-    layers = default if given is None else (given,) if type(given) is int else given
+    layers = default if given is None else (given,) if isinstance(given, Integral) else given
     if not isinstance(layers, tuple | list) or not layers:
-        raise InputError(f"{name}: expected layers in ascending order, got {given!r}")
-    checked = [check_whole(name, layer, least, depth - 1) for layer in layers]
+        raise InputError(f"{name}: expected layers in ascending order, got {arguments.shown(given)}")
+    checked = [arguments.whole(name, layer, least, depth - 1) for layer in layers]
     if sorted(set(checked)) != checked:
-        raise InputError(f"{name}: expected layers in ascending order, got {given!r}")
+        raise InputError(f"{name}: expected layers in ascending order, got {arguments.shown(given)}")
     return tuple(checked)

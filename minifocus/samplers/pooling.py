@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from .. import arguments
 from ..config import Config
 from ..errors import InputError
 from .hooks import BeforeLLM, Layout, PictureFeatures, VisualTokens
-from .pruning import check_whole
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,8 @@ class PoolingOptions:
     thumbnail: Literal["keep", "compress", "drop"] = "keep"
 
     def __post_init__(self) -> None:
-        check_whole("window", self.window, 1, 24)
-        if self.thumbnail not in ("keep", "compress", "drop"):
-            raise InputError(f"thumbnail: expected 'keep', 'compress' or 'drop', got {self.thumbnail!r}")
+        thumbnail = arguments.choice("thumbnail", self.thumbnail, ("keep", "compress", "drop"))
+        arguments.settle(self, window=arguments.whole("window", self.window, 1, 24), thumbnail=thumbnail)
 
 
 class Pooling(BeforeLLM):

@@ -19,12 +19,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from .. import arguments
 from ..checks import wide
 from ..config import Config
 from ..vision import Block
 from .chance import stride_grid
 from .hooks import PictureFeatures
-from .pruning import PruningOptions, RankingPruner, check_share, check_whole, cues, top
+from .pruning import PruningOptions, RankingPruner, cues, top
 from .tower_attention import check_block, reachable_block
 
 
@@ -41,9 +42,10 @@ class PruMergeOptions(PruningOptions):
 
     def __post_init__(self) -> None:
         if self.ratio is not None:
-            check_share("ratio", self.ratio)
-        PruningOptions(1.0, self.keep, self.per)
-        check_whole("neighbours", self.neighbours, 0, 2**31)
+            arguments.settle(self, ratio=arguments.share("ratio", self.ratio))
+        others = PruningOptions(1.0, self.keep, self.per)
+        neighbours = arguments.whole("neighbours", self.neighbours, 0, 2**31)
+        arguments.settle(self, keep=others.keep, per=others.per, neighbours=neighbours)
 
 
 class PruMerge(RankingPruner):

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from .. import arguments
 from ..errors import InputError
 from .hooks import BeforeLLM, PictureFeatures, VisualTokens, uncompressed
 
@@ -29,9 +30,8 @@ class Budget:
     keep: int | None = None
 
     def __post_init__(self) -> None:
-        check_share("ratio", self.ratio)
-        if self.keep is not None and (type(self.keep) is not int or self.keep < 1):
-            raise InputError(f"keep: expected a whole number of at least 1, got {self.keep!r}")
+        keep = None if self.keep is None else arguments.whole("keep", self.keep, 1)
+        arguments.settle(self, ratio=arguments.share("ratio", self.ratio), keep=keep)
 
     def of(self, competing: int, fixed: int) -> int:
         """How many of `competing` tokens stay beside `fixed` ones that always do: at least 1 where there are any."""
@@ -50,21 +50,7 @@ class PruningOptions(Budget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.per not in ("picture", "map", "tile"):
-            raise InputError(f"per: expected 'picture', 'map' or 'tile', got {self.per!r}")
-
-
-def check_share(name: str, value: object) -> None:
-    """Raise InputError unless `value` is a number above 0 and at most 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise InputError(f"{name}: expected a number above 0 and at most 1, got {value!r}")
-
-
-def check_whole(name: str, value: object, low: int, high: int) -> int:
-    """`value`, or InputError unless it is a whole number from `low` to `high`."""
-    if type(value) is not int or not low <= value <= high:
-        raise InputError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
-    return value
+        arguments.settle(self, per=arguments.choice("per", self.per, ("picture", "map", "tile")))
 
 
 def spread(total: int, room: Sequence[int], weights: Sequence[float]) -> list[int]:

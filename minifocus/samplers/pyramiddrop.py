@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import arguments
 from ..config import TextConfig
 from ..llama import DecoderLayer
 from ..rows import Rows
 from .hooks import Selection
 from .inside import keep_where, largest, last_query, layers_of
-from .pruning import check_share
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PyramidDropOptions:
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_share("ratio", self.ratio)
+        arguments.settle(self, ratio=arguments.share("ratio", self.ratio))
 
 
 class PyramidDrop:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import arguments
 from ..checks import wide
-from ..errors import InputError
 from .hooks import PictureFeatures
 from .pruning import PruningOptions, RankingPruner
 
@@ -27,8 +27,7 @@ class SimilarityOptions(PruningOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.flip, bool):
-            raise InputError(f"flip: expected True or False, got {self.flip!r}")
+        arguments.settle(self, flip=arguments.flag("flip", self.flip))
 
 
 class Similarity(RankingPruner):

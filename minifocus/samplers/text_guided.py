@@ -7,14 +7,13 @@ from typing import Literal
 
 import torch
 
+from .. import arguments
 from ..config import TextConfig
-from ..errors import InputError
 from ..llama import DecoderLayer, rope_tables, rotate
 from ..ops import importance, select_top_p
 from ..rows import Rows
 from .hooks import Selection
 from .inside import pictures_of
-from .pruning import check_share, check_whole
 
 
 @dataclass(frozen=True)
@@ -35,13 +34,10 @@ class TextGuidedOptions:
     rope: bool = False
 
     def __post_init__(self) -> None:
-        check_share("gamma", self.gamma)
-        if self.keep is not None:
-            check_whole("keep", self.keep, 1, 2**31)
-        if self.text not in ("instruction", "all", "last"):
-            raise InputError(f"text: expected 'instruction', 'all' or 'last', got {self.text!r}")
-        if not isinstance(self.rope, bool):
-            raise InputError(f"rope: expected True or False, got {self.rope!r}")
+        keep = None if self.keep is None else arguments.whole("keep", self.keep, 1)
+        text = arguments.choice("text", self.text, ("instruction", "all", "last"))
+        rope = arguments.flag("rope", self.rope)
+        arguments.settle(self, gamma=arguments.share("gamma", self.gamma), keep=keep, text=text, rope=rope)
 
 
 class TextGuidedSampler:
@@ -50,7 +46,7 @@ class TextGuidedSampler:
     def __init__(self, options: TextGuidedOptions, config: TextConfig):
         self.options, self.config = options, config
         depth = config.num_hidden_layers
-        self.layer = check_whole("layer", depth // 4 if options.layer is None else options.layer, 0, depth - 1)
+        self.layer = arguments.whole("layer", depth // 4 if options.layer is None else options.layer, 0, depth - 1)
 
     def text_tokens(self, rows: Rows, row: int, picture_end: int) -> torch.Tensor:
         """The columns of `row` whose attention counts for a picture that ends before column `picture_end`."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from .. import arguments
 from ..checks import wide
 from ..config import Config
 from ..errors import InputError
 from ..vision import Block
-from .pruning import check_whole
 
 
 def queries_and_keys(block: Block, x: torch.Tensor, queries: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,4 +41,4 @@ def check_block(config: Config, given: int | None, default: int) -> int:
         raise InputError(
             "sampler: this model's vision features come from before its first block, which has no attention"
         )
-    return check_whole("block", default if given is None else given, 0, reachable_block(config))
+    return arguments.whole("block", default if given is None else given, 0, reachable_block(config))

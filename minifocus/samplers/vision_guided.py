@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .. import arguments
 from ..checks import wide
 from ..errors import CheckpointError, InputError
 from ..ops import region_pool, region_route
@@ -56,16 +57,19 @@ class VisionGuidedOptions:
     straight_through: bool = False
 
     def __post_init__(self) -> None:
-        if type(self.window) is not int or self.window not in WINDOWS:
-            raise InputError(f"window: expected one of {WINDOWS}, got {self.window!r}")
-        if type(self.branches) is not int or self.branches not in _POOLS:
-            raise InputError(f"branches: expected 3 or 7, got {self.branches!r}")
-        if self.score_pool not in ("max", "mean"):
-            raise InputError(f"score_pool: expected 'max' or 'mean', got {self.score_pool!r}")
-        if self.thumbnail not in ("keep", "compress", "drop"):
-            raise InputError(f"thumbnail: expected 'keep', 'compress' or 'drop', got {self.thumbnail!r}")
-        if not isinstance(self.straight_through, bool):
-            raise InputError(f"straight_through: expected True or False, got {self.straight_through!r}")
+        window = arguments.whole_of("window", self.window, WINDOWS)
+        branches = arguments.whole_of("branches", self.branches, tuple(_POOLS))
+        score_pool = arguments.choice("score_pool", self.score_pool, ("max", "mean"))
+        thumbnail = arguments.choice("thumbnail", self.thumbnail, ("keep", "compress", "drop"))
+        straight_through = arguments.flag("straight_through", self.straight_through)
+        arguments.settle(
+            self,
+            window=window,
+            branches=branches,
+            score_pool=score_pool,
+            thumbnail=thumbnail,
+            straight_through=straight_through,
+        )
 
 
 def pool_regions(regions: torch.Tensor, exists: torch.Tensor, how: str) -> torch.Tensor:
@@ -151,9 +155,10 @@ def load_selector(
         }
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{file}: metadata: expected window, branches and score_pool, got {metadata}") from error
+    given = VisionGuidedOptions(**options)  # type: ignore[arg-type]
     for key, value in trained.items():
-        if options.get(key, value) != value:
-            raise InputError(f"{key}: the selector in {file} was trained with {value!r}, got {options[key]!r}")
+        if key in options and getattr(given, key) != value:
+            raise InputError(f"{key}: the selector in {file} was trained with {value!r}, got {getattr(given, key)!r}")
     full = VisionGuidedOptions(**{**options, **trained})  # type: ignore[arg-type]
     selector = LinearSelector(num_thumbnail_tokens, len(pools_for(full.window, full.branches)), full.score_pool)
     expected = {name: tuple(value.shape) for name, value in selector.state_dict().items()}
