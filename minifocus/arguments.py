@@ -35,8 +35,8 @@ def whole(name: str, value: object, low: int, high: int = LARGEST) -> int:
     """A whole number from `low` to `high`."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high:
         return int(value)
-    wanted = f"of at least {low}" if high >= LARGEST else f"from {low} to {high}"
-    raise InputError(f"{name}: expected a whole number {wanted}, got {shown(value)}")
+    wanted = f"a 64-bit whole number of at least {low}" if high == LARGEST else f"a whole number from {low} to {high}"
+    raise InputError(f"{name}: expected {wanted}, got {shown(value)}")
 
 
 def whole_of(name: str, value: object, allowed: Sequence[int]) -> int:
@@ -56,8 +56,8 @@ def number(name: str, value: object, low: float, high: float = math.inf, *, abov
         if math.isfinite(found) and (low < found if above else low <= found) and found <= high:
             return found
     wanted = f"above {low:g}" if above else f"of at least {low:g}"
-    wanted += "" if high == math.inf else f" and at most {high:g}"
-    raise InputError(f"{name}: expected a finite number {wanted}, got {shown(value)}")
+    kind, wanted = ("a finite number", wanted) if high == math.inf else ("a number", f"{wanted} and at most {high:g}")
+    raise InputError(f"{name}: expected {kind} {wanted}, got {shown(value)}")
 
 
 def share(name: str, value: object) -> float:
@@ -81,7 +81,7 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> str:
 
 def _listed(names: Sequence[object]) -> str:
     quoted = [repr(name) for name in names]
-    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+    return " or ".join(quoted) if len(quoted) < 3 else f"one of {', '.join(quoted)}"
 
 
 def settle(options: Any, **checked: object) -> None:
