@@ -11,6 +11,9 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import torch
+
 from .errors import InputError
 
 LARGEST = 2**63 - 1  # of a whole number that torch takes
@@ -21,14 +24,15 @@ _brief.maxstring = _brief.maxother = 100
 
 def shown(value: object) -> str:
     """`value` as a message repeats it: never longer than a line, whatever it is. Of an array, its type and shape."""
-    if isinstance(value, int) and abs(value) > LARGEST:  # Python itself refuses to write out long ones
-        return f"a whole number of {value.bit_length()} bits"
-    if hasattr(value, "shape") and hasattr(value, "dtype") and getattr(value, "shape", ()) != ():
-        return f"{type(value).__name__} of {value.dtype} {reprlib.repr(list(value.shape))}"
     try:
-        return _brief.repr(value)
+        if isinstance(value, int) and abs(value) > LARGEST:  # Python itself refuses to write out long ones
+            return f"a whole number of {value.bit_length()} bits"
+        if isinstance(value, np.ndarray | torch.Tensor) and value.ndim:
+            return f"{type(value).__name__} of {value.dtype} {reprlib.repr(list(value.shape))}"
+        text = _brief.repr(value)
     except Exception:  # a __repr__ of anybody's
         return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:150]} … {text[-45:]}"
 
 
 def whole(name: str, value: object, low: int, high: int = LARGEST) -> int:
@@ -44,6 +48,20 @@ def whole_of(name: str, value: object, allowed: Sequence[int]) -> int:
     if isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) in allowed:
         return int(value)
     raise InputError(f"{name}: expected {_listed(allowed)}, got {shown(value)}")
+
+
+def sequence(name: str, value: object, expected: str) -> Sequence[Any]:
+    """A list or tuple, or an array's elements along its first axis."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return value
+    if isinstance(value, np.ndarray) and value.ndim:
+        return list(value)
+    raise InputError(f"{name}: expected {expected}, got {shown(value)}")
+
+
+def whole_numbers(name: str, value: object, low: int, high: int = LARGEST) -> tuple[int, ...]:
+    """A list of whole numbers, as a tuple."""
+    return tuple(whole(name, one, low, high) for one in sequence(name, value, "a list of whole numbers"))
 
 
 def number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> float:
@@ -67,7 +85,7 @@ def share(name: str, value: object) -> float:
 
 def flag(name: str, value: object) -> bool:
     """True or False, numpy's among them."""
-    if isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")):
+    if isinstance(value, bool | np.bool_):
         return bool(value)
     raise InputError(f"{name}: expected True or False, got {shown(value)}")
 
@@ -82,6 +100,13 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> str:
 def _listed(names: Sequence[object]) -> str:
     quoted = [repr(name) for name in names]
     return " or ".join(quoted) if len(quoted) < 3 else f"one of {', '.join(quoted)}"
+
+
+def tensor(name: str, value: object) -> torch.Tensor:
+    """A tensor."""
+    if isinstance(value, torch.Tensor):
+        return value
+    raise InputError(f"{name}: expected a tensor, got {shown(value)}")
 
 
 def settle(options: Any, **checked: object) -> None:

@@ -6,8 +6,7 @@ Absent fields take the defaults that transformers gives them, which differ betwe
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,13 @@ import torch
 from .activations import ACTIVATIONS
 from .arguments import shown
 from .errors import CheckpointError
-from .files import present, read_json
+from .files import read_json
+from .generation_config import GenerationConfig, read_generation_config
 
 MODEL_TYPES = ("llava", "llava_next")
 TEXT_MODEL_TYPES = ("llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
-_log = logging.getLogger("minifocus")
 
 _LARGEST = 2**26  # of any size in the file: keeps a product of two, in bytes, within 64 bits
 
@@ -110,7 +107,12 @@ class Config:
     tie_word_embeddings: bool
     grid_pinpoints: tuple[tuple[int, int], ...]
     dtype: torch.dtype | None
-    eos_token_ids: tuple[int, ...] = ()
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return self.generation.eos_token_ids
 
     @property
     def anyres(self) -> bool:
@@ -269,17 +271,9 @@ def _read_dtype(top: _Section) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def _read_token_ids(value: Any, file: Path, key: str) -> tuple[int, ...]:
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(token) is not int for token in ids):
-        raise CheckpointError(f"{file}: {key}: expected a token number or a list of them, got {shown(value)}")
-    return tuple(ids)
-
-
 def load_config(folder: Path) -> Config:
-    """Read `folder`/config.json, and generation_config.json for the stop tokens where there is one.
+    """Read `folder`/config.json, and generation_config.json where there is one.
 
-    Where the latter asks for sampling or a penalty, which are not taken over, the log says so.
     Raises CheckpointError, naming file and key, for anything missing, malformed or not supported.
     """
     file = folder / "config.json"
@@ -308,27 +302,7 @@ def load_config(folder: Path) -> Config:
     if model_type == "llava":
         tied = tied or top.section("text_config").boolean("tie_word_embeddings", False)
 
-    generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file) if present(generation_file) else {}
-    asked = {key: generation[key] for key in _SAMPLING if generation.get(key) not in (None, False)}
-    if "do_sample" in asked or asked.get("repetition_penalty", 1) != 1:
-        listed = ", ".join(f"{key} {value}" for key, value in asked.items())
-        _log.warning(
-            "%s: asks for %s: answers are greedy, unless generate() is given a temperature", generation_file, listed
-        )
-    sources = (
-        (generation_file, generation),
-        (file, top.fields),
-        (file, top.section("text_config").fields),
-    )
-    eos = next(
-        (
-            _read_token_ids(s["eos_token_id"], f, "eos_token_id")
-            for f, s in sources
-            if s.get("eos_token_id") is not None
-        ),
-        (),
-    )
+    generation = read_generation_config(folder, top.fields, top.section("text_config").fields)
     return Config(
         model_type=model_type,
         vision=vision,
@@ -341,5 +315,5 @@ def load_config(folder: Path) -> Config:
         tie_word_embeddings=tied,
         grid_pinpoints=_read_pinpoints(top, vision.image_size) if model_type == "llava_next" else (),
         dtype=_read_dtype(top),
-        eos_token_ids=eos,
+        generation=generation,
     )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from PIL import Image
+from torch import nn
 
+from . import arguments
+from .constraints import Constraints
 from .errors import CheckpointError, InputError
+from .generation_config import GenerationConfig
 from .image import open_image
 from .llama import LayerCache
 from .prompt import TEMPLATES, build_prompt
@@ -90,35 +94,60 @@ class Answer:
 @dataclass(frozen=True)
 class Options:
     """
-    max_new_tokens  at most this many tokens per answer
+    max_new_tokens  at most this many tokens per answer; None: what generation_config.json says, or else 256
     temperature     0: always the likeliest token; above: sample from softmax(logits / temperature). What the folder's
                     generation_config.json says of sampling does not count
     top_p           sample only from the likeliest tokens that together have this probability
     seed            of the sampling; each row draws from its own generator, so that a batch gives what single calls give
     template        a name in `minifocus.prompt.TEMPLATES`; None: the checkpoint's
+    repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens, begin_suppress_tokens, min_new_tokens
+                    see `minifocus.constraints.Constraints`; None: what generation_config.json says
     """
 
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
     template: str | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    bad_words_ids: Sequence[Sequence[int]] | None = None
+    suppress_tokens: Sequence[int] | None = None
+    begin_suppress_tokens: Sequence[int] | None = None
+    min_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
-            raise InputError(f"max_new_tokens: expected a whole number of at least 1, got {self.max_new_tokens!r}")
-        if not _is_number(self.temperature) or not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature: expected a finite number of at least 0, got {self.temperature!r}")
-        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
-            raise InputError(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
-        if self.seed is not None and (type(self.seed) is not int or not -(2**63) <= self.seed < 2**63):
-            raise InputError(f"seed: expected a 64-bit whole number, got {self.seed!r}")
-        if self.template not in (None, *TEMPLATES):
-            raise InputError(f"template: expected one of {', '.join(TEMPLATES)}, got {self.template!r}")
+        checked: dict[str, object] = {
+            "temperature": arguments.number("temperature", self.temperature, 0),
+            "top_p": arguments.share("top_p", self.top_p),
+        }
+        if self.max_new_tokens is not None:
+            checked["max_new_tokens"] = arguments.whole("max_new_tokens", self.max_new_tokens, 1)
+        if self.seed is not None:
+            checked["seed"] = arguments.whole("seed", self.seed, -(2**63))
+        if self.template is not None:
+            checked["template"] = arguments.choice("template", self.template, tuple(TEMPLATES))
+        arguments.settle(self, **checked)
 
+    def constraints(self, of_folder: GenerationConfig, prompt_length: int) -> Constraints:
+        """Those that were given, and the folder's for a prompt of so many tokens."""
+        given = {field.name: getattr(self, field.name) for field in fields(Constraints)}
+        given = {name: value for name, value in given.items() if value is not None}
+        least = max(of_folder.min_length - prompt_length, of_folder.constraints.min_new_tokens)
+        return replace(of_folder.constraints, **{"min_new_tokens": least, **given})
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    def longest(self, of_folder: GenerationConfig, prompt_length: int) -> int:
+        """How many tokens an answer to a prompt of so many may have. Raises InputError where the folder leaves none."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        if of_folder.max_new_tokens is not None or of_folder.max_length is None:
+            return of_folder.max_new_tokens or 256
+        if of_folder.max_length <= prompt_length:
+            raise InputError(
+                f"prompt: expected fewer tokens than the folder's max_length of {of_folder.max_length}, got {prompt_length} "
+                "with those of its pictures: give max_new_tokens instead"
+            )
+        return of_folder.max_length - prompt_length
 
 
 def answer_batch(model: Llava, images: Sequence[Images], prompts: Sequence[str], **options: object) -> list[Answer]:
@@ -161,7 +190,7 @@ class _Run:
             self.options = Options(**options)  # type: ignore[arg-type]
         except TypeError:
             known = ", ".join(Options.__dataclass_fields__)
-            unknown = ", ".join(sorted(set(options) - set(Options.__dataclass_fields__)))
+            unknown = ", ".join(sorted(set(options) - set(Options.__dataclass_fields__)))[:100]
             raise InputError(f"{unknown}: not an option of generation; its options: {known}") from None
         if model.tokenizer is None:
             raise CheckpointError(f"{model.folder}: has no tokenizer.json or tokenizer.model, which text needs")
@@ -170,7 +199,7 @@ class _Run:
                 raise InputError(f"{name}: expected a list with one for each answer, got {type(value).__name__}")
         if not prompts or len(images) != len(prompts):
             raise InputError(f"images and prompts: expected as many of each, got {len(images)} and {len(prompts)}")
-        self.model, self.tokenizer = model, model.tokenizer
+        self.model, self.tokenizer = _as_at_inference(model), model.tokenizer
         self.template = self.options.template or model.template
         self.stop_ids = stop_token_ids(model, self.tokenizer)
         self.token_ids: list[list[int]] = [[] for _ in prompts]
@@ -184,6 +213,10 @@ class _Run:
         self.decode_seconds = 0.0
         started = time.perf_counter()
         self._inputs = [self._prepare(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
+        self.prompts = [one.ids.tolist() for one in self._inputs]
+        folder, lengths = model.config.generation, [len(one.ids) for one in self._inputs]
+        self.constraints = [self.options.constraints(folder, length) for length in lengths]
+        self.longest = [self.options.longest(folder, length) for length in lengths]
         self.prefill_seconds = time.perf_counter() - started
 
     def _prepare(self, image: Images, prompt: str) -> _Input:
@@ -202,7 +235,7 @@ class _Run:
         encoding = self.tokenizer.encode(built.text)
         limit = config.text.max_position_embeddings
         if not encoding.ids:
-            raise InputError(f"prompt: {prompt!r} has no tokens")
+            raise InputError(f"prompt: {arguments.shown(prompt)} has no tokens")
         if len(encoding.ids) > limit:
             raise InputError(f"prompt: takes {len(encoding.ids)} tokens, more than the context length of {limit}")
         if max(encoding.ids) >= config.text.vocab_size:
@@ -249,12 +282,11 @@ class _Run:
         device = model.device
         tiles, sizes = [t for i in inputs for t in i.tiles], [s for i in inputs for s in i.sizes]
         mask, instruction = mask.to(device), instruction.to(device)
-        with _as_at_inference(model):
-            pictures = model.encode_pictures(tiles, sizes, model.before_llm)
-            rows, visual = model.embed(ids.to(device), pictures, mask, instruction, model.before_llm)
-            del pictures
-            self.caches = [LayerCache() for _ in range(model.config.text.num_hidden_layers)]
-            self.prefill: Prefill = model.prefill(rows, visual, self.caches, last=1)
+        pictures = model.encode_pictures(tiles, sizes, model.before_llm)
+        rows, visual = model.embed(ids.to(device), pictures, mask, instruction, model.before_llm)
+        del pictures
+        self.caches = [LayerCache() for _ in range(model.config.text.num_hidden_layers)]
+        self.prefill: Prefill = model.prefill(rows, visual, self.caches, last=1)
         self.positions = self.prefill.rows.positions[:, -1]
         logits = model.language_model.lm_head(self.prefill.rows.hidden[:, -1]).float().cpu()
         self.prefill_seconds += time.perf_counter() - started
@@ -275,6 +307,7 @@ class _Run:
         """The row's next token; None, and the row is over, at a stop token."""
         if self.finish[row]:
             return None
+        logits = self.constraints[row].apply(logits, self.prompts[row], self.token_ids[row], self.stop_ids)
         if self.options.temperature == 0:
             token = int(logits.argmax())
         else:
@@ -286,7 +319,7 @@ class _Run:
             return None
         self.token_ids[row].append(token)
         context_end = int(self.positions[row]) + 1 >= self.model.config.text.max_position_embeddings
-        if len(self.token_ids[row]) == self.options.max_new_tokens or context_end:
+        if len(self.token_ids[row]) == self.longest[row] or context_end:
             self.finish[row] = "length"
         return token
 
@@ -317,17 +350,26 @@ def _as_list(image: Images) -> list[Picture]:
     raise InputError(f"image: expected a path, a PIL image or a list of them, got {type(image).__name__}")
 
 
-@contextmanager
-def _as_at_inference(model: Llava) -> Iterator[None]:
-    """For a model in training, whose sampler would answer otherwise (Eq. 2's factor); its mode is what it was after it."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _as_at_inference(model: Llava) -> Llava:
+    """The model with its samplers of this moment and in no training, whose Eq. 2 would change what they answer.
+
+    It is a copy that shares parameters, buffers and hooks: nothing is switched in the model itself, which another thread may
+    be training, or giving another sampler, meanwhile.
+    """
+    copies: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module, deep: bool) -> nn.Module:
+        if id(module) not in copies:
+            own = copies[id(module)] = copy.copy(module)
+            own._modules = dict(module._modules)
+            if deep:
+                own.training = False
+                own._modules = {
+                    name: None if child is None else copied(child, deep) for name, child in module._modules.items()
+                }
+        return copies[id(module)]
+
+    return cast("Llava", copied(model, any(module.training for module in model.modules())))
 
 
 @dataclass(frozen=True)
@@ -388,7 +430,7 @@ def _trace(prefill: Prefill, row: int, number: int, visual: VisualTokens) -> Pic
     scores = torch.full((visual.layout.num_tokens,), float("nan"), dtype=torch.float32)
     for _, before, selection in prefill.selections:
         mine, where = places(before)
-        given = selection.scores[row][mine].cpu()
+        given = selection.scores[row][mine].cpu().float()
         scores[where] = given.where(~given.isnan(), scores[where])
     _, kept = places(prefill.rows)
     choice = visual.choice.cpu() if visual.choice is not None else None

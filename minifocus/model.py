@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
@@ -13,8 +12,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from . import arguments, samplers
 from . import generate as generation
-from . import samplers
 from .config import DTYPES, Config, load_config
 from .errors import CheckpointError, InputError
 from .image import ImageProcessor, num_visual_tokens, select_best_resolution, stitch
@@ -28,6 +27,12 @@ from .vision import Block, VisionTower
 from .weights import Progress, load_model, save_model
 
 Sizes = torch.Tensor | Sequence[Sequence[int]] | None
+
+# What processors and tokenizers of transformers return on request beside what `Llava.forward` reads. All of it follows from
+# input_ids or is of use to the caller alone; transformers' own LLaVA reads none of it.
+PROCESSOR_KEYS = frozenset(
+    ("mm_token_type_ids", "token_type_ids", "special_tokens_mask", "offset_mapping", "length", "assistant_masks")
+)
 
 
 @dataclass(frozen=True)
@@ -270,6 +275,7 @@ class Llava(nn.Module):
         image_sizes: Sizes = None,
         attention_mask: torch.Tensor | None = None,
         instruction_mask: torch.Tensor | None = None,
+        **unused: object,
     ) -> torch.Tensor:
         """Logits [B, S, vocabulary], inputs as transformers takes them.
 
@@ -280,10 +286,14 @@ class Llava(nn.Module):
         attention_mask  [B, S], 1 for tokens and 0 for padding, at either end of a row
         instruction_mask [B, S], 1 for the user's question, which guides the text-guided sampler; by default all text
                         after the row's first picture
+        unused          what else a processor or tokenizer of transformers returns (`PROCESSOR_KEYS`), which says nothing more
 
         Rows of the result that stand for padding, or for visual tokens that a sampler took out, are NaN: no token is
         predicted there. A pooled token's logits are in the row of its window's first cell. Raises InputError.
         """
+        for name in unused:
+            if name not in PROCESSOR_KEYS:
+                raise InputError(f"{name[:100]}: not an argument of forward")
         self._check_ids(input_ids, attention_mask, instruction_mask)
         tiles, sizes = self._split_pixels(pixel_values, image_sizes)
         input_ids = input_ids.to(self.device)
@@ -301,6 +311,7 @@ class Llava(nn.Module):
         return placed
 
     def _check_ids(self, ids: torch.Tensor, mask: torch.Tensor | None, instruction: torch.Tensor | None) -> None:
+        arguments.tensor("input_ids", ids)
         if ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
             raise InputError(f"input_ids: expected int64 [rows, tokens], got {ids.dtype} {list(ids.shape)}")
         vocabulary = self.config.text.vocab_size
@@ -308,7 +319,7 @@ class Llava(nn.Module):
         if low < 0 or high >= vocabulary:
             raise InputError(f"input_ids: expected numbers from 0 to {vocabulary - 1}, got {low} to {high}")
         for name, value in (("attention_mask", mask), ("instruction_mask", instruction)):
-            if value is not None and value.shape != ids.shape:
+            if value is not None and arguments.tensor(name, value).shape != ids.shape:
                 raise InputError(f"{name}: expected the shape of input_ids {list(ids.shape)}, got {list(value.shape)}")
         if mask is not None:
             steps = mask.bool().int().diff(dim=1, prepend=mask.new_zeros(len(mask), 1).int())
@@ -321,7 +332,14 @@ class Llava(nn.Module):
         self, pixel_values: torch.Tensor | Sequence[torch.Tensor] | None, image_sizes: Sizes
     ) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
         """Each picture's own tiles, without the zero tiles that pad a batch, and its (h, w)."""
-        if pixel_values is None or not len(pixel_values):
+        if pixel_values is None:
+            return [], []
+        own = pixel_values if isinstance(pixel_values, list | tuple) else [pixel_values]
+        floating = all(isinstance(one, torch.Tensor) and one.is_floating_point() for one in own)
+        if not floating or (isinstance(pixel_values, torch.Tensor) and not pixel_values.dim()):
+            got = arguments.shown(pixel_values)
+            raise InputError(f"pixel_values: expected a tensor of floating-point numbers or a list of some, got {got}")
+        if not len(pixel_values):
             return [], []
         side = self.config.vision.image_size
         if self.config.anyres and isinstance(pixel_values, torch.Tensor) and pixel_values.dim() == 4:
@@ -391,12 +409,13 @@ def _picture_sizes(given: Sizes, count: int | None = None) -> list[tuple[int, in
     """(h, w) of each picture; InputError where they are not, or not `count`."""
     try:
         sizes = torch.as_tensor(given)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         sizes = torch.empty(0)
-    if sizes.dim() != 2 or sizes.shape[1] != 2 or len(sizes) != (count or len(sizes)) or not bool((sizes >= 1).all()):
+    whole = not (sizes.is_floating_point() or sizes.is_complex() or sizes.dtype == torch.bool)
+    fits = whole and sizes.dim() == 2 and sizes.shape[1] == 2 and len(sizes) == (count or len(sizes))
+    if not fits or not bool((sizes >= 1).all()):
         wanted = "each picture" if count is None else f"each of {count} pictures"
-        got = list(sizes.shape) if isinstance(given, torch.Tensor) else reprlib.repr(given)
-        raise InputError(f"image_sizes: expected positive (h, w) for {wanted}, got {got}")
+        raise InputError(f"image_sizes: expected positive whole (h, w) for {wanted}, got {arguments.shown(given)}")
     return [(int(h), int(w)) for h, w in sizes.tolist()]
 
 
@@ -445,21 +464,22 @@ def load(
     check_finite  refuse weights with NaN or infinity (one pass over them)
     progress      called with (bytes read, bytes in all)
 
-    A folder without a tokenizer loads; only text asks for it. Of generation_config.json the stop tokens count: answers are
-    greedy whatever sampling it asks for, unless `generate` is told otherwise. Raises CheckpointError for a bad folder and
-    InputError for a bad argument.
+    A folder without a tokenizer loads; only text asks for it. generation_config.json is followed but for sampling, beams and
+    what else the log names: answers are greedy, unless `generate` is told otherwise. Raises CheckpointError for a bad folder
+    and InputError for a bad argument.
     """
     try:
         folder = Path(folder)
     except TypeError:
-        raise InputError(f"folder: expected a path, got {folder!r}") from None
+        raise InputError(f"folder: expected a path, got {arguments.shown(folder)}") from None
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: expected the folder of a model, found {'a file' if folder.exists() else 'nothing'}"
         )
     resolved_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and resolved_dtype not in DTYPES.values():
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype is not None and not (isinstance(resolved_dtype, torch.dtype) and resolved_dtype in DTYPES.values()):
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {arguments.shown(dtype)}")
+    check_finite = arguments.flag("check_finite", check_finite)
     target = _device(device)
     config = load_config(folder)
     method = samplers.build(sampler, config, folder, options)
@@ -482,6 +502,8 @@ def _device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f"device: {str(name)!r} is not usable here: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"device: {arguments.shown(name)} is not usable here: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise InputError("device: 'meta' holds no numbers to answer with: expected one that does")
     return device

@@ -389,20 +389,6 @@ def test_a_window_of_mistral_is_the_context(folder: Path) -> None:
         assert text.max_position_embeddings == context and text.rope.original_max_position_embeddings == 8192
 
 
-def test_sampling_that_is_not_taken_over_is_said_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    file = folder / "generation_config.json"
-    for fields, words in (
-        ({"do_sample": True, "temperature": 0.9, "top_p": 0.6}, "do_sample True, temperature 0.9, top_p 0.6"),
-        ({"repetition_penalty": 1.2}, "repetition_penalty 1.2"),
-        ({"do_sample": False, "temperature": 0.9, "repetition_penalty": 1.0}, None),
-    ):
-        caplog.clear()
-        file.write_text(json.dumps(fields))
-        minifocus.load(folder, sampler="none")
-        said = [record.getMessage() for record in caplog.records if record.name == "minifocus"]
-        assert len(said) == (words is not None) and all(f"{file}: asks for {words}:" in line for line in said)
-
-
 def test_defaults_of_an_absent_and_of_a_partial_vision_config(folder: Path) -> None:
     """ViT-L/14-336 when the section is absent, CLIP's own B/32 when it is there but says nothing."""
     from minifocus.config import load_config

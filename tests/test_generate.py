@@ -97,7 +97,7 @@ def test_rows_that_end_early_do_not_disturb_the_others(folder: Path) -> None:
     images, prompts = [picture(seed=s) for s in range(3)], ["one", "two", "three three"]
     before = model.generate_batch(images, prompts, max_new_tokens=12)
     stop = before[1].token_ids[0]
-    model.config = type(model.config)(**{**vars(model.config), "eos_token_ids": (stop,)})
+    model.config = replace(model.config, generation=replace(model.config.generation, eos_token_ids=(stop,)))
     after = model.generate_batch(images, prompts, max_new_tokens=12)
     assert after[1].token_ids == [] and after[1].finish == "stop" and after[1].text == ""
     for old, new in zip(before, after, strict=True):
@@ -142,9 +142,30 @@ def test_a_model_in_training_answers_as_at_inference(folder: Path) -> None:
     model.train()
     model.multi_modal_projector.eval()
     modes = [module.training for module in model.modules()]
+    meanwhile = []
+
+    def look(module: torch.nn.Module, _: Any) -> None:
+        """What another thread would find while the answer is made."""
+        meanwhile.append(([m.training for m in model.modules()], module.training))
+        model.set_sampler("none")
+
+    model.before_llm.register_forward_pre_hook(look)
+    sampler = model.before_llm
     answer = model.generate(picture(), "What is it?", max_new_tokens=20)
     assert answer.token_ids == expected.token_ids and answer.tokens == expected.tokens
+    assert meanwhile == [(modes, False)] and model.before_llm is None
+    model.before_llm = sampler
     assert [module.training for module in model.modules()] == modes
+
+
+def test_double_precision_answers_as_single(folder: Path) -> None:
+    for sampler, options in SAMPLERS:
+        model = load(folder, sampler, **options)
+        expected = model.generate(picture(), "What is it?", max_new_tokens=9)
+        answer = model.double().generate(picture(), "What is it?", max_new_tokens=9)
+        assert answer.token_ids == expected.token_ids
+        assert answer.pictures[0].importance.dtype == torch.float32
+        assert torch.allclose(answer.pictures[0].importance, expected.pictures[0].importance, atol=1e-5, equal_nan=True)
 
 
 def test_the_default_dtype_has_no_say(folder: Path) -> None:
@@ -269,8 +290,8 @@ def test_a_tiny_temperature_is_greedy(folder: Path) -> None:
         (picture(), "no place", dict(template="raw"), "expected one <image> for each of 1 pictures, got 0"),
         (None, "<image>?", {}, "each of 0 pictures, got 1"),
         (picture(), "a" * 5000, {}, "more than the context length of 4096"),
-        (picture(), "?", dict(template="alpaca"), "template: expected one of vicuna"),
-        (picture(), "?", dict(template=["vicuna"]), r"template: expected one of vicuna.* got \['vicuna'\]"),
+        (picture(), "?", dict(template="alpaca"), "template: expected one of 'vicuna'"),
+        (picture(), "?", dict(template=["vicuna"]), r"template: expected one of 'vicuna'.* got \['vicuna'\]"),
         (picture(), "?", dict(max_new_tokens=0), "max_new_tokens: expected .* got 0"),
         (picture(), "?", dict(temperature=-1), "temperature: expected .* got -1"),
         (picture(), "?", dict(temperature=float("nan")), "temperature"),
