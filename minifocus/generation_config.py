@@ -18,6 +18,10 @@ _LENGTHS = ("max_new_tokens", "max_length", "min_length")
 _SAMPLING = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
 )
+_EXACT_CACHES = (
+    *("dynamic", "offloaded", "static", "offloaded_static", "paged"),
+    *("sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
+)
 # Keys that change transformers' answers and that nothing here follows: the values that ask for nothing, and what is lost.
 _LOST: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((1,), "beam search"),
@@ -39,8 +43,7 @@ _LOST: dict[str, tuple[tuple[Any, ...], str]] = {
     "watermarking_config": ((), "a watermark"),
     "token_healing": ((False,), "token healing"),
     "num_return_sequences": ((1,), "several answers to a question"),
-    # Other caches hold the same numbers.
-    "cache_implementation": (("dynamic", "static", "offloaded", "offloaded_static", "hybrid"), "a quantised cache"),
+    "cache_implementation": (_EXACT_CACHES, "a quantised cache"),
 }
 
 _log = logging.getLogger("minifocus")
