@@ -100,7 +100,8 @@ model, target = minifocus.load(new), work / "target"
 of_old, of_new = contents(old), contents(new)
 seen = {"untouched": 0, "between": 0, "replaced": 0}
 for number in range(1, 1000):
-    with_others(old, target)
+    if not target.exists():
+        with_others(old, target)
     child = os.fork()
     if not child:
         left = number
@@ -128,7 +129,7 @@ for number in range(1, 1000):
     elif code and number % 5 == 0:
         model.save(target)
         assert contents(target) == of_new | OTHERS and not (target / ".minifocus-save").exists()
-    shutil.rmtree(target)
+    shutil.rmtree(target / ".minifocus-save" if found == of_old else target, ignore_errors=True)
     if not code:
         break
 print(number, seen)
