@@ -356,7 +356,10 @@ class Llava(nn.Module):
 
     def set_sampler(self, name: str, **options: Any) -> None:
         """Sample by another method from now on: `name` and `options` as for `load`. Raises InputError, CheckpointError."""
-        self._use(samplers.build(name, self.config, self.folder, options))
+        method = samplers.build(name, self.config, self.folder, options)
+        if name in ("focus", "vision") and options.get("selector") is None and not self.origin.holds_weights():
+            raise CheckpointError(f"{self.folder / SELECTOR}: is another model's: the weights beside it have changed")
+        self._use(method)
 
     def _use(self, method: samplers.Samplers) -> None:
         self.before_llm = None if method.before is None else method.before.to(self.device).eval()
@@ -476,8 +479,8 @@ def load(
     progress      called with (bytes read, bytes in all)
 
     A folder without a tokenizer loads; only text asks for it. Of generation_config.json the stop tokens count: answers are
-    greedy whatever sampling it asks for, unless `generate` is told otherwise. Raises CheckpointError for a bad folder and
-    InputError for a bad argument.
+    greedy whatever sampling it asks for, unless `generate` is told otherwise. A save that was killed as it put its files in
+    place is finished first. Raises CheckpointError for a bad folder and InputError for a bad argument.
     """
     folder = path_of(folder)
     if not folder.is_dir():

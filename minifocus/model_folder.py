@@ -8,7 +8,8 @@ on another disk, or not writable. When they are whole, and on the disk,
 
 So old and new files are never side by side, and between the two steps nothing loads, in transformers neither. A save that was
 killed there is finished by whoever next loads the folder with minifocus or saves into it. A lock in `STAGING`, which its
-process' death releases, keeps two saves apart on file systems that have locks.
+process' death releases, keeps two saves apart on file systems that have locks. Who opens one file after another while a save
+puts its own in place may get some of each: `minifocus.load` sees it by `stamps` and refuses, other readers do not.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ old, new, work = map(Path, sys.argv[1:])
 model, target = minifocus.load(new), work / "target"
 of_old, of_new = contents(old), contents(new)
 seen = {"untouched": 0, "between": 0, "replaced": 0}
-for number in range(1, 1000):
+number = code = 1
+while code:
     if not target.exists():
         with_others(old, target)
     child = os.fork()
@@ -126,14 +127,13 @@ for number in range(1, 1000):
     if "config.json" not in found and number % 2:
         minifocus.load(target)
         assert contents(target) == of_new | OTHERS
-    elif code and number % 5 == 0:
+    elif code and number % 4 == 0:
         model.save(target)
         assert contents(target) == of_new | OTHERS and not (target / ".minifocus-save").exists()
     shutil.rmtree(target / ".minifocus-save" if found == of_old else target, ignore_errors=True)
-    if not code:
-        break
+    number += 1 if "config.json" not in found else 3
 print(number, seen)
-assert code == 0 and min(seen.values()) > 5
+assert min(seen.values()) > 5
 """
 
 
@@ -145,7 +145,6 @@ def test_a_save_killed_anywhere_leaves_one_model(old: Path, new: Path, tmp_path:
     command = [sys.executable, "-c", KILLED, str(old), str(new), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stdout)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs RLIMIT_FSIZE")
@@ -383,7 +382,11 @@ def test_a_model_is_saved_with_the_files_that_it_came_with(old: Path, new: Path,
     mine = minifocus.load(folder, "none")
     mine.save(folder)
     assert contents(folder).keys() >= {"selector.safetensors", "additional_chat_templates/rag.jinja"}  # its own stay
+    mine.set_sampler("vision")
+    mine.set_sampler("none")
     minifocus.load(new).save(folder)
+    with pytest.raises(minifocus.CheckpointError, match=r"selector\.safetensors: is another model's"):
+        mine.set_sampler("focus")
     for _ in range(2):  # the selector there is another's by now
         mine.save(folder)
         model.save(tmp_path / "b")
