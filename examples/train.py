@@ -32,6 +32,7 @@ from minifocus.samplers import SELECTOR_FILE
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
 from minifocus.training.curve import draw_curve
 from minifocus.training.examples import Batches, CardScenes, Source
+from minifocus.training.identity import digest_of_model
 from minifocus.training.loop import LOG, Process, Settings, fit, keep_freed_memory, make_optimizers
 from minifocus.training.objective import AnswerObjective, Objective
 
@@ -264,20 +265,6 @@ def learning_rate(name: str, rates: dict[str, float], model: minifocus.Llava) ->
     if name.startswith("before_llm."):
         return rates["selector_bias" if name.endswith(".bias") else "selector"]
     return rates["llm" if name.startswith("language_model.") else "projector"]
-
-
-def digest_of_model(folder: Path, blocks: int = 1024, size: int = 4096) -> str:
-    """Of a model folder's files that are loaded: their names, lengths and as many blocks of bytes, evenly spread."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".model"):
-            length = file.stat().st_size
-            digest.update(f"{file.name} {length} ".encode())
-            with file.open("rb") as stream:
-                for place in (*range(0, length, max(size, -(-length // blocks))), max(0, length - size)):
-                    stream.seek(place)
-                    digest.update(stream.read(size))
-    return digest.hexdigest()
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import reprlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,6 +102,13 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> str:
 def _listed(names: Sequence[object]) -> str:
     quoted = [repr(name) for name in names]
     return " or ".join(quoted) if len(quoted) < 3 else f"one of {', '.join(quoted)}"
+
+
+def path(name: str, value: object) -> Path:
+    """A path, which need not lead anywhere. An empty one, which Path takes for the working directory, is none."""
+    if isinstance(value, str | os.PathLike) and value != "":
+        return Path(value)
+    raise InputError(f"{name}: expected a path, got {shown(value)}")
 
 
 def tensor(name: str, value: object) -> torch.Tensor:

@@ -16,15 +16,17 @@ from . import arguments, samplers
 from . import generate as generation
 from .config import DTYPES, Config, load_config
 from .errors import CheckpointError, InputError
+from .files import FILE, kind, named, read_bytes
 from .image import ImageProcessor, num_visual_tokens, select_best_resolution, stitch
 from .llama import DecoderLayer, LayerCache, Llama
+from .model_folder import SELECTOR, Origin, finish_save, replacing, stamps
 from .projector import Projector
 from .prompt import detect_template
 from .rows import Rows, stack_rows
 from .samplers import PictureFeatures, Selection, VisualTokens
 from .tokenizer import Tokenizer
 from .vision import Block, VisionTower
-from .weights import Progress, load_model, save_model
+from .weights import Progress, check_storable, load_model, save_model, shapes_of, without_values
 
 Sizes = torch.Tensor | Sequence[Sequence[int]] | None
 
@@ -74,7 +76,12 @@ class Llava(nn.Module):
         self.image_processor: ImageProcessor | None = None
         self.tokenizer: Tokenizer | None = None
         self.template = "vicuna"
-        self.folder = Path()
+        self.origin = Origin()
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the model was loaded from."""
+        return self.origin.folder
 
     @property
     def device(self) -> torch.device:
@@ -366,27 +373,43 @@ class Llava(nn.Module):
 
     def set_sampler(self, name: str, **options: Any) -> None:
         """Sample by another method from now on: `name` and `options` as for `load`. Raises InputError, CheckpointError."""
-        self._use(samplers.build(name, self.config, self.folder, options))
+        method = samplers.build(name, self.config, self.folder, options)
+        if name in ("focus", "vision") and options.get("selector") is None and not self.origin.holds_weights():
+            raise CheckpointError(f"{self.folder / SELECTOR}: is another model's: the weights beside it have changed")
+        self._use(method)
 
     def _use(self, method: samplers.Samplers) -> None:
         self.before_llm = None if method.before is None else method.before.to(self.device).eval()
         self.inside_llm = method.inside
 
-    def save(self, folder: str | PathLike[str]) -> None:
-        """Write the model as `load` takes it: weights, the other files of the folder it came from, a learned selector.
+    def save(self, folder: str | PathLike[str], *, check_finite: bool = True) -> None:
+        """Write the model as `load` takes it: weights, a learned selector, and the other files as they were when it came.
 
-        Without a learned selector, one that lies in another model's folder goes, one in this model's own stays. Raises
-        CheckpointError where the folder it came from is gone, and InputError for one that cannot be written.
+        The files of a model that is there already, of whatever kind, make room for them; other files stay. The old ones are
+        what loads until the new ones are whole and on the disk, whenever the process is killed (see `model_folder`).
+        Without a learned selector the folder gets none; in the model's own, one that is there stays.
+
+        `check_finite` refuses weights with NaN or infinity, as `load` would. Raises InputError for a folder that cannot be
+        written and a model that `load` would not take again, and CheckpointError where one of the files that it came with
+        could not be read.
         """
-        target = Path(folder)
+        target = arguments.path("folder", folder)
+        if not self.origin.companions:
+            raise InputError("model: expected one that was loaded from a folder, whose config.json it is saved with")
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("before_llm.")}
-        learned = self.before_llm is not None and next(self.before_llm.parameters(), None) is not None
+        check_storable(state, shapes_of(without_values(lambda: Llava(self.config))))
         try:
-            save_model(state, self.folder, target, self.config.tie_word_embeddings)
-            if learned or target.resolve() != self.folder.resolve():
-                samplers.save(self.before_llm, target)
+            with replacing(target) as fresh:
+                save_model(state, self.origin.companions, fresh, self.config.tie_word_embeddings, check_finite)
+                own = target.resolve() == self.folder.resolve()
+                if not samplers.save(self.before_llm, fresh) and own and self.origin.holds_weights():
+                    selector = target / SELECTOR
+                    if kind(selector) == FILE:
+                        (fresh / SELECTOR).write_bytes(read_bytes(selector))
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{target}: expected a folder that can be written: {error}") from error
+            raise InputError(f"{named(target)}: expected a folder that can be written: {error}") from error
+        if own:
+            self.origin = replace(self.origin, stamps=stamps(self.folder))
 
     # ---- questions and answers (generate.py) ----
 
@@ -465,13 +488,10 @@ def load(
     progress      called with (bytes read, bytes in all)
 
     A folder without a tokenizer loads; only text asks for it. generation_config.json is followed but for sampling, beams and
-    what else the log names: answers are greedy, unless `generate` is told otherwise. Raises CheckpointError for a bad folder
-    and InputError for a bad argument.
+    what else the log names: answers are greedy, unless `generate` is told otherwise. A save that was killed as it put its
+    files in place is finished first. Raises CheckpointError for a bad folder and InputError for a bad argument.
     """
-    try:
-        folder = Path(folder)
-    except TypeError:
-        raise InputError(f"folder: expected a path, got {arguments.shown(folder)}") from None
+    folder = arguments.path("folder", folder)
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: expected the folder of a model, found {'a file' if folder.exists() else 'nothing'}"
@@ -481,6 +501,8 @@ def load(
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {arguments.shown(dtype)}")
     check_finite = arguments.flag("check_finite", check_finite)
     target = _device(device)
+    finish_save(folder)
+    origin = Origin.read(folder)
     config = load_config(folder)
     method = samplers.build(sampler, config, folder, options)
     processor = ImageProcessor.from_folder(
@@ -491,8 +513,9 @@ def load(
 
     model = load_model(lambda: Llava(config), config, folder, target, resolved_dtype, check_finite, progress)
     model = cast(Llava, model)
-    # `save` and `set_sampler` read from it again, wherever the process works by then.
-    model.image_processor, model.tokenizer, model.folder = processor, tokenizer, folder.absolute()
+    if stamps(folder) != origin.stamps:
+        raise CheckpointError(f"{folder}: its files were changed while they were read: load it again")
+    model.image_processor, model.tokenizer, model.origin = processor, tokenizer, origin
     model.template = detect_template(tokenizer, config.text.model_type)
     model._use(method)
     return model

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .config import Config
-from .errors import CheckpointError
+from .errors import CheckpointError, InputError
 from .files import read_json
+from .model_folder import CONFIG
 
 # Names on disk → this package's, which are those of a fresh `save_pretrained` of transformers 5. First match wins.
 RENAMES = [
@@ -134,24 +134,30 @@ def check_layer_counts(found: dict[str, StoredTensor], config: Config, folder: P
 
 def check_names_and_shapes(found: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], folder: Path) -> None:
     """One error for all missing, unexpected, misshapen and wrongly typed tensors."""
+    problems = _mismatches({found[n].key if n not in expected else n: found[n].shape for n in found}, expected)
+    mistyped = [f"{n} ({v.dtype})" for n, v in sorted(found.items()) if n in expected and v.dtype not in STORED_DTYPES]
+    if mistyped:
+        problems.append(f"not of dtype {', '.join(STORED_DTYPES)} (quantised?): {_listing(mistyped)}")
+    if problems:
+        raise CheckpointError(f"{folder}: the weights do not fit config.json\n  " + "\n  ".join(problems))
+
+
+def _mismatches(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
     problems = []
     missing = sorted(expected.keys() - found.keys())
     if missing:
         problems.append(f"missing: {_listing(missing)}")
     unexpected = sorted(found.keys() - expected.keys())
     if unexpected:
-        problems.append(f"unexpected: {_listing([found[name].key for name in unexpected])}")
-    shared = sorted(expected.keys() & found.keys())
+        problems.append(f"unexpected: {_listing(unexpected)}")
     misshapen = [
-        f"{n}: expected {expected[n]}, found {found[n].shape}" for n in shared if expected[n] != found[n].shape
+        f"{n}: expected {expected[n]}, found {found[n]}"
+        for n in sorted(expected.keys() & found.keys())
+        if expected[n] != found[n]
     ]
     if misshapen:
         problems.append(f"wrong shape: {_listing(misshapen)}")
-    mistyped = [f"{n} ({found[n].dtype})" for n in shared if found[n].dtype not in STORED_DTYPES]
-    if mistyped:
-        problems.append(f"not of dtype {', '.join(STORED_DTYPES)} (quantised?): {_listing(mistyped)}")
-    if problems:
-        raise CheckpointError(f"{folder}: the weights do not fit config.json\n  " + "\n  ".join(problems))
+    return problems
 
 
 def _listing(names: list[str], limit: int = 20) -> str:
@@ -216,6 +222,16 @@ class _WithoutInitialisation(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def without_values(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model that `build` makes, on the meta device."""
+    with torch.device("meta"), _WithoutInitialisation():
+        return build()
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
 def load_model(
     build: Callable[[], nn.Module],
     config: Config,
@@ -232,9 +248,8 @@ def load_model(
     """
     found = read_headers(folder)
     check_layer_counts(found, config, folder)
-    with torch.device("meta"), _WithoutInitialisation():
-        model = build()
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    model = without_values(build)
+    expected = shapes_of(model)
     tied = config.tie_word_embeddings
     if tied and HEAD not in found:
         del expected[HEAD]
@@ -254,65 +269,122 @@ def load_model(
     return model.eval()
 
 
-# What holds weights: of these files, those that a save has not written are stale.
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-# What `save_model` takes over from the folder that a model came from, where it is there.
-COMPANIONS = (
-    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
-)
+def check_storable(state: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """Refuse with one InputError what `load_model` would not take again, or what cannot be read to be written."""
+    problems = _mismatches({n: tuple(v.shape) for n, v in state.items()}, expected)
+    dtypes = (*STORED_DTYPES.values(), torch.float64)
+    unstored = [
+        f"{name} ({value.dtype}, {value.layout}, on {value.device})"
+        for name, value in state.items()
+        if value.dtype not in dtypes or value.layout != torch.strided or value.is_meta
+    ]
+    if unstored:
+        problems.append(f"not dense values of dtype {', '.join(STORED_DTYPES)}: {_listing(unstored)}")
+    if problems:
+        raise InputError(
+            "the model does not fit its config.json, so that no folder would load\n  " + "\n  ".join(problems)
+        )
 
 
 def save_model(
-    state: dict[str, torch.Tensor], source: Path, folder: Path, tied: bool, shard_bytes: int = 5_000_000_000
+    state: dict[str, torch.Tensor],
+    companions: Mapping[str, bytes | CheckpointError],
+    folder: Path,
+    tied: bool,
+    check_finite: bool,
+    shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a folder in Hugging Face's layout: `state`, by this package's names, and the other files of `source`.
+    """Write a model into an empty folder in Hugging Face's layout: `state`, by this package's names, and its other files.
 
     The names are those of a fresh `save_pretrained`, so transformers loads it as well. Each tensor is stored in its own
-    dtype; config.json names the embeddings'. A tied head is left out. More than `shard_bytes` become several files with an
-    index. Weights that are there are replaced once the new ones are whole. Raises CheckpointError where `source` has no
-    config.json, OSError and SafetensorError where `folder` cannot be written.
+    dtype, float64 as float32 where that loses nothing; config.json names the embeddings'. A tied head is left out; one that
+    is tied no more is written, and config.json says so. More than `shard_bytes` become several files with an index. Raises
+    CheckpointError for a companion that could not be read, InputError for values that `load_model` would refuse, OSError
+    and SafetensorError where `folder` cannot be written.
     """
-    config = read_json(source / "config.json")
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if not (tied and name == HEAD)}
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
-    for name, value in tensors.items():
-        if size and size + value.nbytes > shard_bytes:
-            shards.append({})
+    for name, content in companions.items():
+        if isinstance(content, CheckpointError):
+            raise content
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    config = read_json(folder / CONFIG)
+    dtype = _narrow(state[EMBEDDINGS].dtype)
+    changed = _set_dtype(config, str(dtype).removeprefix("torch."))
+    if tied and not _same_values(state[HEAD], state[EMBEDDINGS]):
+        tied = False
+        for section in (config, config.get("text_config") or {}):
+            if "tie_word_embeddings" in section or section is config:
+                section["tie_word_embeddings"], changed = False, True
+    if changed:
+        _write_json(folder / CONFIG, config)
+
+    names = [name for name in state if not (tied and name == HEAD)]
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name in names:
+        num_bytes = state[name].numel() * _narrow(state[name].dtype).itemsize
+        if size and size + num_bytes > shard_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name] = value
-        size += value.nbytes
-    weights = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        shards[-1].append(name)
+        size, total = size + num_bytes, total + num_bytes
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        weights = ["model.safetensors"]
-    written = {name: folder / f"{name}.tmp" for name in weights}
-    try:
-        for name, shard in zip(weights, shards, strict=True):
-            save_file(shard, written[name], metadata={"format": "pt"})
-        texts = {}
-        if len(shards) > 1:
-            weight_map = {key: name for name, shard in zip(weights, shards, strict=True) for key in shard}
-            total = sum(value.nbytes for value in tensors.values())
-            texts["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        if _set_dtype(config, str(state[EMBEDDINGS].dtype).removeprefix("torch.")):
-            texts["config.json"] = config
-        for name, fields in texts.items():
-            written[name] = folder / f"{name}.tmp"
-            written[name].write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        for name in COMPANIONS if source.resolve() != folder.resolve() else ():
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
-        for name, unfinished in written.items():
-            unfinished.replace(folder / name)
-    finally:
-        for unfinished in written.values():
-            unfinished.unlink(missing_ok=True)
-    for old in folder.iterdir():
-        if WEIGHTS.fullmatch(old.name) and old.name not in written:
-            old.unlink()
+        files = ["model.safetensors"]
+    else:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {name: _stored(name, state[name]) for name in shard}
+        if check_finite:
+            for name, value in tensors.items():
+                if not _finite(value.to(dtype)):
+                    raise InputError(
+                        f"{name}: holds NaN or infinite values (as {dtype}), which `load` refuses: expected finite ones, or "
+                        "check_finite=False"
+                    )
+        save_file(_apart(tensors), folder / file, metadata={"format": "pt"})
+    for file in files:
+        (folder / file).chmod((folder / CONFIG).stat().st_mode)  # the library makes files for the user alone
+
+
+def _write_json(file: Path, fields: dict[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _narrow(dtype: torch.dtype) -> torch.dtype:
+    """What is stored of a dtype: of float64, which `load_model` does not take, float32."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _stored(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is stored: on the CPU, dense, in `_narrow`'s dtype."""
+    stored = value.detach().to("cpu", _narrow(value.dtype)).contiguous()
+    if stored.dtype != value.dtype and not _same_values(stored.to(value.dtype), value.detach().cpu()):
+        raise InputError(
+            f"{name}: holds float64 values that are none of float32, the widest dtype of a checkpoint: expected "
+            "model.float(), which rounds them, before save"
+        )
+    return stored
+
+
+def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same, NaN included."""
+    if a is b or a.shape != b.shape or a.dtype != b.dtype:
+        return a is b
+    b = b.to(a.device)
+    return torch.equal(a, b) or torch.allclose(a, b, 0, 0, equal_nan=True)
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same, with a copy of what shares memory with another, which safetensors does not write."""
+    found, end = dict(tensors), 0
+    for name, value in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if value.data_ptr() < end:
+            found[name] = value.clone()
+        end = max(end, value.data_ptr() + value.nbytes)
+    return found
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:

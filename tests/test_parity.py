@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from checkpoints import LAYOUTS, build, make_inputs, save
 
 import minifocus
-from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, save_selector
 
 SIZES = {"wide": (30, 90), "tall": (100, 31), "square": (50, 50), "odd": (57, 91), "sliver": (1, 400)}
 TOLERANCE = 1e-5
@@ -134,67 +131,6 @@ def test_half_precision(tmp_path: Path, dtype: torch.dtype, tolerance: float) ->
     compare(save(oracle, tmp_path), oracle, [[SIZES["odd"]]], tolerance=tolerance)
     assert minifocus.load(tmp_path, sampler="none").dtype == dtype
     assert minifocus.load(tmp_path, sampler="none", dtype="float32").dtype == torch.float32
-
-
-# ---- saving ----
-
-
-def test_a_saved_folder_says_the_dtype_of_its_weights(tmp_path: Path) -> None:
-    """In every key that names one: transformers and `load` go by them."""
-    folder = save(build(dtype=torch.float32), tmp_path / "a")
-    config = json.loads((folder / "config.json").read_text())
-    config = {**config, "torch_dtype": "float32", "text_config": {**config["text_config"], "dtype": "float32"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
-        minifocus.load(folder, "none", dtype=dtype).save(tmp_path / name)
-        saved = json.loads((tmp_path / name / "config.json").read_text())
-        assert saved["dtype"] == saved["torch_dtype"] == saved["text_config"]["dtype"] == name
-        assert minifocus.load(tmp_path / name, "none").dtype == dtype
-    assert saved == config
-    minifocus.load(folder, "none", dtype="bfloat16").save(folder)
-    assert minifocus.load(folder, "none").dtype == torch.bfloat16
-
-
-def test_saving_from_another_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(build(), tmp_path / "a")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path)
-    model = minifocus.load("a", "none")
-    monkeypatch.chdir("elsewhere")
-    model.save("b")
-    minifocus.load("b", "none")
-    (tmp_path / "a/config.json").unlink()
-    with pytest.raises(minifocus.CheckpointError, match=r"a/config\.json: there is no such file"):
-        model.save("c")
-    assert not Path("c").exists()
-
-
-def test_saving_replaces_weights_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save(build(), tmp_path / "a", shards=3)
-    model = minifocus.load(folder, "none")
-    (folder / "model_ema.safetensors").write_text("another's")
-    save_selector(folder / "selector.safetensors", LinearSelector(16, 3), VisionGuidedOptions())
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-
-    with monkeypatch.context() as patched:  # the disk is full after the first shard
-        patched.setattr("minifocus.weights.save_file", mock.Mock(side_effect=[None, OSError("no space left")]))
-        patched.setattr("minifocus.weights.save_model.__defaults__", (2000,))
-        with pytest.raises(minifocus.InputError, match=f"{folder}: expected a folder that can be written: no space"):
-            model.save(folder)
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-    model.save(folder)
-    assert {file.name for file in folder.iterdir()} == {
-        name for name in before if not name.startswith("model-") and "index" not in name
-    } | {"model.safetensors"}
-    assert (folder / "model_ema.safetensors").read_text() == "another's"
-    minifocus.load(folder, "focus").save(tmp_path / "b")
-    assert (tmp_path / "b/selector.safetensors").exists()
-    model.save(tmp_path / "b")  # another model's folder: its selector was not this model's
-    assert not (tmp_path / "b/selector.safetensors").exists()
-
-    (tmp_path / "file").write_text("")
-    with pytest.raises(minifocus.InputError, match="file: expected a folder that can be written"):
-        model.save(tmp_path / "file")
 
 
 @pytest.mark.parametrize("kind", ["llava", "llava_next"])

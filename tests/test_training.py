@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_where_its_checkpoint_is(whole: Path, tmp_path: Pat
         log.write('{"step": 5, "loss": 0.1}\n{"step": 6, "lo')
     subprocess.run(arguments, check=True, capture_output=True, env=ENVIRONMENT, timeout=500)
     assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
-    assert not changed(weights(out / "model"), weights(whole / "model"))  # the order of a selector's metadata is random
+    assert (out / "model/selector.safetensors").read_bytes() == (whole / "model/selector.safetensors").read_bytes()
     assert [line["step"] for line in figures(out)] == [1, 2, 3, 4, 5, 6]
     assert figures(out) == figures(whole)
     assert changed(weights(TINY), weights(whole / "model")) >= {"selector.bias", "language_model.lm_head.weight"}
@@ -522,16 +522,66 @@ def test_a_run_is_known_by_what_it_began_from_wherever_that_is(tmp_path: Path) -
     assert (after / "run/model/model.safetensors").read_bytes() == kept
 
 
-def test_a_digest_of_a_model_reads_its_files_ends(tmp_path: Path) -> None:
-    """Also of those that are too large to be read whole."""
-    weights, found = tmp_path / "model.safetensors", set()
-    for content in (b"a" * 100, b"a" * 101, b"b" + b"a" * 99, b"a" * 99 + b"b"):
-        weights.write_bytes(content)
-        found |= {trainer.digest_of_model(tmp_path, blocks=4, size=8)}
-    (tmp_path / "config.json").write_text("{}")
-    found |= {trainer.digest_of_model(tmp_path, blocks=4, size=8)}
-    (tmp_path / "README.md").write_text("Hello.")
-    assert trainer.digest_of_model(tmp_path, blocks=4, size=8) in found and len(found) == 5
+def test_a_finished_stage_can_be_run_again_under_the_next_one(tmp_path: Path) -> None:
+    """It leaves the same model, and the next goes on."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    stages = [["--out", first, *SHORT], ["--out", second, *SHORT, "--model", first / "model"]]
+    for arguments in (*stages, *stages, stages[0], stages[1]):
+        done = train(*arguments)
+        assert done.code == 0, done.err
+
+
+def test_a_digest_of_a_model_is_of_its_content(tmp_path: Path) -> None:
+    """Of each tensor's ends, too, where there is more than is read; not of how it is written, nor of what is not loaded."""
+
+    def digest() -> str:
+        return trainer.digest_of_model(tmp_path, blocks=2, size=8)
+
+    small, large = torch.arange(4.0), torch.arange(100.0)
+    found = set()
+    for changed in ((), (small, 0), (small, 3), (large, 0), (large, 99)):
+        with torch.no_grad():
+            if changed:
+                changed[0][changed[1]] += 1
+        save_file({"small": small, "large": large}, tmp_path / "model.safetensors", {"format": "pt"})
+        found.add(digest())
+    assert len(found) == 5
+    (tmp_path / "model.safetensors").unlink()
+    save_file({"small": small}, tmp_path / "model-00001-of-00002.safetensors", {"of": "another", "writer": "this"})
+    save_file({"large": large}, tmp_path / "model-00002-of-00002.safetensors")
+    weight_map = {"large": "model-00002-of-00002.safetensors", "small": "model-00001-of-00002.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert digest() in found
+    save_file({"small": small.view(2, 2)}, tmp_path / "model-00001-of-00002.safetensors")
+    found.add(digest())
+    assert len(found) == 6
+
+    for name, contents in {
+        "config.json": ('{"a": 1, "b": 2}', '{"b": 2,\n "a": 1}', '{"b": 2, "a": 3}'),
+        "chat_template.jinja": ("a", "a", "b"),
+        "additional_chat_templates/x.jinja": ("a", "a", "b"),
+        "trainer_state.json": ("{}", "[]"),
+        "README.md": ("Hello.", "Bye."),
+    }.items():
+        before = digest()
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        digests = []
+        for content in contents:
+            (tmp_path / name).write_text(content)
+            digests.append(digest())
+        assert digests[0] == digests[1]
+        assert (before != digests[0] and digests[2] != digests[0]) if len(contents) == 3 else before == digests[0]
+    selectors = []
+    for window in (4, 4, 8):
+        (tmp_path / "selector.safetensors").unlink(missing_ok=True)
+        save_selector(tmp_path / "selector.safetensors", LinearSelector(16, 3), VisionGuidedOptions(window=window))
+        selectors.append(digest())
+    metadata = {"format": "minifocus-selector", "window": "4", "branches": "3", "score_pool": "max"}
+    file = tmp_path / "selector.safetensors"
+    for _ in range(4):  # as it was written before, in random order
+        save_file({"weight": torch.zeros(3, 16), "bias": torch.zeros(3)}, file, dict(metadata))
+        selectors.append(digest())
+    assert len(set(selectors)) == 2 and selectors[0] != selectors[2]
 
 
 def test_gradient_checkpointing_changes_nothing(plain: Tensors, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from minifocus.conversations import Conversation, Turn
 from minifocus.image import ImageProcessor
 from minifocus.llama import DecoderLayer, rotate
 from minifocus.model import Llava
+from minifocus.model_folder import Origin
 from minifocus.rows import Rows
 from minifocus.samplers import BeforeLLM, PictureFeatures, VisualTokens, uncompressed
 from minifocus.tokenizer import Tokenizer
@@ -236,7 +237,7 @@ def new_model(folder: Path, tower: Path, seed: int) -> Llava:
     config = load_config(folder)
     model = Llava(config)
     model.vision_tower.load_state_dict(load_file(tower))
-    model.tokenizer, model.folder, model.template = Tokenizer.from_folder(folder), folder, "vicuna"
+    model.tokenizer, model.origin, model.template = Tokenizer.from_folder(folder), Origin.read(folder), "vicuna"
     model.image_processor = ImageProcessor.from_folder(
         folder, model_type=config.model_type, image_size=cards.TILE, grid_pinpoints=config.grid_pinpoints
     )

@@ -13,6 +13,7 @@ from ..arguments import shown
 from ..config import Config
 from ..errors import CheckpointError, InputError
 from ..files import FILE, kind, present
+from ..model_folder import SELECTOR
 from .aim import AIMOptions, Dropping, Merging
 from .chance import Random, RandomOptions, Uniform
 from .cls_attention import VTCCLS, FasterVLM, FasterVLMOptions, VTCCLSOptions
@@ -52,7 +53,7 @@ __all__ = [
     "uncompressed",
 ]
 
-SELECTOR_FILE = "selector.safetensors"
+SELECTOR_FILE = SELECTOR
 _VISION = {field.name for field in dataclasses.fields(VisionGuidedOptions)} | {"selector"}
 _TEXT = {field.name for field in dataclasses.fields(TextGuidedOptions)}
 _FOCUS = {"focus": _VISION | _TEXT, "vision": _VISION, "text": _TEXT, "none": set()}
@@ -112,13 +113,21 @@ def build(name: str, config: Config, folder: Path, options: Mapping[str, object]
     return Samplers(before, inside)
 
 
-def save(sampler: BeforeLLM | None, folder: Path) -> None:
-    """Write what is learned of a before-LLM sampler; a selector that is there already and is not this one's goes."""
-    file = folder / SELECTOR_FILE
-    if isinstance(sampler, VisionGuidedSampler) and isinstance(sampler.selector, LinearSelector):
-        save_selector(file, sampler.selector, sampler.options)
-    else:
-        file.unlink(missing_ok=True)
+def save(sampler: BeforeLLM | None, folder: Path) -> bool:
+    """Write what is learned of a before-LLM sampler into a folder that has no selector; False where nothing is.
+
+    Raises InputError for what `build` could not read again, and OSError.
+    """
+    if sampler is None or next(sampler.parameters(), None) is None:
+        return False
+    if not (isinstance(sampler, VisionGuidedSampler) and isinstance(sampler.selector, LinearSelector)):
+        learned = sampler.selector if isinstance(sampler, VisionGuidedSampler) else sampler
+        raise InputError(
+            f"before_llm: expected a LinearSelector, or nothing that has parameters, got {type(learned).__name__}, for "
+            "which there is no file: set_sampler('none') saves the model without it"
+        )
+    save_selector(folder / SELECTOR_FILE, sampler.selector, sampler.options)
+    return True
 
 
 def _vision_guided(config: Config, folder: Path, given: Mapping[str, object]) -> VisionGuidedSampler:

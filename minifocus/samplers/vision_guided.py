@@ -7,6 +7,7 @@ the language model, with one newline token after each row of regions.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Literal, Protocol
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import nn
 
 from .. import arguments
@@ -173,7 +174,10 @@ def load_selector(
 
 
 def save_selector(file: Path, selector: LinearSelector, options: VisionGuidedOptions) -> None:
-    """Write the file that `load_selector` reads: `weight` [S, G] and `bias` [S], coarse to fine."""
+    """Write the file that `load_selector` reads: `weight` [S, G] and `bias` [S], coarse to fine, in float32.
+
+    Equal selectors give equal bytes. Raises InputError for one that `load_selector` would refuse, and OSError.
+    """
     metadata = {
         "format": "minifocus-selector",
         "window": str(options.window),
@@ -181,7 +185,22 @@ def save_selector(file: Path, selector: LinearSelector, options: VisionGuidedOpt
         "score_pool": options.score_pool,
     }
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in selector.state_dict().items()}
-    save_file(tensors, file, metadata=metadata)
+    branches = len(pools_for(options.window, options.branches))
+    if tensors["weight"].shape[0] != branches or tensors["bias"].shape != (branches,):
+        shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+        raise InputError(f"selector: expected one of {branches} branches, as its options have, got {shapes}")
+    for name, value in tensors.items():
+        if not bool(value.isfinite().all()):
+            raise InputError(f"selector.{name}: expected finite values, as float32, got others")
+    file.write_bytes(_in_order(serialise(tensors, metadata)))
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same safetensors file with its header's keys in order: the library writes metadata in a random one."""
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:begin]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # as the library aligns the values
+    return len(header).to_bytes(8, "little") + header + content[begin:]
 
 
 def balance_loss(logits: torch.Tensor, alpha: float = 0.1, weights: torch.Tensor | None = None) -> torch.Tensor:
