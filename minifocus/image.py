@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from .arguments import whole
+from .arguments import shown, whole
 from .errors import CheckpointError, InputError
 from .files import FILE, kind, named, opened, present, read_json
 from .transparency import Stored, over_white
@@ -137,7 +137,7 @@ def select_best_resolution(size: tuple[int, int], pinpoints: Iterable[tuple[int,
     pinpoints = list(pinpoints)
     if height < 1 or width < 1 or not pinpoints:
         raise InputError(
-            f"expected a picture of at least 1x1 and a grid pinpoint, got {height}x{width} and {pinpoints}"
+            f"expected a picture of at least 1x1 and a grid pinpoint, got {height}x{width} and {shown(pinpoints)}"
         )
 
     def fit(pinpoint: tuple[int, int]) -> tuple[int, int]:
@@ -237,7 +237,7 @@ class ImageProcessor:
         pinpoints = tuple((height, width) for height, width in grid_pinpoints) if anyres else ()
         expected = [list(pinpoint) for pinpoint in pinpoints]
         same = not anyres or fields.get("image_grid_pinpoints", expected) == expected
-        fields.check("image_grid_pinpoints", same, f"config.json's {expected}")
+        fields.check("image_grid_pinpoints", same, f"config.json's {shown(expected)}")
         return cls(anyres, image_size, size, mean, std, factor, resample, pinpoints)
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -306,7 +306,7 @@ class _Fields:
         nested = read_json(file).get("image_processor") if present(file) else None
         if nested is not None:
             if not isinstance(nested, dict):
-                raise CheckpointError(f"{file}: image_processor: expected an object, got {nested!r}")
+                raise CheckpointError(f"{file}: image_processor: expected an object, got {shown(nested)}")
             return cls(file, nested)
         file = folder / "preprocessor_config.json"
         return cls(file, read_json(file) if present(file) else {"size": image_size, "crop_size": image_size})
@@ -316,7 +316,7 @@ class _Fields:
 
     def check(self, key: str, valid: bool, expected: str) -> None:
         if not valid:
-            got = repr(self.fields[key]) if key in self.fields else "no such key"
+            got = shown(self.fields[key]) if key in self.fields else "no such key"
             raise CheckpointError(f"{self.file}: {key}: expected {expected}, got {got}")
 
     def edges(self, key: str) -> int | tuple[int, int]:

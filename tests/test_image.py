@@ -27,6 +27,8 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, u
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 import minifocus.image
+from minifocus import cards
+from minifocus.conversations import Conversation
 from minifocus.errors import CheckpointError, InputError
 from minifocus.image import (
     _AS_CONTENT,
@@ -37,6 +39,8 @@ from minifocus.image import (
     stitch,
     unpadded_grid,
 )
+from minifocus.training.examples import encode
+from minifocus.training.objective import Objective
 
 ONE = [[2, 2]]
 FIVE = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
@@ -612,6 +616,27 @@ def test_messages_do_not_repeat_the_picture(tmp_path):
         with pytest.raises(InputError) as error:
             open_image(named)
         assert str(error.value).lstrip("'").startswith(words) and len(str(error.value)) < 800
+
+
+def test_no_message_repeats_its_input_at_length(tmp_path):
+    """Elsewhere than in a picture's name: the same words of a processor's file and of a caller's arguments."""
+    long = "long " * 20_000
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": long}))
+    (tmp_path / "own").mkdir()
+    conversation = Conversation(long, (Image.new("RGB", (0, 1)),), ())
+    for call in (
+        lambda: processor(tmp_path, GOOD, "llava", 28),
+        lambda: processor(tmp_path / "own", {**GOOD, "resample": long}, "llava", 28),
+        lambda: processor(tmp_path / "own", {**GOOD, "image_grid_pinpoints": [[1, 2]] * 9999}, "llava_next", 28),
+        lambda: select_best_resolution((0, 5), [(28, 28)] * 9999),
+        lambda: cards.scenes(long),
+        lambda: cards.scenes("test", 10**5000),
+        lambda: Objective(scale_weights=(-1.0,) * 9999),
+        lambda: encode(minifocus.load(Path(__file__).parents[1] / "weights/tiny", "none"), conversation),
+    ):
+        with pytest.raises((CheckpointError, InputError)) as error:
+            call()
+        assert len(str(error.value)) < 500
 
 
 def test_bad_sources():
