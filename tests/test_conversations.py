@@ -366,7 +366,7 @@ def test_text_about_media_is_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["<image" + "0" * 10**6, "<" + " " * 10**6, "<image " * 10**5, "<a " * 10**5 + "<video>"]
+    "text", ["<image" + "0" * 10**5, "<" + " " * 10**5, "<image " * 10**4, "<a " * 10**4 + "<video>"]
 )
 def test_placeholders_are_found_in_time_proportional_to_the_text(text: str) -> None:
     begun = time.process_time()
