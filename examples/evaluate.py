@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add_sampler_options(parser)
     parser.add_argument("--data", help="a file in LLaVA's JSON format, see minifocus/conversations.py")
     parser.add_argument("--images", help="the folder that --data names pictures from; default: its own")
+    parser.add_argument("--images-anywhere", action="store_true", help="take pictures that --data names elsewhere, too")
     parser.add_argument("--split", choices=list(cards.SPLITS), help="of the miniature; default: test")
     parser.add_argument(
         "--dense", action="store_true", help="the miniature's dense scenes only, instead of every fourth"
@@ -137,8 +138,8 @@ def questions_of(arguments: argparse.Namespace) -> tuple[Iterable[Asked], int]:
     if arguments.data is None:
         count = 1000 if arguments.count is None else arguments.count
         return cards.questions(arguments.split or "test", count, arguments.seed, arguments.dense or None), count
-    conversations = read_conversations(arguments.data, arguments.images)[arguments.seed :]
-    supply = (one for conversation in conversations for one in asked_alone(conversation))
+    records = read_conversations(arguments.data, arguments.images, images_anywhere=arguments.images_anywhere)
+    supply = (one for conversation in records[arguments.seed :] for one in asked_alone(conversation))
     asked = list(islice(supply, arguments.count))
     if not asked:
         raise minifocus.InputError(f"--seed: {arguments.data} has no record {arguments.seed}")
@@ -161,8 +162,9 @@ def check(arguments: argparse.Namespace) -> None:
             raise minifocus.InputError(f"--{option}: expected a number of at least {least}, got {value}")
     if arguments.data is not None and (arguments.split or arguments.dense):
         raise minifocus.InputError("--split and --dense are of the miniature: not to be combined with --data")
-    if arguments.data is None and arguments.images is not None:
-        raise minifocus.InputError("--images is of no use without --data")
+    if arguments.data is None and (arguments.images is not None or arguments.images_anywhere):
+        option = "--images" if arguments.images is not None else "--images-anywhere"
+        raise minifocus.InputError(f"{option} is of no use without --data")
 
 
 def run(arguments: argparse.Namespace) -> None:

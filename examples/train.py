@@ -63,7 +63,7 @@ DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
 # neither the weights nor their order.
 NOT_OF_A_RUN = {
     *("out", "model", "data", "images", "device", "workers", "gradient_checkpointing", "skip_unusable"),
-    *("save_every", "log_every", "validate", "validate_every", "validation_data"),
+    *("images_anywhere", "save_every", "log_every", "validate", "validate_every", "validation_data"),
 }
 
 
@@ -83,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="conversations in LLaVA's JSON format; default: the miniature's, drawn on the way")
     data.add_argument("--images", help="folder that the JSON's pictures are named from; default: the JSON's")
+    data.add_argument("--images-anywhere", action="store_true", help="take pictures that the JSON names elsewhere, too")
     data.add_argument(
         "--turns", choices=("chat", "independent"), help="whether a conversation's turns see the ones before"
     )
@@ -177,7 +178,7 @@ def check(arguments: argparse.Namespace) -> None:
         arguments.selector_bias is None or math.isfinite(arguments.selector_bias), "selector_bias", "a finite number"
     )
     if arguments.data is None:
-        for name in ("images", "validation_data", "skip_unusable"):
+        for name in ("images", "images_anywhere", "validation_data", "skip_unusable"):
             expect(not getattr(arguments, name), name, "--data beside it")
     else:
         for name in ("dense", "first_scene"):
@@ -294,11 +295,17 @@ def train(arguments: argparse.Namespace) -> None:
     # Named in the identity of a run, of which they were a part before they could be absent.
     arguments.alpha = Objective.alpha if arguments.alpha is None else arguments.alpha
     arguments.selector_bias = 1.0 if arguments.selector_bias is None else arguments.selector_bias
+    read = partial(
+        read_conversations,
+        image_folder=arguments.images,
+        skip_unusable=arguments.skip_unusable,
+        images_anywhere=arguments.images_anywhere,
+    )
     source: Source
     if miniature:
         source = CardScenes(first=arguments.first_scene, dense=True if arguments.dense else None)
     else:
-        source = read_conversations(arguments.data, arguments.images, arguments.skip_unusable)
+        source = read(arguments.data)
     independent = arguments.turns == "independent"
     batches = Batches(
         model,
@@ -348,11 +355,7 @@ def train(arguments: argparse.Namespace) -> None:
         identity["conversations"] = len(source)
         identity["data"] = hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest()
 
-    held_out = (
-        read_conversations(arguments.validation_data, arguments.images, arguments.skip_unusable)
-        if arguments.validation_data
-        else []
-    )
+    held_out = read(arguments.validation_data) if arguments.validation_data else []
 
     def validate() -> dict[str, Any]:
         if miniature:

@@ -2,20 +2,25 @@
 
 A file is a JSON list of records, or, where its name ends in .jsonl, one record per line:
 
-    {"id": "7", "image": "a.png",                 (or a list of names; absent for a conversation about no picture)
+    {"id": "7", "image": "a.png",                 (or a list of names, or "images"; none for a conversation about no picture)
      "conversations": [{"from": "human", "value": "<image>\\nWhat does the sign say?"}, {"from": "gpt", "value": "stop"}],
      "families": ["read"]}                        (optional, not LLaVA's: the family of each question)
 
 The two sides take turns, and there is one `<image>` in the questions for each picture. The only one of a question goes to
 its front, as in LLaVA's own training: in many of its records it stands at the end, where no word of the question would come
 after the picture. A question without an answer at the end is left out. What else is not so is refused with the file, the
-record and the key. Other keys are of no concern here.
+record and the key: also a picture, film or sound under another key or another placeholder, of which the conversation would
+lose what it is about, and system words, tools or an answer's weight. Other keys are of no concern here.
+
+Pictures are named from their folder and lie inside it, unless the caller asks for others. A link in it may lead anywhere.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import ntpath
 import os
 import reprlib
 from collections.abc import Iterator
@@ -27,6 +32,8 @@ from typing import Any
 from PIL import Image
 
 from .errors import InputError
+from .files import FILE, FOLDER, NOTHING, kind, named, opened
+from .media import foreign_key, foreign_place
 from .prompt import IMAGE
 
 # How many records a message about all that cannot be used has room for.
@@ -54,37 +61,42 @@ class Conversation:
 
 
 def read_conversations(
-    file: str | PathLike[str], image_folder: str | PathLike[str] | None = None, skip_unusable: bool = False
+    file: str | PathLike[str],
+    image_folder: str | PathLike[str] | None = None,
+    skip_unusable: bool = False,
+    *,
+    images_anywhere: bool = False,
 ) -> list[Conversation]:
     """All records of a file, in its order. Pictures are named relative to `image_folder`: by default the file's own.
 
     A record without an id gets its number, from 0. A first turn of "gpt" answers nothing and is left out, as LLaVA's own
     training does; a "system" turn is refused. Pictures are looked for, but not opened: whoever opens one
-    (`minifocus.image.open_image`) checks it.
+    (`minifocus.image.open_image`) checks it. A name that leads out of the folder (absolute, or by "..") is refused, unless
+    `images_anywhere` says that the file's author may name every picture of this machine.
 
     Raises InputError for records that do not follow the format or name a picture that is not there: how many, and the
     first few of them. With `skip_unusable` they are left out and a warning says the same.
     """
     path = Path(file)
-    if image_folder is not None and not Path(image_folder).is_dir():
-        raise InputError(f"{image_folder}: expected a folder with pictures: there is none")
+    if image_folder is not None and kind(image_folder) != FOLDER:
+        raise InputError(f"{named(image_folder)}: expected a folder with pictures, found {kind(image_folder)}")
     folder = path.parent if image_folder is None else Path(image_folder)
     conversations: list[Conversation] = []
     unusable: list[str] = []
     count = 0
     for count, (place, record) in enumerate(_records(path), 1):
         try:
-            conversations.append(_conversation(record, count - 1, folder))
+            conversations.append(_conversation(record, count - 1, folder, images_anywhere))
         except InputError as error:
             unusable.append(f"{place}: {error}")
     if not count:
-        raise InputError(f"{path}: expected at least one record, got none")
+        raise InputError(f"{named(path)}: expected at least one record, got none")
     if unusable:
         more = f" (and {len(unusable) - LISTED} more)" if len(unusable) > LISTED else ""
         listed = "; ".join(unusable[:LISTED]) + more
         if not skip_unusable or not conversations:
-            raise InputError(f"{path}: {listed}")
-        _log.warning("%s: %d of %d records are left out: %s", path, len(unusable), count, listed)
+            raise InputError(f"{named(path)}: {listed}")
+        _log.warning("%s: %d of %d records are left out: %s", named(path), len(unusable), count, listed)
     return conversations
 
 
@@ -105,21 +117,22 @@ def asked_alone(
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """The file's records, unchecked, each with its place. Lines count from 1 as in editors, records from 0 as in JSON."""
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "not a file" if path.exists() else "no such file"
-        raise InputError(f"{path}: expected a JSON file: this is {kind}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as text: {error}") from error
+    found = kind(path)
+    if found != FILE:
+        raise InputError(f"{named(path)}: expected a JSON file, found {found}")
+    with opened(path, InputError) as stream:
+        try:
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig").read()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{named(path)}: not readable as text: {error}") from error
     if path.suffix.lower() == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold a U+2028
             if line.strip():
-                yield f"line {number}", _parse(line, f"{path}: line {number}")
+                yield f"line {number}", _parse(line, f"{named(path)}: line {number}")
         return
-    records = _parse(text, str(path))
+    records = _parse(text, named(path))
     if not isinstance(records, list):
-        raise InputError(f"{path}: expected a list of records, got {reprlib.repr(records)}")
+        raise InputError(f"{named(path)}: expected a list of records, got {reprlib.repr(records)}")
     for number, record in enumerate(records):
         yield f"record {number}", record
 
@@ -139,26 +152,62 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _conversation(record: Any, number: int, folder: Path) -> Conversation:
+def _conversation(record: Any, number: int, folder: Path, images_anywhere: bool) -> Conversation:
     """Check one record. Errors begin with the key."""
     if not isinstance(record, dict):
         raise InputError(f"expected an object, got {reprlib.repr(record)}")
     name = record.get("id")
     if name is not None and type(name) not in (str, int):
         raise _error("id", "text or a whole number", name)
-    images = record.get("image")
+    key = "images" if record.get("image") is None else "image"
+    images = record.get(key)
     images = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise _error("image", "a picture's name or a list of them", record["image"])
+        raise _error(key, "a picture's name or a list of them", record[key])
     turns = _turns(record)
+    _refuse_what_is_not_used(record, turns, key, bool(images))
     places = sum(turn.question.count(IMAGE) for turn in turns)
     if places != len(images):
         raise _error("conversations", f"one {IMAGE} for each of {len(images)} pictures", places)
-    files = tuple(folder / image for image in images)
-    for image in files:
-        if not os.path.isfile(image):  # noqa: PTH113 (Path.is_file raises where a name is too long)
-            raise InputError(f"image: {image}: no such file")
+    files = tuple(_picture(folder, image, images_anywhere) for image in images)
     return Conversation(str(number if name is None else name), files, turns)
+
+
+def _refuse_what_is_not_used(record: dict[str, Any], turns: tuple[Turn, ...], read: str, pictures: bool) -> None:
+    """What would be left out of a conversation without a word, and changes what it teaches. `read` has its pictures."""
+    said = {f"conversations[{i}].": turn for i, turn in enumerate(record["conversations"]) if isinstance(turn, dict)}
+    for where, fields in {"": {key: value for key, value in record.items() if key != read}, **said}.items():
+        key = foreign_key(fields, pictures)
+        if key is not None:
+            raise _error(where + key, 'no picture, film or sound that is not under "image"', fields[key])
+    for turn in turns:
+        place = foreign_place(turn.question, pictures)
+        if place is not None:
+            raise _error("conversations", f"no placeholder but {IMAGE}", place)
+    for key in ("system", "tools"):
+        if record.get(key):
+            raise _error(key, "none, as the model's template says what stands before the first question", record[key])
+    for where, fields in said.items():
+        for key in ("loss", "weight", "train", "training"):
+            if fields.get("from") == "gpt" and fields.get(key) not in (None, 1):
+                raise _error(where + key, "1, as every answer counts alike", fields[key])
+
+
+def _picture(folder: Path, name: str, anywhere: bool) -> Path:
+    """The file that a record names."""
+    if "://" in name[:16] or name[:5].lower() == "data:":
+        raise _error("image", "the name of a file, and not a URL", name)
+    # As Windows reads it, which takes both kinds of slash: a name leads out on every system or on none.
+    drive, way = ntpath.splitdrive(name)
+    if not anywhere and (drive or way.startswith(("/", "\\")) or ntpath.normpath(way).split("\\")[0] == ".."):
+        raise _error("image", f"a name inside of {named(folder)} (images_anywhere takes others)", name)
+    file = folder / (name if anywhere else os.path.normpath(name))  # not by way of a link's own ..
+    found = kind(file)
+    if found == FILE:
+        return file
+    raise InputError(
+        f"image: {named(file)}: {'no such file' if found == NOTHING else f'expected a file, found {found}'}"
+    )
 
 
 def _turns(record: dict[str, Any]) -> tuple[Turn, ...]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .arguments import shown
 from .errors import CheckpointError, InputError
@@ -56,18 +58,28 @@ def regular(path: str | os.PathLike[str], failure: Failure = CheckpointError) ->
     return Path(path)
 
 
-def read_bytes(path: str | os.PathLike[str], failure: Failure = CheckpointError, most: int = _LONGEST_TEXT) -> bytes:
-    """All of a regular file of at most `most` bytes."""
+@contextmanager
+def opened(path: str | os.PathLike[str], failure: Failure = CheckpointError) -> Iterator[BinaryIO]:
+    """A regular file's content, as a stream."""
     file = regular(path, failure)
     try:
         # Looked at once more when it is open: a FIFO that has taken the file's place meanwhile is not waited for.
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise failure(f"{named(path)}: expected a file, found {kind(file)}")
-            content = stream.read(most + 1)
     except OSError as error:
         raise failure(f"{named(path)}: cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise failure(f"{named(path)}: expected a file, found {kind(file)}")
+        yield stream
+
+
+def read_bytes(path: str | os.PathLike[str], failure: Failure = CheckpointError, most: int = _LONGEST_TEXT) -> bytes:
+    """All of a regular file of at most `most` bytes."""
+    with opened(path, failure) as stream:
+        try:
+            content = stream.read(most + 1)
+        except OSError as error:
+            raise failure(f"{named(path)}: cannot be read: {error.strerror}") from error
     if len(content) > most:
         raise failure(f"{named(path)}: expected at most {most} bytes, found more")
     return content
@@ -86,7 +98,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return fields
 
 
-def named(path: str | os.PathLike[str]) -> str:
-    """The path in full, which is at most as long as the system allows, or the beginning and end of what is none."""
+def named(path: str | bytes | os.PathLike[str]) -> str:
+    """A path as a message names it: in full, or the beginning and end of what is too long to be one."""
     name = os.fsdecode(path)
-    return name if len(name) <= 1000 else shown(name)
+    return name.encode(errors="backslashreplace").decode() if len(name) <= 500 else shown(name)

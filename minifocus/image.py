@@ -12,14 +12,16 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from .arguments import shown, whole
 from .errors import CheckpointError, InputError
-from .files import present, read_json
+from .files import FILE, kind, named, opened, present, read_json
+from .transparency import Stored, over_white
 
 MAX_PIXELS = 89_478_485  # 1 GiB / 12: Pillow's own warning limit, held here as an error and by this package itself
 
@@ -28,6 +30,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # A closed list: other plugins do more than decode. EPS runs Ghostscript, ICO and ICNS hide a second size inside.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
+_AS_CONTENT = "; a file's content goes in as PIL.Image.open(io.BytesIO(content))"
 _PROCESSORS = {"llava": ("CLIPImageProcessor", "LlavaImageProcessor"), "llava_next": ("LlavaNextImageProcessor",)}
 _ORIENTATION = {  # EXIF tag 0x0112 → what a viewer does
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,28 +49,43 @@ def open_image(source: str | os.PathLike[str] | Image.Image, max_pixels: int = M
     The size is checked before anything is decoded. Raises InputError, naming the file, for a missing or unreadable
     file, a picture without pixels and one of more than `max_pixels`.
     """
+    limit = whole("max_pixels", max_pixels, 1)
     if isinstance(source, Image.Image):
-        name = os.fsdecode(getattr(source, "filename", None) or "the picture")
-    elif isinstance(source, str | bytes | os.PathLike):
-        name = os.fsdecode(source)
-    else:
-        raise InputError(f"a picture must be a path or a PIL.Image, got {type(source).__name__}")
+        file = getattr(source, "filename", None)
+        return _read(
+            source, named(file) if file and isinstance(file, str | bytes | os.PathLike) else "the picture", limit
+        )
+    if not isinstance(source, str | bytes | os.PathLike):
+        raise InputError(f"a picture must be a path or a PIL.Image, got {type(source).__name__}{_AS_CONTENT}")
+    path = os.fsdecode(source)
+    found = kind(path)
+    if found != FILE:
+        hint = ""
+        if "://" in path[:16]:
+            hint = "; a picture is not fetched from a URL"
+        elif path[:5].lower() == "data:" or "\0" in path or len(path) > 255:
+            hint = _AS_CONTENT
+        raise InputError(f"{named(path)}: expected a picture file, found {found}{hint}")
+    with opened(path, InputError) as stream:
+        return _read(stream, named(path), limit)
+
+
+def _read(source: Image.Image | BinaryIO, name: str, max_pixels: int) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source, name, max_pixels)
-        path = Path(name)
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "not a file" if path.exists() else "no such file"
-            raise InputError(f"{name}: expected a picture file: this is {found}")
         Image.init()  # registers every decoder, so that the list holds those of this Pillow
-        with Image.open(path, formats=[known for known in _FORMATS if known in Image.OPEN]) as image:
+        with Image.open(source, formats=[known for known in _FORMATS if known in Image.OPEN]) as image:
             return _to_rgb(image, name, max_pixels)
     except InputError:
         raise
+    except UnidentifiedImageError as error:
+        formats = ", ".join(_FORMATS)
+        raise InputError(f"{name}: not a picture that can be read: expected one of {formats}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{name}: over the limit of {max_pixels} pixels: {error}") from error
     except Exception as error:  # Pillow's decoders raise nearly every class there is on damaged data
-        raise InputError(f"{name}: not a picture that can be read: {error}") from error
+        raise InputError(f"{name}: not a picture that can be read: {str(error)[:300]}") from error
 
 
 def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
@@ -77,26 +95,23 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         raise InputError(f"{name}: {pixels} (height x width) are over the limit of {max_pixels}")
     if width * height == 0:
         raise InputError(f"{name}: a picture without pixels ({height}x{width})")
+    stored = Stored.of(image)
     image.load()
     try:
         orientation = image.getexif().get(0x0112)
     except Exception:  # a viewer shows the picture even when its metadata is damaged
         orientation = None
+    opaque = stored.opaque(image, name)
     if image.mode == "F" or image.mode.startswith("I"):
         image = _to_eight_bits(image, name)
-    if image.mode in ("RGBa", "La"):  # colours already multiplied by their alpha
-        image = image.convert(image.mode.upper())
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    image = image.convert("RGB")
+    image = over_white(image, opaque)
     image = image.transpose(_ORIENTATION[orientation]) if orientation in _ORIENTATION else image
     image.info = {}  # the orientation is spent
     return image
 
 
 def _to_eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """A deep grey picture as 8-bit grey, rescaled where Pillow would clip; with alpha where one value is transparent.
+    """A deep grey picture as 8-bit grey, rescaled where Pillow would clip.
 
     16-bit values span 0…65535, other whole numbers 0…255 or 0…65535, floats 0…1 or 0…255. Values outside that have no known
     white: their own range is used.
@@ -111,14 +126,9 @@ def _to_eight_bits(image: Image.Image, name: str) -> Image.Image:
         if low >= 0 and high <= white:
             low, high = 0.0, white
             break
-    clear = image.info.get("transparency")
-    alpha = np.where(values == clear, 0, 255).astype(np.uint8) if isinstance(clear, int) else None
     values -= low
     values *= 255.0 / ((high - low) or 1.0)
-    grey = Image.fromarray(np.rint(values, out=values).astype(np.uint8))
-    if alpha is not None:
-        grey.putalpha(Image.fromarray(alpha))
-    return grey
+    return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
 
 
 def select_best_resolution(size: tuple[int, int], pinpoints: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -127,7 +137,7 @@ def select_best_resolution(size: tuple[int, int], pinpoints: Iterable[tuple[int,
     pinpoints = list(pinpoints)
     if height < 1 or width < 1 or not pinpoints:
         raise InputError(
-            f"expected a picture of at least 1x1 and a grid pinpoint, got {height}x{width} and {pinpoints}"
+            f"expected a picture of at least 1x1 and a grid pinpoint, got {height}x{width} and {shown(pinpoints)}"
         )
 
     def fit(pinpoint: tuple[int, int]) -> tuple[int, int]:
@@ -227,7 +237,7 @@ class ImageProcessor:
         pinpoints = tuple((height, width) for height, width in grid_pinpoints) if anyres else ()
         expected = [list(pinpoint) for pinpoint in pinpoints]
         same = not anyres or fields.get("image_grid_pinpoints", expected) == expected
-        fields.check("image_grid_pinpoints", same, f"config.json's {expected}")
+        fields.check("image_grid_pinpoints", same, f"config.json's {shown(expected)}")
         return cls(anyres, image_size, size, mean, std, factor, resample, pinpoints)
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -296,7 +306,7 @@ class _Fields:
         nested = read_json(file).get("image_processor") if present(file) else None
         if nested is not None:
             if not isinstance(nested, dict):
-                raise CheckpointError(f"{file}: image_processor: expected an object, got {nested!r}")
+                raise CheckpointError(f"{file}: image_processor: expected an object, got {shown(nested)}")
             return cls(file, nested)
         file = folder / "preprocessor_config.json"
         return cls(file, read_json(file) if present(file) else {"size": image_size, "crop_size": image_size})
@@ -306,7 +316,7 @@ class _Fields:
 
     def check(self, key: str, valid: bool, expected: str) -> None:
         if not valid:
-            got = repr(self.fields[key]) if key in self.fields else "no such key"
+            got = shown(self.fields[key]) if key in self.fields else "no such key"
             raise CheckpointError(f"{self.file}: {key}: expected {expected}, got {got}")
 
     def edges(self, key: str) -> int | tuple[int, int]:

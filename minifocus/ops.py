@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from . import checks, reference
+from .arguments import shown
 from .checks import wide
 from .reference import Pool
 
@@ -45,7 +46,7 @@ def _load() -> tuple[dict[str, str], torch.library.Library]:
     """Load what is to serve; → the backend of each kind of device, and the library that holds the reference's kernels."""
     wanted = os.environ.get("MINIFOCUS_BACKEND", "")
     if wanted not in ("", "native", "reference"):
-        raise RuntimeError(f"MINIFOCUS_BACKEND: expected native or reference, got {wanted!r}")
+        raise RuntimeError(f"MINIFOCUS_BACKEND: expected native or reference, got {shown(wanted)}")
     library = torch.library.Library("minifocus", "FRAGMENT")
     backends = {"cpu": "reference", "cuda": "reference"}
     # The CPU half declares the operators, so it comes first; a torch without CUDA cannot load the other.

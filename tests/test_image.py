@@ -1,9 +1,11 @@
 """Pixels, token counts and feature packing against transformers' Pillow processors, and every kind of bad picture."""
 
+import base64
 import io
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 import zlib
@@ -11,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,8 +28,11 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, u
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 import minifocus.image
+from minifocus import cards
+from minifocus.conversations import Conversation
 from minifocus.errors import CheckpointError, InputError
 from minifocus.image import (
+    _AS_CONTENT,
     ImageProcessor,
     num_visual_tokens,
     open_image,
@@ -34,6 +40,8 @@ from minifocus.image import (
     stitch,
     unpadded_grid,
 )
+from minifocus.training.examples import encode
+from minifocus.training.objective import Objective
 
 ONE = [[2, 2]]
 FIVE = [[1, 2], [2, 1], [2, 2], [3, 1], [1, 3]]
@@ -372,29 +380,169 @@ def test_transparency_is_over_white_in_deep_and_premultiplied_pictures(tmp_path)
         assert open_image(image.convert(mode.replace("A", "a"))).getpixel((0, 0)) == open_image(image).getpixel((0, 0))
 
 
+# ------------------------------------------------------------------------------------------------------- transparency
+
+WHITE, RED, GREEN = (255, 255, 255), (255, 0, 0), (0, 255, 0)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, bits, colour, *chunks):
+    """A PNG of this size, bits a sample and colour type (0: grey, 2: RGB, 3: palette), of these chunks."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    return b"".join([b"\x89PNG\r\n\x1a\n", header, *chunks])
+
+
+def row(image):
+    return [image.getpixel((x, 0)) for x in range(image.width)]
+
+
+def small_png(bits, colour, samples, clear, late=False):
+    """One row of samples; of `clear`, its tRNS chunk, before the pixels or after them."""
+    text = "".join(format(value, f"0{bits}b") for value in samples)
+    data = int(text.ljust(-(-len(text) // 8) * 8, "0"), 2).to_bytes(-(-len(text) // 8), "big")
+    chunks = [chunk(b"tRNS", clear), chunk(b"IDAT", zlib.compress(b"\0" + data))]
+    width = len(samples) // (3 if colour == 2 else 1)
+    return png(width, 1, bits, colour, *(chunks[::-1] if late else chunks), chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_the_transparent_grey_of_a_png(tmp_path, bits):
+    """libpng's rule: the key is compared with the samples as they are in the file, by as many bits as these have."""
+    top = 2**bits - 1
+    for key in {0, 1, top // 2, top}:
+        values = [0, top, key, top // 3]
+        expected = [WHITE if value == key else (round(value * 255 / top),) * 3 for value in values]
+        content = small_png(bits, 0, values, struct.pack(">H", key))
+        (tmp_path / "x.png").write_bytes(content)
+        loaded = Image.open(io.BytesIO(content))
+        loaded.load()
+        for source in (tmp_path / "x.png", Image.open(io.BytesIO(content)), loaded, loaded.copy()):
+            assert row(open_image(source)) == expected, (key, source)
+        if 1 < bits < 16:  # what Pillow 13 makes of a 1-bit key has one bit left
+            content = small_png(bits, 0, values, struct.pack(">H", 0xFF00 | key))
+            assert row(open_image(Image.open(io.BytesIO(content)))) == expected, key
+    late = small_png(bits, 0, [0, top], b"\0\0", late=True)
+    assert row(open_image(Image.open(io.BytesIO(late)))) == [(0,) * 3, WHITE]
+
+
+def test_the_transparent_colour_of_a_png():
+    """Of 16 bits each, all of them: a colour that differs from it in the last one is another."""
+    key = (0x1234, 0x5678, 0x9ABC)
+    near = [(0x1235, *key[1:]), (*key[:2], 0x9ABD), (0x3434, 0x7878, 0xBCBC), (0x1134, *key[1:])]
+    samples = [value for colour in (key, *near) for value in colour]
+    content = small_png(16, 2, samples, struct.pack(">3H", *key))
+    high = [tuple(value >> 8 for value in colour) for colour in near]
+    assert row(open_image(Image.open(io.BytesIO(content)))) == [WHITE, *high]
+    loaded = Image.open(io.BytesIO(content))
+    loaded.load()  # from here on, nobody knows the low bytes
+    assert row(open_image(loaded)) == [WHITE] * 3 + high[2:]
+    content = small_png(8, 2, [1, 2, 3, 1, 2, 4], struct.pack(">3H", 0x101, 2, 3))
+    assert row(open_image(Image.open(io.BytesIO(content)))) == [WHITE, (1, 2, 4)]
+
+
+def palettes():
+    """(name, picture of a clear red pixel and a green one)"""
+    palette = Image.new("P", (2, 1))
+    palette.putpixel((1, 0), 1)
+    palette.putpalette([*RED, 0, *GREEN, 255], "RGBA")
+    yield "an RGBA palette", palette
+    clear = Image.new("RGBA", (2, 1), (*RED, 0))
+    clear.putpixel((1, 0), (*GREEN, 255))
+    yield "quantize", clear.quantize(2)
+    opaque = Image.new("P", (2, 1))
+    opaque.putpixel((1, 0), 1)
+    opaque.putpalette([*RED, *GREEN])
+    yield "PA", Image.merge("PA", (opaque, clear.getchannel("A")))
+    for name, key in (("an entry", 0), ("alphas", b"\0"), ("more alphas than a palette has", b"\0" + b"\xff" * 300)):
+        palette = Image.new("P", (2, 1))
+        palette.putpixel((1, 0), 1)
+        palette.putpalette([*RED, *GREEN])
+        palette.info["transparency"] = key
+        yield name, palette
+    if int(PIL.__version__.split(".")[0]) >= 13:  # earlier ones cannot read it
+        header = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 2, 32, 0, 0, 2, 1, 8, 0x20)
+        yield "a colour map of 32 bits", Image.open(io.BytesIO(header + bytes([0, 0, 255, 0, 0, 255, 0, 255, 0, 1])))
+
+
+@pytest.mark.parametrize("image", [pytest.param(image, id=name) for name, image in palettes()])
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")
+def test_transparency_in_a_palette(image):
+    assert row(open_image(image)) == [WHITE, GREEN]
+    assert row(image.convert("RGB")) == [RED, GREEN]  # the caller's own is as it was
+    assert image.mode == "PA" or image.palette.mode.endswith("A") == ("transparency" not in image.info)
+
+
+def test_what_is_beside_the_colours_of_a_palette_without_alpha():
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, 0, *GREEN, 0], "RGBX")
+    assert row(open_image(image)) == [RED, RED]
+    image.info["transparency"] = 1
+    assert row(open_image(image)) == [RED, RED]
+
+
+@pytest.mark.parametrize("clear", [None, 1])
+def test_a_gif_is_transparent_around_its_first_frame(tmp_path, clear):
+    """Palette red, green; a green pixel in the middle of three."""
+    (tmp_path / "x.gif").write_bytes(
+        b"GIF89a" + struct.pack("<HH", 3, 1) + b"\x80\0\0" + bytes([*RED, *GREEN])
+        + (b"" if clear is None else b"!\xf9\x04\x01\0\0" + bytes([clear, 0]))
+        + b"," + struct.pack("<HHHH", 1, 0, 1, 1) + b"\0" + b"\x02\x02\x4c\x01\0;"
+    )  # fmt: skip
+    expected = [WHITE, WHITE if clear else GREEN, WHITE]
+    assert row(open_image(tmp_path / "x.gif")) == expected
+    with Image.open(tmp_path / "x.gif") as image:
+        assert row(open_image(image)) == expected
+
+
+def test_greys_of_other_formats_are_no_shallow_png(tmp_path):
+    """The palette of a GIF may be the greys themselves; a step of 2 bits in them is nobody's key."""
+    greys = Image.new("L", (3, 1))
+    greys.putdata([0, 85, 170])
+    greys.save(tmp_path / "x.gif", transparency=1, optimize=False)
+    for load in (False, True):
+        with Image.open(tmp_path / "x.gif") as image:
+            if load:
+                image.load()
+            assert row(open_image(image)) == [(0,) * 3, (85,) * 3, (170,) * 3]
+
+
+@pytest.mark.parametrize(("mode", "keys"), [
+    ("P", [-1, 256, 1.5, "0", (0, 0, 0), [0]]),
+    ("RGB", [0, b"\0\0\0", (1, 2), (1, 2, 3, 4), (1, 2, "3"), "red", np.zeros(3)]),
+    ("L", [b"\0", (0,), 0.5, "0", np.zeros(2)]),
+    ("1", [b"\0", (0, 0, 0), "white"]),
+    ("I;16", [b"\0", (0, 0, 0), 0.5]),
+    ("F", [b"\0", "0"]),
+])  # fmt: skip
+def test_a_key_that_is_none_is_refused(mode, keys):
+    image = Image.new(mode, (2, 1))
+    for image.info["transparency"] in keys:
+        with pytest.raises(
+            InputError, match=rf"^the picture: info\['transparency'\] of a picture of mode {mode}: expected"
+        ):
+            open_image(image)
+    for mode in ("CMYK", "YCbCr", "HSV", "RGBA", "LA"):  # Pillow's key is none of theirs; it stays when they are made
+        image = Image.new("RGB", (2, 1), RED).convert(mode)
+        before = row(open_image(image))
+        image.info["transparency"] = 0
+        assert row(open_image(image)) == before
+
+
 # ------------------------------------------------------------------------------------------------------- bad pictures
-
-
-def png_header(width, height):
-    """The start of a black-and-white PNG of this size, and what makes the chunks that follow."""
-
-    def chunk(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header), chunk
 
 
 def write_bomb(path, side=60_000):
     """All of the picture is there: 3.6 gigapixels of black, 1 bit each, in some 400 kB."""
-    header, chunk = png_header(side, side)
     deflate, block, left = zlib.compressobj(), bytes(2**20), side * (1 + (side + 7) // 8)
     data = []
     while left:
         data.append(deflate.compress(block[:left]))
         left -= min(left, len(block))
     data.append(deflate.flush())
-    path.write_bytes(header + chunk(b"IDAT", b"".join(data)) + chunk(b"IEND", b""))
+    path.write_bytes(png(side, side, 1, 0, chunk(b"IDAT", b"".join(data)), chunk(b"IEND", b"")))
 
 
 def bad_files(folder):
@@ -414,9 +562,9 @@ def bad_files(folder):
     Image.fromarray(np.array([[1.0, np.nan]], np.float32)).save(folder / "nan.tiff")
     (folder / "folder.png").mkdir()
     for name, sides in (("big.png", (10_000, 8_948)), ("huge.png", (60_000, 60_000))):
-        header, chunk = png_header(*sides)
-        (folder / name).write_bytes(header + chunk(b"IDAT", b""))
+        (folder / name).write_bytes(png(*sides, 1, 0, chunk(b"IDAT", b"")))
     os.mkfifo(folder / "pipe.png")
+    (folder / "away.png").symlink_to("nowhere")
     return {
         "cut.png": "not a picture that can be read",
         "head.png": "not a picture that can be read",
@@ -424,13 +572,15 @@ def bad_files(folder):
         "text.jpg": "not a picture that can be read",
         "empty.png": "not a picture that can be read",
         "script.eps": "not a picture that can be read",
-        "icon.ico": "not a picture that can be read",
         "zero.ppm": "",
         "nan.tiff": "NaN or infinite",
-        "folder.png": "this is a folder",
-        "missing.png": "this is no such file",
-        "pipe.png": "this is not a file",
-        "nul\0.png": "this is no such file",
+        "icon.ico": "not a picture that can be read: expected one of PNG, JPEG,",
+        "folder.png": "expected a picture file, found a folder",
+        "missing.png": "expected a picture file, found nothing",
+        "pipe.png": "expected a picture file, found a FIFO",
+        "nul\0.png": "found a name that cannot be used (embedded null byte); a file's content goes in as PIL.Image.open(",
+        "away.png": "found a link that leads nowhere",
+        "x" * 300 + ".png": "found a name that cannot be used (File name too long)",
         "big.png": "over the limit of 89478485",
         "huge.png": "over the limit of 89478485",
     }
@@ -445,6 +595,55 @@ def test_bad_files_are_named(tmp_path):
         assert words in str(error.value), name
 
 
+def test_messages_do_not_repeat_the_picture(tmp_path):
+    """Given as a data URL, as base64 or as bytes, a picture is a very long name, and perhaps a name that is none."""
+    content = io.BytesIO()
+    picture(300, 300).save(content, "PNG")
+    coded = base64.b64encode(content.getvalue()).decode()
+    for source, words in (
+        (f"data:image/png;base64,{coded}", _AS_CONTENT),
+        (coded, _AS_CONTENT),
+        (coded[:900], _AS_CONTENT),  # as long as a path may be
+        ("data:image/gif;base64,R0lGODlhAQABAAAAACw=", _AS_CONTENT),
+        (content.getvalue(), _AS_CONTENT),
+        (bytearray(content.getvalue()), f"got bytearray{_AS_CONTENT}"),
+        (content, f"got BytesIO{_AS_CONTENT}"),
+        ("https://example.org/a.png?" + "long" * 1000, "a picture is not fetched from a URL"),
+        ("surrogate \ud800", "surrogate \\ud800: expected a picture file, found a name that cannot be used"),
+        (b"\xff.png", "\\udcff.png: expected a picture file, found nothing"),
+    ):
+        with pytest.raises(InputError) as error:
+            open_image(source)
+        assert words in str(error.value) and len(str(error.value)) < 800
+        str(error.value).encode()
+    named = Image.new("RGB", (0, 5))
+    for named.filename, words in ((coded, "iVBOR"), (5, "the picture: "), ("", "the picture: ")):
+        with pytest.raises(InputError) as error:
+            open_image(named)
+        assert str(error.value).lstrip("'").startswith(words) and len(str(error.value)) < 800
+
+
+def test_no_message_repeats_its_input_at_length(tmp_path):
+    """Elsewhere than in a picture's name: the same words of a processor's file and of a caller's arguments."""
+    long = "long " * 20_000
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": long}))
+    (tmp_path / "own").mkdir()
+    conversation = Conversation(long, (Image.new("RGB", (0, 1)),), ())
+    for call in (
+        lambda: processor(tmp_path, GOOD, "llava", 28),
+        lambda: processor(tmp_path / "own", {**GOOD, "resample": long}, "llava", 28),
+        lambda: processor(tmp_path / "own", {**GOOD, "image_grid_pinpoints": [[1, 2]] * 9999}, "llava_next", 28),
+        lambda: select_best_resolution((0, 5), [(28, 28)] * 9999),
+        lambda: cards.scenes(long),
+        lambda: cards.scenes("test", 10**5000),
+        lambda: Objective(scale_weights=(-1.0,) * 9999),
+        lambda: encode(minifocus.load(Path(__file__).parents[1] / "weights/tiny", "none"), conversation),
+    ):
+        with pytest.raises((CheckpointError, InputError)) as error:
+            call()
+        assert len(str(error.value)) < 500
+
+
 def test_bad_sources():
     with pytest.raises(InputError, match="got ndarray"):
         open_image(np.zeros((5, 5, 3), np.uint8))
@@ -452,7 +651,9 @@ def test_bad_sources():
         open_image(Image.new("RGB", (0, 5)))
     with pytest.raises(InputError, match="the picture: 5x6 = 30 pixels.*limit of 29"):
         open_image(Image.new("RGB", (6, 5)), max_pixels=29)
-    assert open_image(Image.new("RGB", (6, 5)), max_pixels=30).size == (6, 5)
+    assert open_image(Image.new("RGB", (6, 5)), max_pixels=np.int64(30)).size == (6, 5)
+    with pytest.raises(InputError, match="max_pixels: expected a whole number of at least 1, got 0"):
+        open_image(Image.new("RGB", (6, 5)), max_pixels=0)
 
 
 def test_closed_file(tmp_path):

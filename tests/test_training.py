@@ -741,14 +741,14 @@ def test_every_trained_parameter_has_a_gradient(kind: str, tmp_path: Path) -> No
 def places(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[SimpleNamespace]:
     folder = tmp_path_factory.mktemp("refused")
     record = json.loads(data.read_text())[0] | {"id": "0"}
-    for name, image in (("lost", "lost.png"), ("torn", "file")):
+    for name, image in (("lost", "lost.png"), ("torn", "file"), ("away", str(folder / "file"))):
         (folder / f"{name}.json").write_text(json.dumps([record | {"image": image}]))
     llava = save(build("llava", seed=1), folder / "llava")
     silent = save(build("llava_next", seed=1), folder / "silent")
     save_selector(silent / "selector.safetensors", LinearSelector(16, 3), VisionGuidedOptions())
     add_tokenizer(llava)
     (folder / "file").write_text("")
-    files = {name: folder / f"{name}.json" for name in ("lost", "torn")}
+    files = {name: folder / f"{name}.json" for name in ("lost", "torn", "away")}
     return SimpleNamespace(folder=folder, data=data, llava=llava, silent=silent, **files)
 
 
@@ -758,7 +758,7 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--out", "{folder}/file"], "--out: {folder}/file: "),
     (["--device", "abacus"], "--device: "),
     (["--device", "cuda:99"], "device: 'cuda:99' is not usable here"),
-    (["--data", "none.json"], "none.json: expected a JSON file: this is no such file"),
+    (["--data", "none.json"], "none.json: expected a JSON file, found nothing"),
     (["--data", "{data}", "--images", "none"], "none: expected a folder with pictures"),
     (["--data", "{lost}"], "lost.json: record 0: image: {folder}/lost.png: no such file"),
     (["--data", "{lost}", "--skip-unusable"], "lost.json: record 0: image: {folder}/lost.png: no such file"),
@@ -767,6 +767,16 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--data", "{torn}", "--skip-unusable"], "data: expected a usable conversation, got 1 that are not"),
     (["--data", "{data}", "--max-tokens", 3], "; expected its answer to begin within 3 (skip_unusable"),
     (["--skip-unusable"], "--skip-unusable: expected --data beside it, got True"),
+    (["--images-anywhere"], "--images-anywhere: expected --data beside it, got True"),
+    (
+        ["--data", "{away}"],
+        "away.json: record 0: image: expected a name inside of {folder} (images_anywhere takes others)",
+    ),
+    (["--data", "{away}", "--images-anywhere"], "conversation '0': {folder}/file: not a picture that can be read: "),
+    (
+        ["--data", "{data}", "--validate", 1, "--validation-data", "{away}"],
+        "away.json: record 0: image: expected a name",
+    ),
     (["--data", "{data}", "--dense"], "--dense: expected no --data"),
     (["--data", "{data}", "--first-scene", 2], "--first-scene: expected no --data"),
     (["--data", "{data}", "--validate", 2], "--validate: expected --validation-data beside it, got 2"),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from .. import cards
+from ..arguments import shown
 from ..conversations import Conversation
 from ..errors import CheckpointError, InputError
 from ..image import open_image
@@ -115,11 +116,13 @@ def encode(
         raise InputError(f"model: training needs a folder with a tokenizer; {model.folder} has none")
     end = end_token_id(model.template, tokenizer)
     if end is None:
-        raise InputError(f"model: the tokenizer of {model.folder} has no token that ends a turn of {model.template!r}")
+        raise InputError(
+            f"model: the tokenizer of {model.folder} has no token that ends a turn of {shown(model.template)}"
+        )
     try:
         processed = [processor(open_image(image)) for image in conversation.images]
     except InputError as error:
-        raise UnusableConversation(f"conversation {conversation.id!r}: {error}") from error
+        raise UnusableConversation(f"conversation {shown(conversation.id)}: {error}") from error
     counts = [model.num_visual_tokens(size) for _, size in processed]
     limit = min(max_tokens or config.text.max_position_embeddings, config.text.max_position_embeddings)
 
@@ -150,7 +153,7 @@ def encode(
             if token == config.image_token_id and counts:
                 if not remaining:
                     raise UnusableConversation(
-                        f"conversation {conversation.id!r}: has more {IMAGE} places than pictures"
+                        f"conversation {shown(conversation.id)}: has more {IMAGE} places than pictures"
                     )
                 rows += [(token, False, NO_LABEL)] * remaining.pop(0)
             else:
@@ -167,7 +170,7 @@ def encode(
             cut = rows[:limit]
             if all(label == NO_LABEL for *_, label in cut):
                 raise UnusableConversation(
-                    f"conversation {conversation.id!r}: its first turn takes {len(rows)} tokens; expected its answer to "
+                    f"conversation {shown(conversation.id)}: its first turn takes {len(rows)} tokens; expected its answer to "
                     f"begin within {limit}"
                 )
             rows = cut

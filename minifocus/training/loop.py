@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from ..arguments import shown
 from ..errors import InputError
 from .muon import Muon
 
@@ -355,7 +356,7 @@ def _resume(
             f"{file}: not a checkpoint of a run: expected one with an identity, got {type(state).__name__}"
         )
     differing = [
-        f"{name}: {state['identity'].get(name)!r} there, {identity.get(name)!r} here"
+        f"{name}: {shown(state['identity'].get(name))} there, {shown(identity.get(name))} here"
         for name in sorted({*state["identity"], *identity})
         if state["identity"].get(name) != identity.get(name)
     ]

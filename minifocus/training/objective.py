@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..arguments import shown
 from ..errors import InputError
 from ..samplers.text_guided import TextGuidedSampler
 from ..samplers.vision_guided import VisionGuidedSampler, balance_loss
@@ -46,7 +47,9 @@ class Objective:
         if not self.alpha >= 0:
             raise InputError(f"alpha: expected a number of at least 0, got {self.alpha}")
         if self.scale_weights is not None and not (min(self.scale_weights) >= 0 < sum(self.scale_weights) < math.inf):
-            raise InputError(f"scale_weights: expected numbers of at least 0, not all 0, got {self.scale_weights}")
+            raise InputError(
+                f"scale_weights: expected numbers of at least 0, not all 0, got {shown(self.scale_weights)}"
+            )
         for name, (low, high), least in (("gamma", self.gamma, 1e-9), ("layers", self.layers, 0.0)):
             if not least <= low <= high <= 1:
                 raise InputError(f"{name}: expected a range between 0 and 1, got {low} to {high}")
