@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from PIL import Image
 
+from .arguments import shown
 from .errors import CheckpointError, InputError
 from .image import open_image
 from .llama import LayerCache
-from .prompt import TEMPLATES, build_prompt
+from .prompt import build_prompt, check_name, encode_prompt
 from .rows import Rows
 from .samplers import VisualTokens
 from .samplers.hooks import Layout
@@ -95,7 +96,7 @@ class Options:
                     generation_config.json says of sampling does not count
     top_p           sample only from the likeliest tokens that together have this probability
     seed            of the sampling; each row draws from its own generator, so that a batch gives what single calls give
-    template        a name in `minifocus.prompt.TEMPLATES`; None: the checkpoint's
+    template        a name in `minifocus.prompt.TEMPLATES`; None: the model's own
     """
 
     max_new_tokens: int = 256
@@ -113,8 +114,8 @@ class Options:
             raise InputError(f"top_p: expected a number above 0 and at most 1, got {self.top_p!r}")
         if self.seed is not None and (type(self.seed) is not int or not -(2**63) <= self.seed < 2**63):
             raise InputError(f"seed: expected a 64-bit whole number, got {self.seed!r}")
-        if self.template not in (None, *TEMPLATES):
-            raise InputError(f"template: expected one of {', '.join(TEMPLATES)}, got {self.template!r}")
+        if self.template is not None:
+            check_name(self.template)
 
 
 def _is_number(value: object) -> bool:
@@ -171,7 +172,7 @@ class _Run:
         if not prompts or len(images) != len(prompts):
             raise InputError(f"images and prompts: expected as many of each, got {len(images)} and {len(prompts)}")
         self.model, self.tokenizer = model, model.tokenizer
-        self.template = self.options.template or model.template
+        self.template = self.options.template or model.prompt_template()
         self.stop_ids = stop_token_ids(model, self.tokenizer)
         self.token_ids: list[list[int]] = [[] for _ in prompts]
         self.finish: list[Literal["stop", "length"] | None] = [None] * len(prompts)
@@ -199,10 +200,10 @@ class _Run:
             pixels, size = processor(open_image(source))
             tiles.append(pixels)
             sizes.append(size)
-        encoding = self.tokenizer.encode(built.text)
+        encoding = encode_prompt(self.tokenizer, built.text)
         limit = config.text.max_position_embeddings
         if not encoding.ids:
-            raise InputError(f"prompt: {prompt!r} has no tokens")
+            raise InputError(f"prompt: {shown(prompt)} has no tokens")
         if len(encoding.ids) > limit:
             raise InputError(f"prompt: takes {len(encoding.ids)} tokens, more than the context length of {limit}")
         if max(encoding.ids) >= config.text.vocab_size:

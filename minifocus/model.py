@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -15,17 +16,20 @@ from torch import nn
 
 from . import generate as generation
 from . import samplers
+from .chat_template import read_chat_template
 from .config import DTYPES, Config, load_config
 from .errors import CheckpointError, InputError
 from .image import ImageProcessor, num_visual_tokens, select_best_resolution, stitch
 from .llama import DecoderLayer, LayerCache, Llama
 from .projector import Projector
-from .prompt import detect_template
+from .prompt import Template, detect_template
 from .rows import Rows, stack_rows
 from .samplers import PictureFeatures, Selection, VisualTokens
 from .tokenizer import Tokenizer
 from .vision import Block, VisionTower
 from .weights import Progress, load_model, save_model
+
+_log = logging.getLogger("minifocus")
 
 Sizes = torch.Tensor | Sequence[Sequence[int]] | None
 
@@ -68,7 +72,8 @@ class Llava(nn.Module):
         self.inside_llm: samplers.InsideLLM | None = None
         self.image_processor: ImageProcessor | None = None
         self.tokenizer: Tokenizer | None = None
-        self.template = "vicuna"
+        self.template: Template = "vicuna"
+        self._guessed: Template | None = None  # the template, if it is a guess that the log does not have yet
         self.folder = Path()
 
     @property
@@ -372,6 +377,13 @@ class Llava(nn.Module):
 
     # ---- questions and answers (generate.py) ----
 
+    def prompt_template(self) -> Template:
+        """`template`, in which its prompts are. Where that is a guess, the log is told once, before the first prompt."""
+        if self._guessed is not None and self._guessed == self.template:
+            _log.warning("%s: has no chat template; its prompts are in %r, as is usual", self.folder, self.template)
+        self._guessed = None
+        return self.template
+
     def generate(self, image: generation.Images, prompt: str, **options: Any) -> generation.Answer:
         """Answer one question about a picture, or about several; see `minifocus.generate.answer_batch` for options."""
         return generation.answer_batch(self, [image], [prompt], **options)[0]
@@ -473,7 +485,9 @@ def load(
     model = cast(Llava, model)
     # `save` and `set_sampler` read from it again, wherever the process works by then.
     model.image_processor, model.tokenizer, model.folder = processor, tokenizer, folder.absolute()
-    model.template = detect_template(tokenizer, config.text.model_type)
+    own = read_chat_template(folder, tuple(tokenizer.special_tokens.items()) if tokenizer is not None else ())
+    model.template = own or detect_template(tokenizer, config.text.model_type)
+    model._guessed = None if own else model.template
     model._use(method)
     return model
 

@@ -25,7 +25,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import minifocus
 from minifocus.conversations import Conversation, Turn, asked_alone
 from minifocus.generate import _Run, count_tokens
-from minifocus.prompt import IMAGE, TEMPLATES
+from minifocus.prompt import IMAGE, TEMPLATES, build_prompt
 from minifocus.samplers.hooks import PictureFeatures, Selection
 from minifocus.samplers.text_guided import TextGuidedOptions, TextGuidedSampler
 from minifocus.samplers.vision_guided import (
@@ -996,19 +996,23 @@ def test_prompts_of_a_subword_vocabulary(file: str, template: str, tmp_path_fact
         turns = tuple(Turn(question.strip() if independent else question, answer) for question, answer in pairs)
         example = encode(model, Conversation("c", (), turns), independent)
         assert model.tokenizer is not None
-        at = 0
+        text = ""
         for number, turn in enumerate(turns):
             mine = (example.turn == number) | ((example.turn < 0) & torch.tensor(independent))
-            ids, instruction = asked(model, (), turn.question)
-            bos = 1 if number and not independent else 0
-            got = example.input_ids[mine].tolist()
-            assert got[: len(ids) - bos] == ids[bos:]
-            assert example.instruction[mine].tolist()[: len(ids) - bos] == instruction[bos:]
-            labels = example.labels[mine].tolist()
-            assert labels == [NO_LABEL] * (len(ids) - bos) + got[len(ids) - bos :] and labels[-1] == END
-            assert model.tokenizer.decode(labels[len(ids) - bos :]).strip() == turn.answer.strip()
-            at += len(got)
-        assert at >= len(example.input_ids)
+            got, labels = example.input_ids[mine].tolist(), example.labels[mine].tolist()
+            if independent or not number:
+                ids, instruction = asked(model, (), turn.question)
+                assert got[: len(ids)] == ids
+                assert example.instruction[mine].tolist()[: len(ids)] == instruction
+            else:  # read at one go, of which "▁" at the start of a text is not a part
+                words = model.tokenizer.decode(example.input_ids[mine & example.instruction].tolist())
+                assert words.strip() == turn.question.strip()
+            begin = next(i for i, label in enumerate(labels) if label != NO_LABEL)
+            assert labels == [NO_LABEL] * begin + got[begin:] and labels[-1] == END
+            assert model.tokenizer.decode(labels[begin:]).strip() == turn.answer.strip()
+            text += build_prompt(turn.question, 0, template).text + f" {turn.answer.strip()}</s>"
+        if not independent:
+            assert example.input_ids.tolist() == model.tokenizer.encode(text).ids
 
     check()
 
