@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import shutil
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import IMAGE_TOKEN, add_tokenizer, build, save
+from checkpoints import IMAGE_TOKEN, add_chat_tokenizer, build, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -763,7 +762,6 @@ def test_the_next_conversation_takes_the_place_of_one_that_is_left_out(
 
 # --------------------------------------------------------------------------------------------------- tokens of a template
 
-SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
 ENDS = {"vicuna": "</s>", "vicuna_v1": "</s>", "mistral": "</s>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
 FORMS = {  # a first turn with the pictures in front, and a later one: (before the question, between, after the answer)
     "vicuna": ("USER: ", " ASSISTANT: ", "</s>", ""),
@@ -788,19 +786,7 @@ FORMS = {  # a first turn with the pictures in front, and a later one: (before t
 def chat_model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> minifocus.Llava:
     """A random model whose tokenizer knows every printable character and the templates' own tokens."""
     folder = save(build(request.param, seed=1, text_vocab_size=128), tmp_path_factory.mktemp("chat"))
-    add_tokenizer(folder)
-    file = folder / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE_TOKEN}
-    free = (n for n in range(4, 128) if n != IMAGE_TOKEN)
-    vocab |= {c: next(free) for c in [chr(c) for c in range(32, 127)] + ["\n"]}
-    for token in SPECIAL:
-        vocab[token] = next(free)
-        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "content": token, "id": vocab[token]})
-    for token in tokenizer["added_tokens"]:
-        token["id"] = vocab[token["content"]]
-    tokenizer["model"]["vocab"] = vocab
-    file.write_text(json.dumps(tokenizer))
+    add_chat_tokenizer(folder)
     return minifocus.load(folder, "none")
 
 
