@@ -18,9 +18,11 @@ import pytest
 from checkpoints import IMAGE_TOKEN, add_chat_tokenizer, build, save
 from PIL import Image
 from transformers import AutoProcessor
+from transformers.utils.chat_template_utils import render_jinja_template
 
 import minifocus
 from minifocus import chat_template
+from minifocus import prompt as prompts
 from minifocus.chat_template import ChatTemplate, read_chat_template
 from minifocus.conversations import Conversation, Turn
 from minifocus.generate import _Run
@@ -180,6 +182,26 @@ def test_tokens_are_transformers(folder: Path, name: str) -> None:
         assert processor.tokenizer.decode(example.input_ids[mine & example.instruction]) == question
 
 
+def test_the_language_is_transformers() -> None:
+    """Its settings, names and filters: what templates use beyond those above."""
+    template = (
+        "  {% if tools is none and documents is none and not tools %}\n  yes\n  {% endif %}\n"
+        "{% set ns = namespace(a=1, n='é') %}{% for m in messages %}{% if loop.last %}{% break %}{% endif %}"
+        "{% set ns.a = ns.a + 1 %}{{ m | tojson }}{{ m | tojson(indent=2) }}{{ {'b': '<é>', 'a': 1} | tojson(sort_keys=True) }}"
+        "{% generation %}{% set ns.n = 'in' %}{{ loop.index }}{% endgeneration %}{% endfor %}{{ ns.a }}{{ ns.n }}"
+        "{{ dict(a=1).items() | list }}{{ dict.fromkeys(['a'], 2) }}{{ strftime_now('%Y') }}{{ bos_token }}{{ unk_token }}"
+        "{{ ('one two ' * 9) | wordwrap(20) }}{{ '%s|%5d' | format('x', 3) }}{{ '{:>4}'.format('é') }}{{ '\\n' }}\\n"
+        "{{ messages[0]['content'][0]['text'] | title | replace('H', 'J') }}{{ messages | map(attribute='role') | join }}"
+        "{% macro f(x, y='z') -%} {{ x ~ y }} {%- endmacro %}{{ f('a') }}{% raw %}{{ no }}{% endraw %}{{ add_generation_prompt }}\n"
+    )
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": "hé 'ho'"}]} for role in ("user", "assistant", "user")
+    ]
+    special = {"bos_token": "<s>"}
+    theirs, _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **special)
+    assert ChatTemplate("", template, tuple(special.items())).render(messages, True) == theirs[0]
+
+
 @pytest.mark.parametrize("name", ["llama-3, with BOS and trim", "llava-1.5, bakLLaVA"])
 def test_a_tokenizer_that_ends_texts_itself(folder: Path, name: str) -> None:
     """Its </s> stays out of a text that has a BOS of its own, as its BOS does."""
@@ -330,6 +352,7 @@ def test_a_folder_without_one(folder: Path, caplog: pytest.LogCaptureFixture) ->
         ("{{ messages[0].content[0].nothing.at_all }}", "chat template fails: .* has no attribute 'nothing'"),
         ("{{ 1 / 0 }}", "chat template fails: ZeroDivisionError"),
         ("Hello.", "expected a chat template that writes the question"),
+        ("{{ '<image>\n' ~ messages[0].content }}", "expected a chat template that writes the question"),
         ("{% for m in messages %}" + WORDS + "{% endfor %}", "has 0 places for pictures, expected 1"),
         ("{{ '<image>' + messages[0].content[-1].text }}", "has 1 places for pictures, expected 2"),
         (PICTURES.replace("m[", "messages[0][") + "{{ messages[0].content[-1].text }}", "leaves out words"),
@@ -382,6 +405,10 @@ def test_words_that_a_template_changes(folder: Path) -> None:
     conversation = Conversation("c", (), (Turn("Is it?", "a"),))
     with pytest.raises(minifocus.InputError, match="template: .* changes a conversation's words"):
         encode(model, conversation)
+    # What stands around the words may change while a process lives, as a date does.
+    frames = prompts._known_writer(model.template).frames
+    frames |= dict.fromkeys(frames, prompts._Frame(["yesterday", ""], []))
+    assert build_prompt(" Is it?", 1, model.template) == prompt
     model = templated(folder, start + WORDS + "{{ strftime_now(' %f') }}!{% endfor %}")
     prompt = build_prompt("Is it?", 1, model.template)
     assert prompt.text[slice(*prompt.instruction)] == prompt.text.removeprefix("Q: <image>\n")
@@ -405,8 +432,10 @@ def test_threads_and_forks() -> None:
     with ThreadPoolExecutor(8) as threads:
         replies = list(threads.map(in_a_fork, range(100)))
     assert [text for _, text in replies] == [str(n) for n in range(100)] and len({pid for pid, _ in replies}) == 1
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        forked = pool.map(in_a_fork, range(20), chunksize=10)
+    with chat_template._renderer._lock:  # as if another thread were waiting for its reply
+        pool = multiprocessing.get_context("fork").Pool(2)
+    with pool:
+        forked = pool.map_async(in_a_fork, range(20), chunksize=10).get(timeout=60)
     assert [text for _, text in forked] == [str(n) for n in range(20)]
     assert replies[0][0] not in {pid for pid, _ in forked}
     assert in_a_fork(7) == (replies[0][0], "7")
