@@ -136,15 +136,6 @@ def sandbox() -> Any:
             if isinstance(name, str) and name.startswith("_"):
                 raise SecurityError(f"a namespace has no place for {name!r}")
 
-    class Dictionaries:
-        """`dict`, to call but not to look into."""
-
-        def __call__(self, *arguments: Any, **values: Any) -> dict[Any, Any]:
-            return dict(*arguments, **values)
-
-        def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
-            return dict.fromkeys(*arguments)
-
     def raise_exception(words: object) -> None:
         raise TemplateError(str(words))
 
@@ -164,7 +155,6 @@ def sandbox() -> Any:
         "raise_exception": raise_exception,
         "strftime_now": strftime_now,
         "namespace": Names,
-        "dict": Dictionaries(),
     }
     return environment
 

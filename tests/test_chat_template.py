@@ -192,7 +192,8 @@ def test_the_language_is_transformers() -> None:
         "{{ dict(a=1).items() | list }}{{ dict.fromkeys(['a'], 2) }}{{ strftime_now('%Y') }}{{ bos_token }}{{ unk_token }}"
         "{{ ('one two ' * 9) | wordwrap(20) }}{{ '%s|%5d' | format('x', 3) }}{{ '{:>4}'.format('é') }}{{ '\\n' }}\\n"
         "{{ messages[0]['content'][0]['text'] | title | replace('H', 'J') }}{{ messages | map(attribute='role') | join }}"
-        "{% macro f(x, y='z') -%} {{ x ~ y }} {%- endmacro %}{{ f('a') }}{% raw %}{{ no }}{% endraw %}{{ add_generation_prompt }}\n"
+        "{% macro f(x, y='z') -%} {{ x ~ y }} {%- endmacro %}{{ f('a') }}{% raw %}{{ no }}{% endraw %}"
+        "{{ add_generation_prompt }}\n"
     )
     messages = [
         {"role": role, "content": [{"type": "text", "text": "hé 'ho'"}]} for role in ("user", "assistant", "user")
