@@ -28,6 +28,7 @@ from sampler_options import add_option, read_options
 import minifocus
 from minifocus import cards
 from minifocus.conversations import asked_alone, read_conversations
+from minifocus.prompt import TEMPLATES
 from minifocus.samplers import SELECTOR_FILE
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
 from minifocus.training.curve import draw_curve
@@ -87,6 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument(
         "--turns", choices=("chat", "independent"), help="whether a conversation's turns see the ones before"
     )
+    data.add_argument("--template", choices=list(TEMPLATES), help="default: the model's; what is saved keeps that")
     data.add_argument("--max-turns", type=int, help="of a conversation (miniature: 12)")
     data.add_argument("--max-tokens", type=int, help="of a sequence; turns that do not fit are left out, the first cut")
     data.add_argument(
@@ -292,6 +294,8 @@ def train(arguments: argparse.Namespace) -> None:
     rates["selector_bias"] = 0.0 if "selector" in frozen else arguments.lr_selector_bias
 
     model = load_model(arguments, fresh, device)
+    if arguments.template:
+        model.template = arguments.template
     # Named in the identity of a run, of which they were a part before they could be absent.
     arguments.alpha = Objective.alpha if arguments.alpha is None else arguments.alpha
     arguments.selector_bias = 1.0 if arguments.selector_bias is None else arguments.selector_bias
@@ -350,6 +354,8 @@ def train(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise minifocus.InputError(f"--out: {out}: {error}") from error
     identity = {name: value for name, value in vars(arguments).items() if name not in NOT_OF_A_RUN}
+    if arguments.template is None:  # an option that runs once had not
+        del identity["template"]
     identity["model"] = digest_of_model(Path(arguments.model))
     if not miniature:
         identity["conversations"] = len(source)

@@ -19,7 +19,7 @@ from .errors import CheckpointError, InputError
 from .generation_config import GenerationConfig
 from .image import open_image
 from .llama import LayerCache
-from .prompt import TEMPLATES, build_prompt
+from .prompt import build_prompt, check_name, encode_prompt
 from .rows import Rows
 from .samplers import VisualTokens
 from .samplers.hooks import Layout
@@ -99,7 +99,7 @@ class Options:
                     generation_config.json says of sampling does not count
     top_p           sample only from the likeliest tokens that together have this probability
     seed            of the sampling; each row draws from its own generator, so that a batch gives what single calls give
-    template        a name in `minifocus.prompt.TEMPLATES`; None: the checkpoint's
+    template        a name in `minifocus.prompt.TEMPLATES`; None: the model's own
     repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens, begin_suppress_tokens, min_new_tokens
                     see `minifocus.constraints.Constraints`; None: what generation_config.json says
     """
@@ -126,7 +126,7 @@ class Options:
         if self.seed is not None:
             checked["seed"] = arguments.whole("seed", self.seed, -(2**63))
         if self.template is not None:
-            checked["template"] = arguments.choice("template", self.template, tuple(TEMPLATES))
+            check_name(self.template)
         arguments.settle(self, **checked)
 
     def constraints(self, of_folder: GenerationConfig, prompt_length: int) -> Constraints:
@@ -200,7 +200,7 @@ class _Run:
         if not prompts or len(images) != len(prompts):
             raise InputError(f"images and prompts: expected as many of each, got {len(images)} and {len(prompts)}")
         self.model, self.tokenizer = _as_at_inference(model), model.tokenizer
-        self.template = self.options.template or model.template
+        self.template = self.options.template or model.prompt_template()
         self.stop_ids = stop_token_ids(model, self.tokenizer)
         self.token_ids: list[list[int]] = [[] for _ in prompts]
         self.finish: list[Literal["stop", "length"] | None] = [None] * len(prompts)
@@ -232,7 +232,7 @@ class _Run:
             pixels, size = processor(open_image(source))
             tiles.append(pixels)
             sizes.append(size)
-        encoding = self.tokenizer.encode(built.text)
+        encoding = encode_prompt(self.tokenizer, built.text)
         limit = config.text.max_position_embeddings
         if not encoding.ids:
             raise InputError(f"prompt: {arguments.shown(prompt)} has no tokens")

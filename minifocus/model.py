@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
@@ -14,6 +15,7 @@ from torch import nn
 
 from . import arguments, samplers
 from . import generate as generation
+from .chat_template import read_chat_template
 from .config import DTYPES, Config, load_config
 from .errors import CheckpointError, InputError
 from .files import FILE, kind, named, read_bytes
@@ -21,12 +23,14 @@ from .image import ImageProcessor, num_visual_tokens, select_best_resolution, st
 from .llama import DecoderLayer, LayerCache, Llama
 from .model_folder import SELECTOR, Origin, finish_save, replacing, stamps
 from .projector import Projector
-from .prompt import detect_template
+from .prompt import Template, detect_template
 from .rows import Rows, stack_rows
 from .samplers import PictureFeatures, Selection, VisualTokens
 from .tokenizer import Tokenizer
 from .vision import Block, VisionTower
 from .weights import Progress, check_storable, load_model, save_model, shapes_of, without_values
+
+_log = logging.getLogger("minifocus")
 
 Sizes = torch.Tensor | Sequence[Sequence[int]] | None
 
@@ -75,7 +79,8 @@ class Llava(nn.Module):
         self.inside_llm: samplers.InsideLLM | None = None
         self.image_processor: ImageProcessor | None = None
         self.tokenizer: Tokenizer | None = None
-        self.template = "vicuna"
+        self.template: Template = "vicuna"
+        self._guessed: Template | None = None  # the template, if it is a guess that the log does not have yet
         self.origin = Origin()
 
     @property
@@ -413,6 +418,13 @@ class Llava(nn.Module):
 
     # ---- questions and answers (generate.py) ----
 
+    def prompt_template(self) -> Template:
+        """`template`, in which its prompts are. Where that is a guess, the log is told once, before the first prompt."""
+        if self._guessed is not None and self._guessed == self.template:
+            _log.warning("%s: has no chat template; its prompts are in %r, as is usual", self.folder, self.template)
+        self._guessed = None
+        return self.template
+
     def generate(self, image: generation.Images, prompt: str, **options: Any) -> generation.Answer:
         """Answer one question about a picture, or about several; see `minifocus.generate.answer_batch` for options."""
         return generation.answer_batch(self, [image], [prompt], **options)[0]
@@ -510,13 +522,15 @@ def load(
     )
     has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
+    own = read_chat_template(folder, tuple(tokenizer.special_tokens.items()) if tokenizer is not None else ())
 
     model = load_model(lambda: Llava(config), config, folder, target, resolved_dtype, check_finite, progress)
     model = cast(Llava, model)
     if stamps(folder) != origin.stamps:
         raise CheckpointError(f"{folder}: its files were changed while they were read: load it again")
     model.image_processor, model.tokenizer, model.origin = processor, tokenizer, origin
-    model.template = detect_template(tokenizer, config.text.model_type)
+    model.template = own or detect_template(tokenizer, config.text.model_type)
+    model._guessed = None if own else model.template
     model._use(method)
     return model
 

@@ -33,6 +33,7 @@ class Tokenizer:
     def __init__(self, backend: _TokenizersBackend | _SentencePieceBackend, named: dict[str, str]):
         """`named` holds the contents of bos_token, eos_token and pad_token where the folder has them."""
         self._backend = backend
+        self.special_tokens = {key: named[key] for key in _NAMED if key in named}  # what chat templates know of
         self.vocab_size = backend.size()
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (
             self.token_id(named[key]) if key in named else None for key in ("bos_token", "eos_token", "pad_token")
@@ -63,15 +64,22 @@ class Tokenizer:
         """The id of a whole token such as "<image>"; None when the vocabulary has no such token."""
         return self._backend.token_id(token)
 
-    def encode(self, text: str) -> Encoding:
-        """Special tokens written out in the text become those tokens. Raises InputError for what is not text."""
+    def token(self, token_id: int) -> str | None:
+        """A token as the vocabulary has it; None for an id that stands for none."""
+        return self._backend.piece(token_id) if 0 <= token_id < self.vocab_size else None
+
+    def encode(self, text: str, special: bool = True) -> Encoding:
+        """Special tokens written out in the text become those tokens. Raises InputError for what is not text.
+
+        Without `special`, the tokenizer adds none of its own at either end.
+        """
         if not isinstance(text, str):
             raise InputError(f"expected text to tokenize, got {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the text has half of a surrogate pair at character {error.start}") from error
-        ids, offsets = self._backend.encode(text)
+        ids, offsets = self._backend.encode(text, special)
         if len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id and offsets[0] == (0, 0):
             ids, offsets = ids[1:], offsets[1:]
         return Encoding(ids, offsets)
@@ -198,8 +206,8 @@ class _TokenizersBackend:
         self._library.add_tokens(tokens + [AddedToken(content, special=True) for content in missing])
         self.special = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = self._library.encode(text)
+    def encode(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._library.encode(text, add_special_tokens=special)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int]) -> str:
@@ -261,8 +269,8 @@ class _SentencePieceBackend:
         patterns = [r"\s*" * (t in left) + re.escape(t) + r"\s*" * (t in right) for t in self._order]
         self._split = re.compile("|".join(f"({pattern})" for pattern in patterns) or r"(?!)")
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        ids = [] if self._bos is None else [self._bos]
+    def encode(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        ids = [self._bos] if special and self._bos is not None else []
         offsets, start = [(0, 0)] * len(ids), 0
         for match in self._split.finditer(text):
             self._encode_segment(text[start : match.start()], start, ids, offsets)
@@ -270,7 +278,7 @@ class _SentencePieceBackend:
             offsets.append(match.span())
             start = match.end()
         self._encode_segment(text[start:], start, ids, offsets)
-        end = [] if self._eos is None else [self._eos]
+        end = [self._eos] if special and self._eos is not None else []
         return ids + end, offsets + [(0, 0)] * len(end)
 
     def _encode_segment(self, segment: str, start: int, ids: list[int], offsets: list[tuple[int, int]]) -> None:

@@ -203,6 +203,23 @@ def add_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def add_chat_tokenizer(folder: Path) -> None:
+    """A tokenizer.json that knows all printable characters and the tokens of Llama-3's and ChatML's turns: 128 in all."""
+    add_tokenizer(folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE_TOKEN}
+    free = (n for n in range(4, 128) if n != IMAGE_TOKEN)
+    vocab |= {c: next(free) for c in [chr(c) for c in range(32, 127)] + ["\n"]}
+    for token in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"):
+        vocab[token] = next(free)
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "content": token})
+    for token in tokenizer["added_tokens"]:
+        token["id"] = vocab[token["content"]]
+    tokenizer["model"]["vocab"] = vocab
+    file.write_text(json.dumps(tokenizer))
+
+
 def rows_before_layer(model: Any, inputs: Any, instruction: torch.Tensor | None, index: int) -> Any:
     """The batch as it stands before a decoder layer, by running the layers before it."""
     captured = []

@@ -240,7 +240,7 @@ def test_template(documents: list[Document]) -> None:
         ({"sampler": "none", "gamma": 0.5}, "gamma: not an option of sampler 'none'"),
         ({"gamma": 2.0}, "gamma: expected a number above 0"),
         ({"sampler": "fokus"}, "sampler: expected one of focus.*got 'fokus'"),
-        ({"template": "alpaca"}, "template: expected one of vicuna.*got 'alpaca'"),
+        ({"template": "alpaca"}, "template: expected one of 'vicuna'.*got 'alpaca'"),
         ({"dtype": "int8"}, "dtype: expected one of .*got 'int8'"),
         ({"device": "nowhere"}, "nowhere"),
         ({"batch_size": "auto"}, "batch_size: expected a whole number of at least 1, got 'auto'"),

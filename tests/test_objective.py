@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 import shutil
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import IMAGE_TOKEN, add_tokenizer, build, save
+from checkpoints import IMAGE_TOKEN, add_chat_tokenizer, build, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -25,7 +24,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import minifocus
 from minifocus.conversations import Conversation, Turn, asked_alone
 from minifocus.generate import _Run, count_tokens
-from minifocus.prompt import IMAGE, TEMPLATES
+from minifocus.prompt import IMAGE, TEMPLATES, build_prompt
 from minifocus.samplers.hooks import PictureFeatures, Selection
 from minifocus.samplers.text_guided import TextGuidedOptions, TextGuidedSampler
 from minifocus.samplers.vision_guided import (
@@ -763,7 +762,6 @@ def test_the_next_conversation_takes_the_place_of_one_that_is_left_out(
 
 # --------------------------------------------------------------------------------------------------- tokens of a template
 
-SPECIAL = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
 ENDS = {"vicuna": "</s>", "vicuna_v1": "</s>", "mistral": "</s>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>"}
 FORMS = {  # a first turn with the pictures in front, and a later one: (before the question, between, after the answer)
     "vicuna": ("USER: ", " ASSISTANT: ", "</s>", ""),
@@ -788,19 +786,7 @@ FORMS = {  # a first turn with the pictures in front, and a later one: (before t
 def chat_model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> minifocus.Llava:
     """A random model whose tokenizer knows every printable character and the templates' own tokens."""
     folder = save(build(request.param, seed=1, text_vocab_size=128), tmp_path_factory.mktemp("chat"))
-    add_tokenizer(folder)
-    file = folder / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE_TOKEN}
-    free = (n for n in range(4, 128) if n != IMAGE_TOKEN)
-    vocab |= {c: next(free) for c in [chr(c) for c in range(32, 127)] + ["\n"]}
-    for token in SPECIAL:
-        vocab[token] = next(free)
-        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "content": token, "id": vocab[token]})
-    for token in tokenizer["added_tokens"]:
-        token["id"] = vocab[token["content"]]
-    tokenizer["model"]["vocab"] = vocab
-    file.write_text(json.dumps(tokenizer))
+    add_chat_tokenizer(folder)
     return minifocus.load(folder, "none")
 
 
@@ -996,19 +982,23 @@ def test_prompts_of_a_subword_vocabulary(file: str, template: str, tmp_path_fact
         turns = tuple(Turn(question.strip() if independent else question, answer) for question, answer in pairs)
         example = encode(model, Conversation("c", (), turns), independent)
         assert model.tokenizer is not None
-        at = 0
+        text = ""
         for number, turn in enumerate(turns):
             mine = (example.turn == number) | ((example.turn < 0) & torch.tensor(independent))
-            ids, instruction = asked(model, (), turn.question)
-            bos = 1 if number and not independent else 0
-            got = example.input_ids[mine].tolist()
-            assert got[: len(ids) - bos] == ids[bos:]
-            assert example.instruction[mine].tolist()[: len(ids) - bos] == instruction[bos:]
-            labels = example.labels[mine].tolist()
-            assert labels == [NO_LABEL] * (len(ids) - bos) + got[len(ids) - bos :] and labels[-1] == END
-            assert model.tokenizer.decode(labels[len(ids) - bos :]).strip() == turn.answer.strip()
-            at += len(got)
-        assert at >= len(example.input_ids)
+            got, labels = example.input_ids[mine].tolist(), example.labels[mine].tolist()
+            if independent or not number:
+                ids, instruction = asked(model, (), turn.question)
+                assert got[: len(ids)] == ids
+                assert example.instruction[mine].tolist()[: len(ids)] == instruction
+            else:  # read at one go, of which "▁" at the start of a text is not a part
+                words = model.tokenizer.decode(example.input_ids[mine & example.instruction].tolist())
+                assert words.strip() == turn.question.strip()
+            begin = next(i for i, label in enumerate(labels) if label != NO_LABEL)
+            assert labels == [NO_LABEL] * begin + got[begin:] and labels[-1] == END
+            assert model.tokenizer.decode(labels[begin:]).strip() == turn.answer.strip()
+            text += build_prompt(turn.question, 0, template).text + f" {turn.answer.strip()}</s>"
+        if not independent:
+            assert example.input_ids.tolist() == model.tokenizer.encode(text).ids
 
     check()
 

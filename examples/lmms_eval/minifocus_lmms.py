@@ -56,7 +56,7 @@ class Minifocus(lmms):
     sampler     "focus", "vision", "text" or "none"; `options` are its own: gamma, layer, keep, selector, ...
     device      where to run; by default what accelerate finds. Under `accelerate launch` each process has its own
     dtype       "float32", "bfloat16" or "float16"; by default the checkpoint's
-    template    of minifocus.prompt.TEMPLATES; by default the checkpoint's
+    template    of minifocus.prompt.TEMPLATES; by default the folder's own chat template
     batch_size  questions at once, where generation is greedy; sampling takes one at a time
 
     Raises InputError for a bad argument and CheckpointError for a bad folder.
@@ -84,8 +84,8 @@ class Minifocus(lmms):
         self.batch_size = int(batch_size)
         try:
             self.model = minifocus.load(str(pretrained), sampler, device or self.accelerator.device, dtype, **options)
-            self.template = template or self.model.template
-            build_prompt("?", 0, self.template)  # refuses an unknown one
+            self.template = template
+            build_prompt("?", 0, template or self.model.prompt_template())  # refuses one that cannot be used
         except minifocus.InputError as error:
             own = "pretrained, sampler, device, dtype, template, batch_size"
             raise minifocus.InputError(f"model_args ({own} and the sampler's): {error}") from None

@@ -7,20 +7,23 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from .. import cards
 from ..arguments import shown
-from ..conversations import Conversation
+from ..conversations import Conversation, Turn
 from ..errors import CheckpointError, InputError
+from ..generate import stop_token_ids
 from ..image import open_image
-from ..prompt import ANSWERS, IMAGE, TURN_BEGINS, build_prompt, end_token_id
+from ..prompt import IMAGE, build_conversation, encode_prompt
 
 if TYPE_CHECKING:
     from ..model import Llava
+    from ..tokenizer import Tokenizer
 
 NO_LABEL = -100
 # So many unusable conversations in a row are no accident of the data.
@@ -114,11 +117,6 @@ def encode(
     tokenizer, processor, config = model.tokenizer, model.image_processor, model.config
     if tokenizer is None or processor is None:
         raise InputError(f"model: training needs a folder with a tokenizer; {model.folder} has none")
-    end = end_token_id(model.template, tokenizer)
-    if end is None:
-        raise InputError(
-            f"model: the tokenizer of {model.folder} has no token that ends a turn of {shown(model.template)}"
-        )
     try:
         processed = [processor(open_image(image)) for image in conversation.images]
     except InputError as error:
@@ -126,68 +124,92 @@ def encode(
     counts = [model.num_visual_tokens(size) for _, size in processed]
     limit = min(max_tokens or config.text.max_position_embeddings, config.text.max_position_embeddings)
 
-    columns: dict[str, list[Any]] = {"input_ids": [], "turn": [], "instruction": [], "labels": []}
-    remaining, used = list(counts), 0
-    for number, turn in enumerate(conversation.turns):
-        question, places = turn.question, turn.question.count(IMAGE)
+    def write(turns: Sequence[Turn]) -> list[list[_Token]]:
+        asked = [(turn.question, turn.question.count(IMAGE), turn.answer.strip()) for turn in turns]
         if independent:
-            question, places = re.sub(rf"{IMAGE}\s*", "", question).strip(), len(counts)
-            remaining = list(counts)
-        prompt = build_prompt(question, places, model.template)
-        text = prompt.text
-        if number and not independent and model.template in TURN_BEGINS:
-            text = text[text.index(TURN_BEGINS[model.template]) :]
-        shift = len(prompt.text) - len(text)
-        begin, last = prompt.instruction[0] - shift, prompt.instruction[1] - shift
-        answer = ANSWERS.get(model.template, "{answer}").format(answer=turn.answer.strip())
-        encoded = tokenizer.encode(text + answer)
-        if counts and encoded.ids.count(config.image_token_id) != places:
-            raise CheckpointError(
-                f"{model.folder}: the tokenizer's {IMAGE} is not config.json's image token {config.image_token_id}"
-            )
-        rows: list[tuple[int, bool, int]] = []  # id, instruction, label
-        shared = 0
-        for token, (first, after) in zip(encoded.ids, encoded.offsets, strict=True):
-            if not len(rows) and number and token == tokenizer.bos_token_id and not independent:
-                continue
-            if token == config.image_token_id and counts:
-                if not remaining:
-                    raise UnusableConversation(
-                        f"conversation {shown(conversation.id)}: has more {IMAGE} places than pictures"
-                    )
-                rows += [(token, False, NO_LABEL)] * remaining.pop(0)
-            else:
-                own = first < last and after > begin and first < after
-                rows.append((token, own, token if after > len(text) else NO_LABEL))
-            if independent and ((token == config.image_token_id and not remaining) or (after == 0 and not counts)):
-                shared = len(rows)
-        rows.append((end, False, end))
-        if independent and number:
-            rows, shared = rows[shared:], 0
-        if len(columns["input_ids"]) + len(rows) > limit:
+            asked = [(re.sub(rf"{IMAGE}\s*", "", q).strip(), len(counts), answer) for q, _, answer in asked]
+        if sum(places for _, places, _ in asked) > len(counts):
+            raise UnusableConversation(f"conversation {shown(conversation.id)}: has more {IMAGE} places than pictures")
+        return _tokens(model, tokenizer, asked, counts)
+
+    turns = conversation.turns
+    if independent:
+        written = [write([turn])[0] for turn in turns]
+        is_shared = [token.id == (config.image_token_id if counts else tokenizer.bos_token_id) for token in written[0]]
+        shared = len(is_shared) - is_shared[::-1].index(True) if any(is_shared) else 0
+        front = [token.id for token in written[0][:shared]]
+        if any([token.id for token in tokens[:shared]] != front for tokens in written):
+            raise InputError("template: expected one with the pictures in front, as the turns are to be independent")
+        written[1:] = [tokens[shared:] for tokens in written[1:]]
+    else:
+        written, shared = write(turns), 0
+        fitting = sum(end <= limit for end in accumulate(map(len, written)))
+        if fitting < len(turns):  # what is left out may have shaped the end of what stays
+            written = write(turns[: max(1, fitting)])
+    columns: list[_Token] = []
+    numbers: list[int] = []
+    for number, tokens in enumerate(written):
+        if len(columns) + len(tokens) > limit:
             if number:
                 break
-            cut = rows[:limit]
-            if all(label == NO_LABEL for *_, label in cut):
+            if all(token.label == NO_LABEL for token in tokens[:limit]):
                 raise UnusableConversation(
-                    f"conversation {shown(conversation.id)}: its first turn takes {len(rows)} tokens; expected its answer to "
+                    f"conversation {shown(conversation.id)}: its first turn takes {len(tokens)} tokens; expected its answer to "
                     f"begin within {limit}"
                 )
-            rows = cut
-        ids, instruction, labels = zip(*rows, strict=True)
-        columns["input_ids"] += ids
-        columns["instruction"] += instruction
-        columns["labels"] += labels
-        columns["turn"] += [-1] * shared + [number] * (len(rows) - shared)
-        used = len(counts) - len(remaining)
-    largest = max(columns["input_ids"])
+        columns += tokens[: limit - len(columns)]
+        numbers += [number] * (len(columns) - len(numbers))
+    largest = max(token.id for token in columns)
     if largest >= config.text.vocab_size:
         raise InputError(f"model: {model.folder}: token {largest} of its tokenizer is beyond vocab_size")
+    used = len(counts) if independent else sum(turn.question.count(IMAGE) for turn in turns[: numbers[-1] + 1])
     return Example(
-        **{name: torch.tensor(values) for name, values in columns.items()},
+        input_ids=torch.tensor([token.id for token in columns]),
+        turn=torch.tensor([-1] * shared + numbers[shared:]),
+        instruction=torch.tensor([token.instruction for token in columns]),
+        labels=torch.tensor([token.label for token in columns]),
         tiles=[pixels for pixels, _ in processed[:used]],
         sizes=[size for _, size in processed[:used]],
     )
+
+
+class _Token(NamedTuple):
+    """One of a conversation, as `Example` has them."""
+
+    id: int
+    instruction: bool
+    label: int
+
+
+def _tokens(
+    model: Llava, tokenizer: Tokenizer, turns: Sequence[tuple[str, int, str]], counts: Sequence[int]
+) -> list[list[_Token]]:
+    """Of each turn (question, its number of pictures, answer) its tokens; `counts` are the placeholders of each picture."""
+    config = model.config
+    known = {token_id: tokenizer.token(token_id) for token_id in stop_token_ids(model, tokenizer)}
+    end = None if tokenizer.eos_token_id is None else tokenizer.token(tokenizer.eos_token_id)
+    text, spans = build_conversation(turns, model.prompt_template(), [token for token in known.values() if token], end)
+    encoded = encode_prompt(tokenizer, text)
+    if counts and encoded.ids.count(config.image_token_id) != sum(places for _, places, _ in turns):
+        raise CheckpointError(
+            f"{model.folder}: the tokenizer's {IMAGE} is not config.json's image token {config.image_token_id}"
+        )
+    repeats = iter(counts)
+    written: list[list[_Token]] = [[] for _ in turns]
+    number = 0
+    for token, (first, after) in zip(encoded.ids, encoded.offsets, strict=True):
+        while number + 1 < len(spans) and first >= spans[number].ended:
+            number += 1
+        turn = spans[number]
+        if token == config.image_token_id and counts:
+            written[number] += [_Token(token, False, NO_LABEL)] * next(repeats)
+            continue
+        begin, last = turn.instruction
+        answers = after > turn.asked and first < turn.ended
+        written[number].append(
+            _Token(token, first < last and after > begin and first < after, token if answers else NO_LABEL)
+        )
+    return written
 
 
 class Source(Protocol):
@@ -240,6 +262,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
         self.model, self.source, self.size, self.seed = model, source, size, seed
         self.independent, self.max_turns, self.max_tokens, self.shuffle = independent, max_turns, max_tokens, shuffle
         self.skip_unusable = skip_unusable
+        model.prompt_template()  # says what there is to say before processes that read ahead each do
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
