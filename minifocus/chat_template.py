@@ -177,6 +177,11 @@ class _Renderer:
     def _start(self) -> subprocess.Popen[bytes]:
         if find_spec("jinja2") is None:
             raise CheckpointError("the package jinja2, which renders a folder's chat template, is not installed")
+        if getattr(sys, "frozen", False) or not sys.executable:  # a program of its own would be started again
+            raise CheckpointError(
+                "a folder's chat template is rendered by a Python interpreter, and this process has none to start: "
+                "expected template= with the name of one that is built in"
+            )
         program = Path(__file__).with_name("template_renderer.py")
         folders = [entry for entry in sys.path if os.path.isabs(entry)]  # noqa: PTH117 (entries are text)
         try:

@@ -68,7 +68,7 @@ def test_raw():
     (" \n", 1, "mistral", "expected a question"),
     ("<image>\n", 1, "chatml", "expected a question"),
     ("", 0, "raw", "expected a question"),
-    ("Hi", 0, "alpaca", "expected one of vicuna, vicuna_v1, mistral, llama3, chatml, raw, got 'alpaca'"),
+    ("Hi", 0, "alpaca", "expected one of 'vicuna', 'vicuna_v1', 'mistral', 'llama3', 'chatml', 'raw', got 'alpaca'"),
 ])  # fmt: skip
 def test_bad_prompts(question, num_images, template, words):
     with pytest.raises(InputError) as error:
