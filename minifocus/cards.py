@@ -28,6 +28,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .arguments import shown
 from .conversations import Conversation, Turn
 from .errors import InputError
 from .image import select_best_resolution
@@ -412,9 +413,9 @@ def scenes(split: str, seed: int = 0, dense: bool | None = None) -> Iterator[Sce
     for a seed that lies outside it: splits never meet.
     """
     if split not in SPLITS:
-        raise InputError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        raise InputError(f"split: expected one of {', '.join(SPLITS)}, got {shown(split)}")
     if not 0 <= seed < SPLIT_SIZE:
-        raise InputError(f"seed: expected 0 to {SPLIT_SIZE - 1}, a scene of the split, got {seed}")
+        raise InputError(f"seed: expected 0 to {SPLIT_SIZE - 1}, a scene of the split, got {shown(seed)}")
     return (draw(SPLITS[split] + i, i % 4 == 3 if dense is None else dense) for i in range(seed, SPLIT_SIZE))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
@@ -15,8 +16,10 @@ from torch import nn
 
 from . import generate as generation
 from . import samplers
+from .arguments import shown
 from .config import DTYPES, Config, load_config
 from .errors import CheckpointError, InputError
+from .files import FOLDER, kind
 from .image import ImageProcessor, num_visual_tokens, select_best_resolution, stitch
 from .llama import DecoderLayer, LayerCache, Llama
 from .projector import Projector
@@ -453,14 +456,13 @@ def load(
         folder = Path(folder)
     except TypeError:
         raise InputError(f"folder: expected a path, got {folder!r}") from None
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: expected the folder of a model, found {'a file' if folder.exists() else 'nothing'}"
-        )
+    if kind(folder) != FOLDER:
+        named = folder if len(str(folder)) <= 1000 else shown(str(folder))
+        raise CheckpointError(f"{named}: expected the folder of a model, found {kind(folder)}")
     resolved_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and resolved_dtype not in DTYPES.values():
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    target = _device(device)
+    target = usable_device(device)
     config = load_config(folder)
     method = samplers.build(sampler, config, folder, options)
     processor = ImageProcessor.from_folder(
@@ -478,10 +480,15 @@ def load(
     return model
 
 
-def _device(name: str | torch.device) -> torch.device:
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name, on which numbers can be kept and read. Raises InputError for any other."""
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f"device: {str(name)!r} is not usable here: {str(error).splitlines()[0]}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of names that torch no longer uses
+            device = torch.device(name)
+            torch.zeros(1, device=device).item()  # which meta tensors, for one, do not have
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        raise InputError(
+            f"device: {shown(str(name))} is not usable here: {str(error).splitlines()[0][:200]}"
+        ) from error
     return device
