@@ -24,15 +24,19 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 FAILED, REFUSED, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 LARGEST = 2**63 - 1  # of a whole number that torch and numpy take
 LONGEST = 400  # letters of what argparse says
+
+Pool = TypeVar("Pool", bound=Executor)
 
 
 class Refused(Exception):
@@ -130,6 +134,8 @@ def run(main: Callable[[], int]) -> NoReturn:
         if "multiprocessing" in sys.modules:
             for child in sys.modules["multiprocessing"].active_children():
                 child.terminate()
+        for program in tuple(_started):
+            program.terminate()
         os._exit(code)
     sys.exit(code)
 
@@ -157,6 +163,36 @@ def _discard(stream: Any) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
+
+
+# --------------------------------------------------------------------------------------------- programs and threads
+
+_started: set[subprocess.Popen[str]] = set()
+
+
+def call(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run`; the program ends when this one is interrupted, whichever thread waits for it."""
+    with subprocess.Popen(command, text=True, **options) as program:
+        _started.add(program)
+        try:
+            output, errors = program.communicate()
+        except BaseException:
+            program.terminate()  # and so what it has started itself, if it is torchrun
+            raise
+        finally:
+            _started.discard(program)
+    return subprocess.CompletedProcess(command, program.returncode, output, errors)
+
+
+@contextlib.contextmanager
+def working(pool: Pool) -> Iterator[Pool]:
+    """A pool of threads or processes. Left by an error, it begins nothing more; interrupted, it is not waited for either."""
+    try:
+        yield pool
+    except BaseException as error:
+        pool.shutdown(wait=not isinstance(error, KeyboardInterrupt), cancel_futures=True)
+        raise
+    pool.shutdown()
 
 
 # ------------------------------------------------------------------------------------------------- what is in the way
