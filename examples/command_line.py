@@ -54,6 +54,9 @@ class Parser(argparse.ArgumentParser):
         options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **options}
         super().__init__(description=description, **options)
 
+    def print_help(self, file: Any = None) -> None:
+        (file or sys.stdout).write(self.format_help())  # argparse's own says nothing where it cannot
+
     def error(self, message: str) -> NoReturn:
         half = LONGEST // 2
         brief = message if len(message) <= LONGEST else f"{message[:half]} … {message[-half:]}"
@@ -300,9 +303,12 @@ def expect_file(file: str | Path | None, name: str, *, parents: bool = True) -> 
 
 def write_text(file: Path, text: str) -> None:
     """All of a file or nothing of it: whoever reads it meanwhile, or writes another, never has the half of one."""
-    with _unfinished(file) as unfinished:
-        unfinished.write_bytes(text.encode())
-        unfinished.replace(file)
+    try:
+        with _unfinished(file) as unfinished:
+            unfinished.write_bytes(text.encode())
+            unfinished.replace(file)
+    except OSError as error:  # which names no file where one that is open cannot be written
+        raise Refused(f"{_brief(file)}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -112,10 +112,11 @@ def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def check(arguments: argparse.Namespace) -> None:
     """What can be told before a model is loaded."""
     expect_text(arguments, "prompt")
+    expect(all(arguments.image), arguments, "image", "the names of pictures")
     Options(**generation_options(arguments))
     if arguments.figure is not None:
-        known = sorted(Image.registered_extensions())
-        expect(Path(arguments.figure).suffix.lower() in known, arguments, "figure", "the name of a picture, as a.png")
+        kind = Image.registered_extensions().get(Path(arguments.figure).suffix.lower())
+        expect(kind in Image.SAVE, arguments, "figure", "the name of a picture, such as a.png")
         expect_file(arguments.figure, "figure", parents=False)
 
 
