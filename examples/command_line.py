@@ -228,17 +228,10 @@ def _reason(error: Exception) -> str | None:
 
 
 def _where(error: OSError) -> str:
-    """The file's name; writing to one that is open names none, and is mostly standard output."""
+    """The file's name. Writing to one that is open names none: files are named by whoever writes them (`write_text`)."""
     if error.filename is not None:
         return f"{_brief(os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename)}: "
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _discard(sys.stdout)
-        return "standard output: "
-    except ValueError:
-        pass
-    return ""
+    return "output: " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
 
 
 def _brief(value: object, longest: int = 200) -> str:

@@ -214,7 +214,7 @@ def load_model(arguments: argparse.Namespace, fresh: set[str], device: torch.dev
     own = {name: value for name, value in given.items() if value is not None}
     if arguments.straight_through:
         own["straight_through"] = True
-    has_selector = (Path(arguments.model) / SELECTOR_FILE).is_file() and "selector" not in fresh
+    has_selector = kind(Path(arguments.model) / SELECTOR_FILE) == FILE and "selector" not in fresh
     learned = sampler in ("focus", "vision")
     if not learned and own:
         option = next(iter(own)).replace("_", "-")
