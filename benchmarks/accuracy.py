@@ -5,21 +5,32 @@ python benchmarks/accuracy.py --out benchmarks/results/accuracy.json
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
+import json
 from typing import Any
 
+from command_line import expect_file, expect_numbers, write_text
 from record import ROOT, environment, last_line
 
 
+@command_line.guarded
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "weights/tiny")
     parser.add_argument("--count", type=int, default=1000, help="questions about the test split's scenes as they come")
     parser.add_argument("--dense-count", type=int, default=4000, help="questions about dense scenes")
     parser.add_argument("--out", type=Path, required=True, help="file to write all figures to, as JSON")
     arguments = parser.parse_args()
+    expect_numbers(arguments, 1, "count dense_count")
+    expect_file(arguments.out, "out")
     record = environment(Path(__file__), "torch", "numpy", "pillow")
     results: dict[str, Any] = {}
     for name, options in (
@@ -34,12 +45,11 @@ def main() -> None:
         str(arguments.model),
         "--line",
         "--count",
-        str(arguments.dense_count // 8),
+        str(max(1, arguments.dense_count // 8)),
     ]
     record |= {"results": results, "where": json.loads(last_line(look))}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(arguments.out, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

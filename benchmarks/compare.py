@@ -24,11 +24,19 @@ With --out, all figures go to that JSON file, the table to a Markdown file and t
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+import command_line
+
+if __name__ in ("__main__", "__mp_main__"):
+    command_line.begin()
+
 import argparse
 import json
 import math
 import shutil
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -36,11 +44,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import cycle, islice
 from multiprocessing import get_context
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 import torch
+from command_line import expect_file, expect_numbers, write_text
+from evaluate import evaluate
 from flops import decoder_flops, vision_flops
 from memory import extra_memory
 from record import ROOT, environment
@@ -48,9 +57,7 @@ from record import ROOT, environment
 import minifocus
 from minifocus import cards
 from minifocus.image import open_image
-
-sys.path.insert(0, str(ROOT / "examples"))
-from evaluate import evaluate
+from minifocus.writing import replace
 
 BUDGETS = (0.75, 0.5, 0.39, 0.25, 0.12)
 TOLERANCE = 0.005  # of a budget that is searched for, in shares of the uncompressed tokens
@@ -220,7 +227,7 @@ def _ask(setting: Setting, count: int) -> dict[str, Any]:
 
 def accuracies(folder: Path, settings: list[Setting], count: int, jobs: int) -> list[dict[str, Any]]:
     """What evaluate.py says of each setting, by `jobs` processes of one thread."""
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (folder,)) as pool:
+    with command_line.working(ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (folder,))) as pool:
         waiting = [pool.submit(_ask, setting, count) for setting in settings]
         found = []
         for setting, answers in zip(settings, waiting, strict=True):
@@ -285,7 +292,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     axes.set_ylabel("exact answers, %")
     axes.grid(alpha=0.3)
     axes.legend(ncols=2, fontsize=8)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
 
 
@@ -304,7 +311,7 @@ def random_model(folder: Path) -> Path:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--model", type=Path, help="measure time and memory on this checkpoint, and no accuracy")
     parser.add_argument("--random", action="store_true", help="the same on a random model of 552 M parameters")
     parser.add_argument("--methods", help="with commas between; default: all")
@@ -336,9 +343,9 @@ def parse_arguments() -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    for name in ("count", "timed", "jobs"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    expect_numbers(arguments, 1, "count new_tokens")
+    expect_numbers(arguments, 1, "timed", 1e6)  # they are all in memory
+    expect_numbers(arguments, 1, "jobs", 1000)
     arguments.methods = arguments.methods.split(",")
     if unknown := set(arguments.methods) - METHODS:
         parser.error(f"--methods: expected some of {', '.join(sorted(METHODS))}, got {', '.join(sorted(unknown))}")
@@ -346,11 +353,21 @@ def parse_arguments() -> argparse.Namespace:
         arguments.budgets = tuple(float(value) for value in arguments.budgets.split(","))
     except ValueError:
         parser.error(f"--budgets: expected numbers with commas between, got {arguments.budgets!r}")
+    if not all(0 < budget <= 1 for budget in arguments.budgets):
+        parser.error(f"--budgets: expected shares above 0 and at most 1, got {arguments.budgets}")
+    if arguments.out is not None:
+        if arguments.out.suffix in (".md", ".png"):
+            parser.error(
+                f"--out: expected the name of the JSON file, beside which go .md and .png, got {arguments.out}"
+            )
+        for suffix in (arguments.out.suffix, ".md", ".png"):
+            expect_file(arguments.out.with_suffix(suffix), "out")
     return arguments
 
 
 def compare(arguments: argparse.Namespace, folder: Path | None) -> list[dict[str, Any]]:
     """The figures of every method and budget, on the model of `folder` or the embedded one, "none" first."""
+    picture = open_image(arguments.image or ROOT / "examples/cards.png")
     model = minifocus.load(folder or TINY, "none", arguments.device, arguments.dtype)
     selector: dict[str, Any] = {}
     if folder is None:
@@ -360,7 +377,7 @@ def compare(arguments: argparse.Namespace, folder: Path | None) -> list[dict[str
     else:
         if not (folder / "selector.safetensors").is_file():
             selector = {"selector": "variance"}
-        tuning = [(open_image(arguments.image or ROOT / "examples/cards.png"), "What is in the picture?")]
+        tuning = [(picture, "What is in the picture?")]
         timed = tuning * arguments.timed
     settings = settings_of(model, arguments.methods, arguments.budgets, tuning, selector)
     results = measure(model, settings, timed, arguments.new_tokens)
@@ -370,26 +387,21 @@ def compare(arguments: argparse.Namespace, folder: Path | None) -> list[dict[str
     return results
 
 
-def main() -> int:
+@command_line.guarded
+def main() -> None:
     arguments = parse_arguments()
     started = time.perf_counter()
     record = environment(Path(__file__), "torch", "numpy", "pillow")
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            results = compare(arguments, random_model(Path(scratch)) if arguments.random else arguments.model)
-    except (minifocus.CheckpointError, minifocus.InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    with tempfile.TemporaryDirectory() as scratch:
+        results = compare(arguments, random_model(Path(scratch)) if arguments.random else arguments.model)
     print(table(results))
     if arguments.out:
         record |= {"seconds": round(time.perf_counter() - started), "questions": arguments.count, "results": results}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        arguments.out.with_suffix(".md").write_text(table(results), encoding="utf-8")
+        write_text(arguments.out, json.dumps(record, indent=1) + "\n")
+        write_text(arguments.out.with_suffix(".md"), table(results))
         if "accuracy" in results[0]:
-            plot(results, arguments.out.with_suffix(".png"))
-    return 0
+            replace(arguments.out.with_suffix(".png"), lambda file: plot(results, file))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

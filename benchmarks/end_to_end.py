@@ -33,22 +33,30 @@ ratio. What is measured:
 
 Random weights say nothing about answers, and the share of tokens that `text` and `focus` keep is not that of a trained
 model; `half` is there because its share is fixed. Exit status: 0 measured, 1 the sides disagree (in float32, or in the
-cold start's answer), one failed or --checkpoint is something else, 2 usage.
+cold start's answer) or one failed, 2 usage, or --checkpoint is something else.
 """
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import command_line
+
+if __name__ in ("__main__", "__mp_main__"):
+    command_line.begin()
+
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 from statistics import median
+from subprocess import PIPE
 from typing import Any
 
+from command_line import Refused, expect_file, expect_numbers, write_text
 from record import ROOT, environment, relative
 from sides import FULL, QUICK, SAMPLERS, THEIRS, Settings, SideFailed, Worker
 
@@ -94,11 +102,16 @@ def prepare_checkpoint(settings: Settings) -> dict[str, Any]:
     folder, recipe = settings.folder, settings.folder / "recipe.json"
     if not recipe.exists():
         if folder.exists() and any(folder.iterdir()):
-            raise SideFailed(f"--checkpoint: {folder} is not empty, and nothing that this script made")
+            raise Refused(f"--checkpoint: {folder} is not empty, and nothing that this script made")
         folder.mkdir(parents=True, exist_ok=True)
         Worker(settings, "checkpoint").answer()
-    elif json.loads(recipe.read_text(encoding="utf-8")) != json.loads(json.dumps(settings.recipe())):
-        raise SideFailed(f"--checkpoint: {folder} was made for other sizes, another dtype or another seed")
+    else:
+        try:
+            same = json.loads(recipe.read_text(encoding="utf-8")) == json.loads(json.dumps(settings.recipe()))
+        except ValueError:
+            same = False
+        if not same:
+            raise Refused(f"--checkpoint: {folder} was made for other sizes, another dtype or another seed")
     return settings.recipe() | {
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         "visual_tokens": settings.size.visual_tokens,
@@ -174,7 +187,7 @@ def measure_cold_start(folder: Path, picture: Path, rounds: int) -> dict[str, An
         for name, program in programs.items():
             command = [sys.executable, "-c", program, str(folder.resolve()), str(picture.resolve()), QUESTION, "32"]
             started = time.perf_counter()
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            done = command_line.call(command, cwd=ROOT, stdout=PIPE, stderr=PIPE)
             seconds[name].append(time.perf_counter() - started)
             if done.returncode:
                 raise SideFailed(f"cold start of {name}: status {done.returncode}\n{done.stderr}")
@@ -235,7 +248,7 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--rounds", type=int, help="of prefill and decoding, of loads and of cold starts (5; quick: 1)")
     parser.add_argument("--new-tokens", type=int, help="greedy steps after each prefill (32; quick: 4)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -250,8 +263,9 @@ def parse_arguments() -> argparse.Namespace:
     for name, full, quick in (("rounds", 5, 1), ("new_tokens", 32, 4)):
         if getattr(arguments, name) is None:
             setattr(arguments, name, quick if arguments.quick else full)
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1")
+    expect_numbers(arguments, 1, "rounds new_tokens")
+    expect_numbers(arguments, 0, "seed")
+    expect_file(arguments.out, "out")
     return arguments
 
 
@@ -278,6 +292,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return report | {"bars": judge(report)}
 
 
+@command_line.guarded
 def main() -> int:
     arguments = parse_arguments()
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
@@ -289,10 +304,9 @@ def main() -> int:
         return 1
     print_table(report)
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report) + "\n", encoding="utf-8")
+        write_text(arguments.out, json.dumps(report) + "\n")
     return 0 if report["cold_start"].get("same_answer", True) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -22,17 +22,24 @@ The last line of the output is the report as one JSON object. Exit status: 0 mea
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from command_line import expect_file, expect_numbers, write_text
 from memory import extra_memory
 from record import environment
 
@@ -292,14 +299,17 @@ def print_case(result: dict[str, Any]) -> None:
         print(f"    bar {name}: {bar}")
 
 
+@command_line.guarded
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--threads", type=int, help="of torch, on the CPU (torch's own default)")
     parser.add_argument("--quick", action="store_true", help="toy sizes and three rounds, to test the script")
     parser.add_argument("--out", type=Path, help="also write the report to this file")
     arguments = parser.parse_args()
+    expect_numbers(arguments, 1, "rounds")
+    expect_numbers(arguments, 1, "threads", 1024)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     if ops.BACKENDS[arguments.device] != "native":
@@ -314,8 +324,8 @@ def main() -> int:
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} threads"
     clock, results = Clock(arguments.device), []
     report = {**environment(Path(__file__), "torch"), "device": device, "cases": results}
+    expect_file(arguments.out, "out")
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.unlink(missing_ok=True)
     with torch.no_grad():
         for case in cases(arguments.device, arguments.quick):
@@ -324,10 +334,10 @@ def main() -> int:
             results.append(measure(case, clock, 3 if arguments.quick else arguments.rounds))
             print_case(results[-1])
             if arguments.out:  # after each: a later one may fail
-                arguments.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(json.dumps(report, ensure_ascii=False))
+                write_text(arguments.out, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    print(json.dumps(report))  # in ASCII: a terminal may have no ÷, and its escape is JSON's own
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

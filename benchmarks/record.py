@@ -64,6 +64,8 @@ def last_line(command: list[str]) -> str:
     """The last line that one of the repository's scripts printed."""
     print("$", shlex.join(["python", *command]), flush=True)
     done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode in (2, 130):  # a mistake of the user's, of which it has told, or interrupted
+        raise SystemExit(done.returncode)
     if done.returncode:
         raise SystemExit(f"error: {command[0]} ended with {done.returncode}")
     return done.stdout.strip().splitlines()[-1]

@@ -5,14 +5,21 @@ python benchmarks/where.py --model weights/tiny --count 500
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
+import json
+import re
 from typing import Any
 
 import numpy as np
+from command_line import expect_numbers
 from tqdm import tqdm
 
 import minifocus
@@ -59,7 +66,9 @@ def measure(model: minifocus.Llava, count: int, seed: int, dense: bool) -> dict[
     scenes = cards.scenes("test", seed, dense or None)
     with tqdm(total=count, disable=None) as bar:
         while len(survived) < count:
-            scene = next(scenes)
+            scene = next(scenes, None)
+            if scene is None:
+                raise minifocus.InputError(f"count: the split has only {len(survived)} such scenes from {seed} on")
             asked = [q for q in scene.questions if q.family == "read" and q.answer.isdigit()][:1]
             for q in asked:
                 answer = model.generate(scene.image, q.question, max_new_tokens=1)
@@ -90,8 +99,9 @@ def measure(model: minifocus.Llava, count: int, seed: int, dense: bool) -> dict[
     return result
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+@command_line.guarded
+def main() -> None:
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--model", default=str(ROOT / "weights/tiny"))
     parser.add_argument("--sampler", default="focus", choices=("focus", "vision", "text"))
     parser.add_argument("--count", type=int, default=500, help="scenes, with one question each")
@@ -99,15 +109,12 @@ def main() -> int:
     parser.add_argument("--line", action="store_true", help="print the result on one line")
     parser.add_argument("--mixed", action="store_true", help="every fourth scene dense, instead of all")
     arguments = parser.parse_args()
-    try:
-        model = minifocus.load(arguments.model, arguments.sampler)
-        result = measure(model, arguments.count, arguments.seed, not arguments.mixed)
-    except (minifocus.CheckpointError, minifocus.InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    expect_numbers(arguments, 1, "count")
+    expect_numbers(arguments, 0, "seed", cards.SPLIT_SIZE - 1)
+    model = minifocus.load(arguments.model, arguments.sampler)
+    result = measure(model, arguments.count, arguments.seed, not arguments.mixed)
     print(json.dumps(result, indent=None if arguments.line else 1))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -8,10 +8,14 @@ The same arguments give the same bytes (with the same Pillow: it compresses the 
 
 from __future__ import annotations
 
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
 import argparse
 import json
 import shlex
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,11 +24,15 @@ from tqdm import tqdm
 
 import minifocus
 from minifocus import cards
+from minifocus.arguments import shown
 from minifocus.conversations import Turn
+from minifocus.locks import NAME as LOCK
+from minifocus.locks import hold
+from minifocus.writing import clear, replace
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--count", type=int, default=1000, metavar="N", help="how many scenes, of a picture each")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="the split's scene to begin with")
@@ -34,32 +42,54 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(split: str, count: int, seed: int) -> None:
+    """Refuse what the split has not so many of."""
+    cards.scenes(split, seed)
+    if not 1 <= count <= cards.SPLIT_SIZE - seed:
+        raise minifocus.InputError(
+            f"count: expected 1 to {cards.SPLIT_SIZE - seed} from scene {seed} on, got {shown(count)}"
+        )
+
+
 def write_json(folder: Path, split: str, count: int, seed: int = 0, dense: bool | None = None) -> int:
     """Write `count` scenes of a split, from its `seed`-th on, and return how many questions they have.
 
     `dense`: as `cards.scenes` takes it. Files of the same names are replaced, others left alone. Raises InputError where
-    the split has no such scenes, and OSError where `folder` cannot be written.
+    the split has no such scenes, where another process writes into `folder` or where it cannot be written.
     """
+    check(split, count, seed)
     scenes = cards.scenes(split, seed, dense)
-    if not 1 <= count <= cards.SPLIT_SIZE - seed:
-        raise minifocus.InputError(f"count: expected 1 to {cards.SPLIT_SIZE - seed} from scene {seed} on, got {count}")
-    file = folder / "cards.json"
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    file.unlink(missing_ok=True)  # if this run is cut short, an older file would name the pictures of a newer one
-    lines, num_questions = [], 0
-    for scene in tqdm(islice(scenes, count), total=count, unit="scene", disable=None):
-        image = f"images/{scene.seed:06d}.png"
-        scene.image.save(folder / image)
-        conversation = cards.conversation(scene)
-        record = {
-            "id": conversation.id,
-            "image": image,
-            "conversations": [said for turn in conversation.turns for said in exchange(turn)],
-            "families": [turn.family for turn in conversation.turns],
-        }
-        lines.append(json.dumps(record))
-        num_questions += len(conversation.turns)
-    file.write_bytes(("[\n" + ",\n".join(lines) + "\n]\n").encode())  # as bytes: line ends are alike on every system
+    file, num_questions = folder / "cards.json", 0
+
+    def write(unfinished: Path) -> None:
+        nonlocal num_questions
+        with unfinished.open("wb") as stream:  # as bytes: line ends are alike on every system
+            stream.write(b"[\n")
+            for number, scene in enumerate(tqdm(islice(scenes, count), total=count, unit="scene", disable=None)):
+                image = f"images/{scene.seed:06d}.png"
+                replace(folder / image, lambda new, scene=scene: scene.image.save(new, format="PNG"))
+                conversation = cards.conversation(scene)
+                record = {
+                    "id": conversation.id,
+                    "image": image,
+                    "conversations": [said for turn in conversation.turns for said in exchange(turn)],
+                    "families": [turn.family for turn in conversation.turns],
+                }
+                stream.write((",\n" if number else "").encode() + json.dumps(record).encode())
+                num_questions += len(conversation.turns)
+            stream.write(b"\n]\n")
+
+    with hold(folder):
+        try:
+            (folder / "images").mkdir(exist_ok=True)
+            file.unlink(
+                missing_ok=True
+            )  # if this run is cut short, an older file would name the pictures of a newer one
+        except OSError as error:
+            raise minifocus.InputError(f"{error.filename}: cannot be written: {error.strerror}") from error
+        for one in (folder, folder / "images"):
+            clear(one)
+        replace(file, write)
     return num_questions
 
 
@@ -69,12 +99,11 @@ def exchange(turn: Turn) -> list[dict[str, Any]]:
 
 def run(arguments: argparse.Namespace) -> None:
     out = arguments.out
-    try:
-        if out.is_dir() and any(out.iterdir()) and not arguments.overwrite:
+    check(arguments.split, arguments.count, arguments.seed)
+    with hold(out):
+        if not arguments.overwrite and any(one.name != LOCK for one in out.iterdir()):
             raise minifocus.InputError(f"--out: {out} is not empty; --overwrite writes into it all the same")
         questions = write_json(out, arguments.split, arguments.count, arguments.seed, arguments.dense or None)
-    except OSError as error:
-        raise minifocus.InputError(f"--out: {out}: {error}") from error
     file = shlex.quote(str(out / "cards.json"))
     print(f"{file}: {arguments.count} pictures of the {arguments.split} split, {questions} questions")
     if arguments.split == "train":
@@ -82,16 +111,10 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"evaluate on it python examples/evaluate.py --data {file}")
 
 
-def main() -> int:
-    try:
-        run(parse_arguments())
-    except minifocus.InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+@command_line.guarded
+def main() -> None:
+    run(parse_arguments())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

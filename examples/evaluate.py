@@ -10,10 +10,14 @@ questions drawn independently: several about one picture are less than that, and
 
 from __future__ import annotations
 
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
 import argparse
 import json
 import math
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -22,6 +26,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from command_line import Refused, expect_numbers
 from sampler_options import add_sampler_options, sampler_options
 from tqdm import tqdm
 
@@ -37,7 +42,7 @@ Asked = tuple[Images, str, str, str | None]  # images, question, answer, family
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--model", default=str(ROOT / "weights/tiny"), help="folder in Hugging Face's layout")
     parser.add_argument("--template", choices=list(TEMPLATES), help="default: the model's")
     add_sampler_options(parser)
@@ -155,16 +160,13 @@ def longest_answer(model: minifocus.Llava, questions: Iterable[Asked]) -> int:
 
 def check(arguments: argparse.Namespace) -> None:
     """What argparse does not."""
-    for name in ("count", "batch", "max_new_tokens", "seed"):
-        value, least = getattr(arguments, name), 0 if name == "seed" else 1
-        if value is not None and value < least:
-            option = name.replace("_", "-")
-            raise minifocus.InputError(f"--{option}: expected a number of at least {least}, got {value}")
+    expect_numbers(arguments, 1, "count batch max_new_tokens")
+    expect_numbers(arguments, 0, "seed")
     if arguments.data is not None and (arguments.split or arguments.dense):
-        raise minifocus.InputError("--split and --dense are of the miniature: not to be combined with --data")
+        raise Refused("--split and --dense are of the miniature: not to be combined with --data")
     if arguments.data is None and (arguments.images is not None or arguments.images_anywhere):
         option = "--images" if arguments.images is not None else "--images-anywhere"
-        raise minifocus.InputError(f"{option} is of no use without --data")
+        raise Refused(f"{option} is of no use without --data")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -199,16 +201,10 @@ def print_result(sampler: str, result: dict[str, Any]) -> None:
     print(f"  {result['samples_per_second']:.1f} questions per second")
 
 
-def main() -> int:
-    try:
-        run(parse_arguments())
-    except (minifocus.CheckpointError, minifocus.InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+@command_line.guarded
+def main() -> None:
+    run(parse_arguments())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -7,17 +7,23 @@ python examples/generate.py --prompt "How many circles are there?" --prompt "Is 
 
 from __future__ import annotations
 
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from command_line import expect, expect_file, expect_text
 from PIL import Image
 from sampler_options import add_sampler_options, sampler_options
 from tqdm import tqdm
 
 import minifocus
+from minifocus.generate import Options
 from minifocus.image import open_image
 from minifocus.prompt import TEMPLATES
 
@@ -25,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--model", default=str(ROOT / "weights/tiny"), help="folder in Hugging Face's layout")
     parser.add_argument("--image", action="append", help="picture; several for several <image> places in the prompt")
     parser.add_argument("--prompt", action="append", help="the question; several are asked one after the other")
@@ -84,15 +90,7 @@ def ask(
     model: minifocus.Llava, pictures: list[Image.Image], prompt: str, arguments: argparse.Namespace
 ) -> minifocus.Answer:
     """One question, answered as the text is made."""
-    stream = model.stream(
-        pictures,
-        prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-        template=arguments.template,
-    )
+    stream = model.stream(pictures, prompt, **generation_options(arguments))
     if not arguments.json:
         print(f"question  {prompt}\nanswer    ", end="", flush=True)
     for piece in stream:
@@ -106,9 +104,26 @@ def ask(
     return stream.answer
 
 
+def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "template")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """What can be told before a model is loaded."""
+    expect_text(arguments, "prompt")
+    expect(all(arguments.image), arguments, "image", "the names of pictures")
+    Options(**generation_options(arguments))
+    if arguments.figure is not None:
+        kind = Image.registered_extensions().get(Path(arguments.figure).suffix.lower())
+        expect(kind in Image.SAVE, arguments, "figure", "the name of a picture, such as a.png")
+        expect_file(arguments.figure, "figure", parents=False)
+
+
 def run(arguments: argparse.Namespace) -> None:
-    model = load_model(arguments)
+    check(arguments)
     pictures = [open_image(file) for file in arguments.image]
+    model = load_model(arguments)
     asked = [(prompt, ask(model, pictures, prompt, arguments)) for prompt in arguments.prompt]
     if arguments.figure:
         from minifocus.figure import draw_answers
@@ -121,19 +136,13 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"figure         {arguments.figure}")
 
 
-def main() -> int:
+@command_line.guarded
+def main() -> None:
     arguments = parse_arguments()
     arguments.image = arguments.image or [str(ROOT / "examples/cards.png")]
     arguments.prompt = arguments.prompt or ["What number is on the red card?"]
-    try:
-        run(arguments)
-    except (minifocus.CheckpointError, minifocus.InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    run(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -10,6 +10,11 @@ not have them. Results go to OUT: README.md sets each table beside the paper's, 
 
 from __future__ import annotations
 
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
 import argparse
 import json
 import sys
@@ -19,12 +24,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from command_line import Refused, expect_numbers, working, write_text
 from tqdm import tqdm
+
+from minifocus.locks import hold
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("reproduction", "benchmarks", "weights")]
 import make_tiny  # noqa: E402
-from arms import SEEDS, CommandFailed, Recipe, answers_of, model_of, scales_of  # noqa: E402
+from arms import SEEDS, Recipe, answers_of, model_of, scales_of  # noqa: E402
 from figures import FIGURES, SAME  # noqa: E402
 from page import write_page  # noqa: E402
 from record import environment  # noqa: E402
@@ -33,7 +41,7 @@ from tables import TABLES  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--table", type=int, action="append", choices=sorted(TABLES), help="this one alone")
     parser.add_argument("--figure", type=int, action="append", choices=sorted({*FIGURES, *SAME}), help="this one alone")
     parser.add_argument("--arms", help="with commas between: of those that could be, these alone")
@@ -75,7 +83,7 @@ def wanted_arms(tables: list[int], figures: list[int], seeds: int, named: list[s
         return sorted(found, key=lambda one: one[1])
     if unknown := set(named) - {arm for arm, _ in found}:
         known = dict.fromkeys(arm for arm, _ in found)
-        raise CommandFailed(f"--arms: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        raise Refused(f"--arms: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))[:200]}")
     return sorted((one for one in found if one[0] in named), key=lambda one: named.index(one[0]))
 
 
@@ -88,12 +96,11 @@ def run_arms(wanted: list[tuple[str, int]], recipe: Recipe) -> dict[str, dict[st
         return {**answers, "where": scales_of(name, seed, recipe) if has_selector else None}
 
     results: dict[str, dict[str, Any]] = {}
-    with ThreadPoolExecutor(recipe.jobs) as pool, tqdm(total=len(wanted), desc="arms", unit="arm", disable=None) as bar:
+    bar = tqdm(total=len(wanted), desc="arms", unit="arm", disable=None)
+    with bar, working(ThreadPoolExecutor(recipe.jobs)) as pool:
         waiting = {pool.submit(result, *one): one for one in wanted}
         for done in as_completed(waiting):
             name, seed = waiting[done]
-            if done.exception() is not None:
-                pool.shutdown(cancel_futures=True)
             found = done.result()
             results.setdefault(name, {})[str(seed)] = found
             bar.update()
@@ -106,10 +113,13 @@ def known_results(file: Path, recipe: Recipe) -> dict[str, Any]:
     """What an earlier run wrote, for this one to add to."""
     if not file.exists():
         return {}
-    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    there, here = ((one["steps"], one["batch"], one["questions"]) for one in (known, recipe.record()))
+    try:
+        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        there, here = ((one["steps"], one["batch"], one["questions"]) for one in (known, recipe.record()))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Refused(f"{file}: expected an earlier run's results: {type(error).__name__}") from error
     if there != here:
-        raise CommandFailed(
+        raise Refused(
             f"{file}: expected arms of {here[0]} steps of {here[1]} conversations and {here[2]} questions, as these, got "
             f"{there[0]} of {there[1]} and {there[2]}; name another --out or delete it"
         )
@@ -118,6 +128,8 @@ def known_results(file: Path, recipe: Recipe) -> dict[str, Any]:
 
 def reproduce(arguments: argparse.Namespace) -> None:
     begun = time.perf_counter()
+    expect_numbers(arguments, 1, "steps batch count")
+    expect_numbers(arguments, 1, "jobs", 1000)
     some = bool(arguments.table or arguments.figure)
     tables = sorted(set(arguments.table or ([] if some else TABLES)))
     figures = sorted({SAME.get(number, number) for number in arguments.figure or ([] if some else FIGURES)})
@@ -127,42 +139,40 @@ def reproduce(arguments: argparse.Namespace) -> None:
     record = environment(Path(__file__), "torch", "numpy", "matplotlib")
 
     if figures and find_spec("matplotlib") is None:
-        raise CommandFailed("figures need matplotlib, which is not installed: pip install '.[train]'")
+        raise Refused("figures need matplotlib, which is not installed: pip install '.[train]'")
     wanted = wanted_arms(tables, figures, arguments.seeds, named)
     figures = [number for number in figures if named is None or set(FIGURES[number].arms) <= set(named)]
     recipe = recipe_of(arguments)
     known = known_results(file, recipe)
     if not some and named is None:
         known = {}  # all of it is made again
-    if not arguments.quick:
-        make_tiny.run_stages(arguments.runs.resolve() / "tiny", make_tiny.STEPS, until="full")
-    results = run_arms(wanted, recipe)
-    out.mkdir(parents=True, exist_ok=True)
-    timed = [row.arm for number in tables for row in TABLES[number].rows if TABLES[number].timed and row.arm in results]
-    speed = measure_speed(list(dict.fromkeys(timed)), recipe)
-    pictures = {str(number): FIGURES[number].draw(recipe, out) for number in figures}
-    arms = known.get("arms", {})
-    record |= {
-        "seconds": round(time.perf_counter() - begun),
-        **recipe.record(),
-        "tables": sorted({*known.get("tables", []), *tables}),
-        "arms": {name: arms.get(name, {}) | results.get(name, {}) for name in {**arms, **results}},
-        "speed": speed or known.get("speed", {}),  # one clock for all of them
-        "figures": {**known.get("figures", {}), **pictures},
-    }
-    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_page(record, out / "README.md")
-    print(f"{time.perf_counter() - begun:.0f} s; see {out / 'README.md'}")
+    with hold(arguments.runs), hold(out):
+        if not arguments.quick:
+            make_tiny.run_stages(arguments.runs.resolve() / "tiny", make_tiny.STEPS, until="full")
+        results = run_arms(wanted, recipe)
+        timed = [
+            row.arm for number in tables for row in TABLES[number].rows if TABLES[number].timed and row.arm in results
+        ]
+        speed = measure_speed(list(dict.fromkeys(timed)), recipe)
+        pictures = {str(number): FIGURES[number].draw(recipe, out) for number in figures}
+        arms = known.get("arms", {})
+        record |= {
+            "seconds": round(time.perf_counter() - begun),
+            **recipe.record(),
+            "tables": sorted({*known.get("tables", []), *tables}),
+            "arms": {name: arms.get(name, {}) | results.get(name, {}) for name in {**arms, **results}},
+            "speed": speed or known.get("speed", {}),  # one clock for all of them
+            "figures": {**known.get("figures", {}), **pictures},
+        }
+        write_text(file, json.dumps(record, indent=1) + "\n")
+        write_page(record, out / "README.md")
+        print(f"{time.perf_counter() - begun:.0f} s; see {out / 'README.md'}")
 
 
-def main() -> int:
-    try:
-        reproduce(parse_arguments())
-    except CommandFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+@command_line.guarded
+def main() -> None:
+    reproduce(parse_arguments())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

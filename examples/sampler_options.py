@@ -8,6 +8,7 @@ from collections.abc import Container
 from typing import Any
 
 import minifocus
+from minifocus.arguments import shown
 
 
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +46,12 @@ def read_options(given: list[str], taken: Container[str] = ()) -> dict[str, Any]
     options: dict[str, Any] = {}
     for one in given:
         name, equals, text = one.partition("=")
-        if not equals or not name or name in options or name in taken:
-            raise minifocus.InputError(f"--option: expected NAME=VALUE, each name once, got {one!r}")
+        if not equals or not name.isidentifier() or len(name) > 50 or name in options or name in taken:
+            raise minifocus.InputError(f"--option: expected NAME=VALUE, each name once, got {shown(one)}")
         try:
             options[name] = json.loads(text)
+        except RecursionError:
+            raise minifocus.InputError(f"--option: {name}: nested too deeply") from None
         except ValueError:
             options[name] = text
     return options

@@ -11,30 +11,39 @@ with the selector's file), OUT/log.jsonl and OUT/curve.png.
 
 from __future__ import annotations
 
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
 import argparse
 import hashlib
-import math
 import os
 import sys
 from dataclasses import fields
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import expect, expect_numbers
 from evaluate import evaluate, longest_answer
 from sampler_options import add_option, read_options
 
 import minifocus
 from minifocus import cards
+from minifocus.arguments import shown
 from minifocus.conversations import asked_alone, read_conversations
+from minifocus.files import FILE, FOLDER, NOTHING, kind
+from minifocus.model import usable_device
 from minifocus.prompt import TEMPLATES
 from minifocus.samplers import SELECTOR_FILE
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
 from minifocus.training.curve import draw_curve
 from minifocus.training.examples import Batches, CardScenes, Source
 from minifocus.training.identity import digest_of_model
-from minifocus.training.loop import LOG, Process, Settings, fit, keep_freed_memory, make_optimizers
+from minifocus.training.loop import LOG, MOST, MOST_EXAMPLES, Process, Settings, fit, keep_freed_memory, make_optimizers
 from minifocus.training.objective import AnswerObjective, Objective
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +78,7 @@ NOT_OF_A_RUN = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--model", default=str(ROOT / "weights/tiny"), help="folder in Hugging Face's layout to start from")
     add("--out", required=True, help="folder of the run: checkpoint, log, curve, and the trained model")
@@ -152,47 +161,41 @@ def parse_arguments() -> argparse.Namespace:
 
 def check(arguments: argparse.Namespace) -> None:
     """What argparse does not, and what nothing that is called later does."""
-
-    def expect(fits: bool, name: str, expected: str) -> None:
-        if not fits:
-            option = name.replace("_", "-")
-            raise minifocus.InputError(f"--{option}: expected {expected}, got {getattr(arguments, name)}")
-
-    at_least_1 = (
-        "steps",
-        "batch",
-        "micro_batch",
-        "max_turns",
-        "max_tokens",
-        "save_every",
-        "log_every",
-        "validate_every",
-    )
-    at_least_0 = ("first_scene", "workers", "validate", "seed", "weight_decay", "final_lr", "lr_selector_bias")
-    for least, options in ((1, at_least_1), (0, (*at_least_0, *(f"lr_{part}" for part in PARTS)))):
-        for name in options:
-            value = getattr(arguments, name)
-            expect(value is None or least <= value < math.inf, name, f"a number of at least {least}")
-    expect(arguments.warmup is None or 0 <= arguments.warmup <= 1, "warmup", "a share from 0 to 1")
-    expect(0 <= arguments.beta2 < 1, "beta2", "a number from 0 to below 1")
-    expect(arguments.max_grad_norm > 0, "max_grad_norm", "a number above 0")
-    expect(
-        arguments.selector_bias is None or math.isfinite(arguments.selector_bias), "selector_bias", "a finite number"
-    )
+    expect_numbers(arguments, 1, "steps max_turns max_tokens save_every log_every validate_every")
+    expect_numbers(arguments, 1, "batch micro_batch", MOST_EXAMPLES)
+    expect_numbers(arguments, 0, "first_scene validate seed")
+    expect_numbers(arguments, 0, "workers", 1000)
+    expect_numbers(arguments, 0, "weight_decay final_lr lr_selector_bias", MOST)
+    expect_numbers(arguments, 0, " ".join(f"lr_{part}" for part in PARTS), MOST)
+    expect_numbers(arguments, -MOST, "selector_bias", MOST)
+    warmup = arguments.warmup
+    expect(warmup is None or 0 <= warmup <= 1, arguments, "warmup", "a share from 0 to 1")
+    expect(0 <= arguments.beta2 < 1, arguments, "beta2", "a number from 0 to below 1")
+    expect(arguments.max_grad_norm > 0, arguments, "max_grad_norm", "a number above 0")
+    expect(bool(arguments.out), arguments, "out", "the name of a folder")
     if arguments.data is None:
         for name in ("images", "images_anywhere", "validation_data", "skip_unusable"):
-            expect(not getattr(arguments, name), name, "--data beside it")
+            expect(not getattr(arguments, name), arguments, name, "--data beside it")
     else:
         for name in ("dense", "first_scene"):
-            expect(not getattr(arguments, name), name, "no --data, as it is of the miniature")
-        expect(not arguments.validate or arguments.validation_data, "validate", "--validation-data beside it")
-        expect(arguments.validate or not arguments.validation_data, "validation_data", "--validate beside it")
+            expect(not getattr(arguments, name), arguments, name, "no --data, as it is of the miniature")
+        held_out = arguments.validation_data
+        expect(not arguments.validate or held_out, arguments, "validate", "--validation-data beside it")
+        expect(arguments.validate or not held_out, arguments, "validation_data", "--validate beside it")
+
+
+def check_out(out: Path) -> None:
+    """What a run only writes when it is over: whether it will be able to."""
+    for name, fits in (("model", (FOLDER, NOTHING)), ("curve.png", (FILE, NOTHING))):
+        found = kind(out / name)
+        if found not in fits and not (out / name).is_symlink():
+            raise minifocus.InputError(f"--out: {out / name}: expected {fits[0]} or nothing, found {found}")
 
 
 def names(text: str, option: str, known: tuple[str, ...]) -> set[str]:
     found = {name.strip() for name in text.split(",") if name.strip()}
     if found - set(known):
-        raise minifocus.InputError(f"--{option}: expected some of {', '.join(known)}, got {text!r}")
+        raise minifocus.InputError(f"--{option}: expected some of {', '.join(known)}, got {shown(text)}")
     return found
 
 
@@ -203,7 +206,7 @@ def numbers(text: str, option: str, count: int | None = None) -> tuple[float, ..
         values = ()
     if not values or (count is not None and len(values) != count):
         wanted = f"{count} numbers" if count else "numbers"
-        raise minifocus.InputError(f"--{option}: expected {wanted} with commas between, got {text!r}")
+        raise minifocus.InputError(f"--{option}: expected {wanted} with commas between, got {shown(text)}")
     return values
 
 
@@ -214,7 +217,7 @@ def load_model(arguments: argparse.Namespace, fresh: set[str], device: torch.dev
     own = {name: value for name, value in given.items() if value is not None}
     if arguments.straight_through:
         own["straight_through"] = True
-    has_selector = (Path(arguments.model) / SELECTOR_FILE).is_file() and "selector" not in fresh
+    has_selector = kind(Path(arguments.model) / SELECTOR_FILE) == FILE and "selector" not in fresh
     learned = sampler in ("focus", "vision")
     if not learned and own:
         option = next(iter(own)).replace("_", "-")
@@ -272,16 +275,12 @@ def learning_rate(name: str, rates: dict[str, float], model: minifocus.Llava) ->
 
 def train(arguments: argparse.Namespace) -> None:
     check(arguments)
-    try:
-        device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise minifocus.InputError(f"--device: {str(error).splitlines()[0]}") from error
+    device = usable_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
-    process = Process.join(device)
     miniature = arguments.data is None
     for name, value in DEFAULTS[arguments.stage, miniature].items():
         if getattr(arguments, name) is None:
@@ -292,13 +291,16 @@ def train(arguments: argparse.Namespace) -> None:
     frozen, fresh = names(arguments.freeze, "freeze", PARTS), names(arguments.fresh, "fresh", PARTS[1::2])
     rates = {part: 0.0 if part in frozen else getattr(arguments, f"lr_{part}") for part in PARTS}
     rates["selector_bias"] = 0.0 if "selector" in frozen else arguments.lr_selector_bias
-
-    model = load_model(arguments, fresh, device)
-    if arguments.template:
-        model.template = arguments.template
-    # Named in the identity of a run, of which they were a part before they could be absent.
-    arguments.alpha = Objective.alpha if arguments.alpha is None else arguments.alpha
-    arguments.selector_bias = 1.0 if arguments.selector_bias is None else arguments.selector_bias
+    independent = arguments.turns == "independent"
+    weights = arguments.scale_weights
+    objective = Objective(
+        alpha=Objective.alpha if arguments.alpha is None else arguments.alpha,
+        scale_weights=None if weights is None else numbers(weights, "scale-weights"),
+        gamma=numbers(arguments.gamma, "gamma", 2),
+        layers=numbers(arguments.layers, "layers", 2),
+        sampler_dropout=arguments.sampler_dropout,
+        independent=independent,
+    )
     read = partial(
         read_conversations,
         image_folder=arguments.images,
@@ -310,23 +312,12 @@ def train(arguments: argparse.Namespace) -> None:
         source = CardScenes(first=arguments.first_scene, dense=True if arguments.dense else None)
     else:
         source = read(arguments.data)
-    independent = arguments.turns == "independent"
-    batches = Batches(
-        model,
-        source,
-        arguments.micro_batch or (4 if miniature else 1),
-        arguments.seed,
-        independent,
-        arguments.max_turns or (12 if miniature else None),
-        arguments.max_tokens,
-        shuffle=not miniature,
-        skip_unusable=arguments.skip_unusable,
-    )
+    held_out = read(arguments.validation_data) if arguments.validation_data else []
     steps = arguments.steps or (500 if miniature else max(1, len(source) // arguments.batch))
     settings = Settings(
         steps=steps,
         batch=arguments.batch,
-        micro_batch=batches.size,
+        micro_batch=arguments.micro_batch or (4 if miniature else 1),
         warmup_steps=round(arguments.warmup * steps),
         final_lr=arguments.final_lr,
         max_grad_norm=arguments.max_grad_norm,
@@ -337,74 +328,77 @@ def train(arguments: argparse.Namespace) -> None:
         save_every=arguments.save_every,
         log_every=arguments.log_every,
     )
-    weights = arguments.scale_weights
-    objective = Objective(
-        alpha=arguments.alpha,
-        scale_weights=None if weights is None else numbers(weights, "scale-weights"),
-        gamma=numbers(arguments.gamma, "gamma", 2),
-        layers=numbers(arguments.layers, "layers", 2),
-        sampler_dropout=arguments.sampler_dropout,
-        independent=independent,
-    )
-    task = AnswerObjective(model, objective, arguments.seed)
-    optimizers = make_optimizers(task, partial(learning_rate, rates=rates, model=model), settings)
     out = Path(arguments.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise minifocus.InputError(f"--out: {out}: {error}") from error
-    identity = {name: value for name, value in vars(arguments).items() if name not in NOT_OF_A_RUN}
-    if arguments.template is None:  # an option that runs once had not
-        del identity["template"]
-    identity["model"] = digest_of_model(Path(arguments.model))
-    if not miniature:
-        identity["conversations"] = len(source)
-        identity["data"] = hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest()
+    process = Process.join(device)
+    with process.alone(out):
+        check_out(out)
+        model = load_model(arguments, fresh, device)
+        if arguments.template:
+            model.template = arguments.template
+        # Named in the identity of a run, of which they were a part before they could be absent.
+        arguments.alpha = objective.alpha
+        arguments.selector_bias = 1.0 if arguments.selector_bias is None else arguments.selector_bias
+        batches = Batches(
+            model,
+            source,
+            settings.micro_batch,
+            arguments.seed,
+            independent,
+            arguments.max_turns or (12 if miniature else None),
+            arguments.max_tokens,
+            shuffle=not miniature,
+            skip_unusable=arguments.skip_unusable,
+        )
+        task = AnswerObjective(model, objective, arguments.seed)
+        optimizers = make_optimizers(task, partial(learning_rate, rates=rates, model=model), settings)
+        identity = {name: value for name, value in vars(arguments).items() if name not in NOT_OF_A_RUN}
+        identity["model"] = digest_of_model(Path(arguments.model))
+        if not miniature:
+            identity["conversations"] = len(source)
+            identity["data"] = hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest()
 
-    held_out = read(arguments.validation_data) if arguments.validation_data else []
+        def validate() -> dict[str, Any]:
+            if miniature:
+                drawn = cards.questions("validation", arguments.validate, dense=True if arguments.dense else None)
+                result = evaluate(model, drawn, 16, arguments.validate)
+            else:
+                asked = (question for conversation in held_out for question in asked_alone(conversation))
+                every = list(islice(asked, arguments.validate))
+                result = evaluate(model, every, 16, len(every), max_new_tokens=longest_answer(model, every))
+            return {name: result[name] for name in ("accuracy", "families", "tokens")}
 
-    def validate() -> dict[str, Any]:
-        if miniature:
-            drawn = cards.questions("validation", arguments.validate, dense=True if arguments.dense else None)
-            result = evaluate(model, drawn, 16, arguments.validate)
-        else:
-            every = [q for conversation in held_out for q in asked_alone(conversation)][: arguments.validate]
-            result = evaluate(model, every, 16, len(every), max_new_tokens=longest_answer(model, every))
-        return {name: result[name] for name in ("accuracy", "families", "tokens")}
-
-    seconds = fit(
-        task,
-        optimizers,
-        batches,
-        settings,
-        out,
-        device,
-        identity,
-        workers=arguments.workers,
-        validate=validate if arguments.validate and (miniature or arguments.validation_data) else None,
-        validate_every=arguments.validate_every,
-        title=arguments.stage,
-    )
-    if process.rank == 0:
-        model.save(out / "model")
-        print(f"{settings.steps} steps in {seconds:.0f} s; the model is in {out / 'model'}")
-        try:
-            draw_curve(out / LOG, out / "curve.png")
-        except ImportError:
-            print(f"{out / 'curve.png'} is not drawn: it needs matplotlib", file=sys.stderr)
+        seconds = fit(
+            task,
+            optimizers,
+            batches,
+            settings,
+            out,
+            device,
+            identity,
+            workers=arguments.workers,
+            validate=validate if arguments.validate and (miniature or arguments.validation_data) else None,
+            validate_every=arguments.validate_every,
+            title=arguments.stage,
+        )
+        if process.rank == 0:
+            leave_results(model, out)
+            print(f"{settings.steps} steps in {seconds:.0f} s; the model is in {out / 'model'}")
     process.leave()
 
 
-def main() -> int:
+def leave_results(model: minifocus.Llava, out: Path) -> None:
+    """The trained model and the picture of its run."""
+    model.save(out / "model")
     try:
-        train(parse_arguments())
-    except (minifocus.CheckpointError, minifocus.InputError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+        draw_curve(out / LOG, out / "curve.png")
+    except ImportError:
+        print(f"{out / 'curve.png'} is not drawn: it needs matplotlib", file=sys.stderr)
+
+
+@command_line.guarded
+def main() -> None:
+    train(parse_arguments())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

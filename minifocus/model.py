@@ -18,7 +18,7 @@ from . import generate as generation
 from .chat_template import read_chat_template
 from .config import DTYPES, Config, load_config
 from .errors import CheckpointError, InputError
-from .files import FILE, kind, named, read_bytes
+from .files import FILE, FOLDER, kind, named, read_bytes
 from .image import ImageProcessor, num_visual_tokens, select_best_resolution, stitch
 from .llama import DecoderLayer, LayerCache, Llama
 from .model_folder import SELECTOR, Origin, finish_save, replacing, stamps
@@ -504,15 +504,13 @@ def load(
     files in place is finished first. Raises CheckpointError for a bad folder and InputError for a bad argument.
     """
     folder = arguments.path("folder", folder)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: expected the folder of a model, found {'a file' if folder.exists() else 'nothing'}"
-        )
+    if kind(folder) != FOLDER:
+        raise CheckpointError(f"{named(folder)}: expected the folder of a model, found {kind(folder)}")
     resolved_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(resolved_dtype, torch.dtype) and resolved_dtype in DTYPES.values()):
         raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {arguments.shown(dtype)}")
     check_finite = arguments.flag("check_finite", check_finite)
-    target = _device(device)
+    target = usable_device(device)
     finish_save(folder)
     origin = Origin.read(folder)
     config = load_config(folder)
@@ -535,12 +533,12 @@ def load(
     return model
 
 
-def _device(name: str | torch.device) -> torch.device:
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name, on which numbers can be kept and read. Raises InputError for any other."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"device: {arguments.shown(name)} is not usable here: {str(error).splitlines()[0]}") from error
-    if device.type == "meta":
-        raise InputError("device: 'meta' holds no numbers to answer with: expected one that does")
+        torch.zeros(1, device=device).item()  # which meta tensors, for one, do not have
+    except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError, ImportError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"device: {arguments.shown(name)} is not usable here: {reason}") from error
     return device

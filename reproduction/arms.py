@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "weights"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("weights", "benchmarks", "examples")]
 import make_tiny  # noqa: E402
+from command_line import Failed, call, write_text  # noqa: E402
 from record import commit  # noqa: E402
 
 SEEDS = (1, 2, 3)
@@ -124,7 +125,7 @@ class Recipe:
         return {"steps": self.steps, "batch": self.batch, "questions": self.count}
 
 
-class CommandFailed(Exception):
+class CommandFailed(Failed):
     """A command of an arm ended with an error; the text says which, and where what it said is."""
 
 
@@ -176,7 +177,7 @@ def once(command: list[str], model: Path, out: Path, title: str) -> dict[str, An
         if known["command"] == command and "commit" in known:
             return {**known["result"], "commit": known["commit"]}
     found = {"command": command, "commit": commit(), "result": json.loads(run([*command, "--model", str(model)], out))}
-    file.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(found) + "\n")
     return {**found["result"], "commit": found["commit"]}
 
 
@@ -185,15 +186,8 @@ def run(command: list[str], out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     log = out / "progress.txt"
     with log.open("a", encoding="utf-8") as progress:
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=progress,
-            text=True,
-            check=False,
-        )
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = call([sys.executable, *command], cwd=ROOT, env=environment, stdout=PIPE, stderr=progress)
     if done.returncode:
         last = log.read_text(encoding="utf-8").rstrip().rsplit("\n", 1)[-1]
         raise CommandFailed(f"{command[0]} ended with {done.returncode}; see {log}: {last}")

@@ -226,4 +226,13 @@ def build(package: Path, forgive: tuple[type[Exception], ...] = (Missing, Failed
 
 
 if __name__ == "__main__":
-    build(ROOT / "minifocus", forgive=(Missing,))
+    sys.path.append(str(ROOT / "examples"))
+    import command_line
+
+    @command_line.guarded
+    def main() -> None:
+        command_line.Parser(__doc__).parse_args()
+        build(ROOT / "minifocus", forgive=(Missing,))
+
+    command_line.begin()
+    command_line.run(main)

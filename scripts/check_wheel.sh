@@ -3,6 +3,10 @@
 # with and, where the disk has room, with the CUDA build of an older torch and no GPU, which shows that one wheel serves both
 # and that the CUDA half loads. MINIFOCUS_BUILD=cpu checks a wheel without that half.
 set -euo pipefail
+if (($#)); then # it takes none, and --help is no reason to build a wheel
+  sed -n '2,/^set /{s/^# //p}' "$0"
+  [[ $1 == --help || $1 == -h ]] && exit 0 || exit 2
+fi
 cd "$(dirname "$0")/.."
 export MINIFOCUS_BUILD=${MINIFOCUS_BUILD:-all} MINIFOCUS_BACKEND=native
 sources=$PWD

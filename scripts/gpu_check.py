@@ -15,20 +15,27 @@ Exit status: 0 all passed, 1 a step failed, 2 usage, 3 there is no GPU.
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
 import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from command_line import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -106,9 +113,11 @@ def run(command: list[str], settings: dict[str, str], limit: int, output: TextIO
         return str(error)
     try:
         return running.wait(limit)
-    except subprocess.TimeoutExpired:
+    except BaseException as error:
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         return f"took more than {limit} s"
 
 
@@ -126,14 +135,23 @@ def measured(name: str, out: Path, scratch: Path) -> dict[str, Any]:
         return {"unreadable": f"{file.name}: {error}"}
 
 
+@command_line.guarded
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     out = parser.parse_args().out.resolve()
     if not torch.cuda.is_available():
         print("gpu_check: torch sees no GPU on this machine, so nothing was run", file=sys.stderr)
         return 3
-    out.mkdir(parents=True, exist_ok=True)
+    os.environ.pop("MINIFOCUS_BACKEND", None)  # the operators that it may ask for are yet to be built
+    from minifocus.locks import hold
+
+    with hold(out):
+        return check(out)
+
+
+def check(out: Path) -> int:
+    """All steps, into a folder that is held; the exit status."""
     report = {**environment(Path(__file__), "torch", "hypothesis"), "device": torch.cuda.get_device_name(), "steps": {}}
     report["versions"]["cuda"] = torch.version.cuda
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -153,11 +171,11 @@ def main() -> int:
         step = {"passed": code == 0, "exit": code, "seconds": round(time.monotonic() - start, 1)}
         report["steps"][name] = {**step, "last_line": last[:500], **measured(name, out, scratch)}
         print(f"{name}: {'passed' if code == 0 else f'FAILED ({code})'}; {last[:200]}", flush=True)
-        (out / "gpu_check.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(out / "gpu_check.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         if name == "build" and code != 0:
             break
     return 0 if all(step["passed"] for step in report["steps"].values()) and len(report["steps"]) > 1 else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

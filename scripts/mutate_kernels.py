@@ -12,18 +12,26 @@ Exit status: 0 every mutant was noticed, 1 one survived, 2 usage or a mutant tha
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from queue import Queue
+from subprocess import PIPE
+
+from command_line import call, expect_file, expect_numbers, working, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -124,9 +132,7 @@ def try_out(mutant: tuple[str, str, str, int, str], copies: Queue[Path]) -> dict
         "-k",
         chosen,
     ]
-    done = subprocess.run(
-        command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True
-    )
+    done = call(command, cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, stdout=PIPE, stderr=PIPE)
     target.write_text(original)
     copies.put(copy)
     if done.returncode not in (0, 1):
@@ -139,26 +145,29 @@ def try_out(mutant: tuple[str, str, str, int, str], copies: Queue[Path]) -> dict
     return {"file": file, "mutant": what, "outcome": outcome, "said": said}
 
 
+@command_line.guarded
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--only", choices=sorted(TESTS), help="the mutants of this file")
     parser.add_argument("--jobs", type=int, default=2, help="how many are tried at a time")
     parser.add_argument("--out", type=Path, help="also write the result as JSON")
     arguments = parser.parse_args()
+    expect_numbers(arguments, 1, "jobs", 1000)
+    expect_file(arguments.out, "out")
     report = environment(Path(__file__), "torch", "hypothesis")
     wanted = [mutant for mutant in mutants() if arguments.only in (None, mutant[0])]
     copies: Queue[Path] = Queue()
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(arguments.jobs) as pool:
+    with tempfile.TemporaryDirectory() as scratch, working(ThreadPoolExecutor(arguments.jobs)) as pool:
         for job in range(arguments.jobs):
             copies.put(copy_sources(Path(scratch) / str(job)))
         results = list(pool.map(lambda mutant: try_out(mutant, copies), wanted))
     survived = sum(result["outcome"] == "SURVIVED" for result in results)
     if arguments.out:
         report |= {"survived": survived, "mutants": results}
-        arguments.out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(arguments.out, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     print(f"{len(results)} mutants, {survived} survived")
     return 1 if survived else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_line.run(main)

@@ -8,18 +8,26 @@ registers; tests/test_ptxas.py allows neither, and holds the recorded file to th
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
 import json
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 from build_operators import NVCC_OPTIONS, ROOT, find_compiler, find_nvcc, version
+from command_line import call, expect_file, working, write_text
 
 ARCHITECTURES = ("sm_80", "sm_90")
 NUMBERS = {
@@ -37,7 +45,7 @@ def ptxas(nvcc: str, source: Path, architecture: str) -> str:
     host = ["-ccbin", compiler] if compiler else []
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, *host, *NVCC_OPTIONS.split(), "-cubin", f"-arch={architecture}", "-Xptxas", "-v"]
-        done = subprocess.run([*command, "-o", f"{folder}/cubin", str(source)], capture_output=True, text=True)
+        done = call([*command, "-o", f"{folder}/cubin", str(source)], stdout=PIPE, stderr=PIPE)
     if done.returncode:
         raise SystemExit(done.stderr)
     return done.stderr
@@ -45,7 +53,7 @@ def ptxas(nvcc: str, source: Path, architecture: str) -> str:
 
 def demangle(names: Iterable[str]) -> list[str]:
     """C++ names without parameters, return types and this project's namespaces: region_kernel<float, 4, true>."""
-    done = subprocess.run(["c++filt", "--no-params", *names], capture_output=True, text=True, check=True)
+    done = call(["c++filt", "--no-params", *names], stdout=PIPE)
     return [
         re.sub(r"^void |minifocus::cuda::|\(anonymous namespace\)::", "", line) for line in done.stdout.splitlines()
     ]
@@ -68,7 +76,7 @@ def report() -> dict[str, Any]:
     if nvcc is None:
         raise SystemExit("nvcc was not found")
     jobs = list(product(sorted((ROOT / "csrc/cuda").glob("*.cu")), ARCHITECTURES))
-    with ThreadPoolExecutor() as pool:
+    with working(ThreadPoolExecutor()) as pool:
         said = pool.map(lambda job: ptxas(nvcc, *job), jobs)
     rows = [row for (file, gpu), text in zip(jobs, said, strict=True) for row in kernels(text, file=file.name, gpu=gpu)]
     rows.sort(key=lambda row: (row["file"], row["kernel"], row["gpu"]))
@@ -81,16 +89,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
+@command_line.guarded
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report to FILE too")
     arguments = parser.parse_args()
+    expect_file(arguments.out, "out")
     result = report()
     print(result["nvcc"], table(result["kernels"]), sep="\n")
     if arguments.out:
         rows = ",\n".join(json.dumps(row) for row in result["kernels"])
-        arguments.out.write_text(f'{{"nvcc": {json.dumps(result["nvcc"])}, "kernels": [\n{rows}\n]}}\n')
+        write_text(arguments.out, f'{{"nvcc": {json.dumps(result["nvcc"])}, "kernels": [\n{rows}\n]}}\n')
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -48,7 +48,7 @@ def test_every_training_free_method_is_compared() -> None:
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ("--timed 0", "--timed: expected at least 1, got 0"),
+        ("--timed 0", "--timed: expected a number of at least 1, got 0"),
         ("--methods focus,typo", "got typo"),
         ("--budgets 0.5,half", "--budgets: expected numbers with commas between"),
         ("--image examples/cards.png", "--image: expected --model or --random"),

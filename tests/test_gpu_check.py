@@ -35,6 +35,7 @@ def check(out: Path, monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, lis
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(out)])
+    monkeypatch.delenv("MINIFOCUS_BACKEND", raising=False)  # which it takes out
 
     def made(capability: tuple[int, int], out: Path, scratch: Path) -> list[tuple[str, list[str], dict[str, str], int]]:
         extra = {"SCRATCH": str(scratch)}

@@ -177,7 +177,7 @@ def test_results_of_other_steps_are_not_added_to(tmp_path: Path) -> None:
     command = [sys.executable, "examples/reproduce.py", "--quick", "--table", "5", "--out", str(tmp_path)]
     command += ["--runs", str(tmp_path / "runs")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and not (tmp_path / "runs").exists()
+    assert done.returncode == 2 and not (tmp_path / "runs").exists()
     assert (
         "expected arms of 2 steps of 4 conversations and 16 questions, as these, got 400 of 12 and 4000" in done.stderr
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,9 +34,10 @@ from safetensors.torch import load_file, safe_open, save_file
 from scripts_as_modules import example
 
 import minifocus
-from minifocus import cards
+from minifocus import cards, locks
 from minifocus.conversations import read_conversations
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, save_selector
+from minifocus.training import loop
 from minifocus.training.examples import Batches, CardScenes
 from minifocus.training.loop import Log, Process, Settings, check_memory, read_log
 from minifocus.training.objective import AnswerObjective, Objective, draw_guidance
@@ -481,6 +485,188 @@ def test_what_processes_agree_on(toy: ModuleType, tmp_path: Path, monkeypatch: p
     assert group.call_args.kwargs["timeout"].total_seconds() > 3600
 
 
+# ---------------------------------------------------------------------------------------------------- the run's own folder
+
+
+HOLDER = """
+import os, sys, time
+from minifocus.locks import hold
+with hold(sys.argv[1]):
+    if os.fork() == 0:  # a process that reads ahead, which may live longer
+        time.sleep(60)
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no POSIX locks")
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    """The second ends at once and touches nothing. When the first is killed, its children keep nobody out."""
+    out = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, out], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        before = {file: file.read_bytes() for file in out.iterdir()}
+        with mock.patch.object(trainer, "load_model", side_effect=AssertionError("loaded")):
+            done = train("--out", out, *SHORT)
+        assert (done.code, done.out) == (2, "") and done.err.count("\n") == 1
+        assert done.err.startswith(f"error: {out}: process {holder.pid} writes into it: wait for it to end, or name")
+        with pytest.raises(minifocus.InputError, match=rf"^{out}: process {holder.pid} writes into it"):
+            draw_cards.write_json(out, "train", 1)
+        assert {file: file.read_bytes() for file in out.iterdir()} == before and list(before) == [out / ".lock"]
+        holder.kill()
+        holder.wait(30)
+        with locks.hold(out):
+            assert (out / ".lock").read_text() == f"{os.getpid()}\n"
+        assert not list(out.iterdir())
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(holder.pid, signal.SIGKILL)
+
+
+def test_a_lock_s_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "a/b"
+    with locks.hold(folder):
+        with locks.hold(folder), locks.hold(tmp_path):
+            assert folder.is_dir()
+        raised: list[Exception] = []
+
+        def from_a_thread() -> None:
+            try:
+                with locks.hold(f"{folder}/../b"):
+                    pass
+            except minifocus.InputError as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=from_a_thread)
+        thread.start()
+        thread.join()
+        assert "another thread of this process writes into it" in str(raised[0])
+        assert (folder / ".lock").exists()
+    assert not list(tmp_path.iterdir())  # folders that were made for nothing are gone
+
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    for make in (lambda lock: lock.symlink_to(mine), os.mkfifo, Path.mkdir):
+        odd = tmp_path / make.__name__.strip("<>") / "odd"
+        odd.mkdir(parents=True)
+        make(odd / ".lock")
+        with pytest.raises(minifocus.InputError, match=r"\.lock: expected the file of a lock, found something else"):
+            locks.hold(odd).__enter__()
+    for bad in (mine, mine / "below", tmp_path / ("a" * 5000), "/sys/run"):
+        with pytest.raises(minifocus.InputError, match="cannot be written: ") as error:
+            locks.hold(bad).__enter__()
+        assert len(str(error.value)) < 400
+    assert mine.read_text() == "mine"
+
+    def none(descriptor: int, what: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "lockf", none)
+    with locks.hold(tmp_path):  # NFS without a lock daemon: two runs there are the user's own affair
+        assert "no lock keeps other runs from writing into it: No locks available" in caplog.text
+
+
+def test_what_a_run_finds_in_its_folder(toy: ModuleType, tmp_path: Path) -> None:
+    """Before the first step: what is no log or checkpoint is refused by its name, and stays; leftovers go."""
+    never = mock.patch.object(toy.Task, "forward", side_effect=AssertionError("a step"))
+    line = '{"step": 1}\n'
+    odd = [
+        ("log.jsonl", b"\xff\xfe{", "line 1: expected text in UTF-8, got b"),
+        ("log.jsonl", b"[" * 100000, "line 1: nested too deeply"),
+        ("log.jsonl", f"{line}<html>\n{line}".encode(), "line 2: expected an object with a step, got what is not JSON"),
+        ("log.jsonl", b'{"step": -1}', "line 1: expected an object with a step"),
+        ("log.jsonl", b'{"step": 1' + b"0" * 400 + b"}", "line 1: expected an object with a step"),
+        ("log.jsonl", None, "expected a file, found a folder"),
+        ("checkpoint.pt", None, "expected a file, found a folder"),
+        ("checkpoint.pt", "FIFO", "expected a file, found a FIFO"),
+    ]
+    for number, (name, content, words) in enumerate(odd):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            os.mkfifo(folder / name) if content else (folder / name).mkdir()
+        with never, pytest.raises(minifocus.InputError, match=rf"{number}/{name}: {words}") as error:
+            toy.train(folder, 4)
+        assert len(str(error.value)) < 400 and [file.name for file in folder.iterdir()] == [name]
+        assert not isinstance(content, bytes) or (folder / name).read_bytes() == content
+
+    mine, out = tmp_path / "mine", tmp_path / "linked"
+    mine.write_text(line)
+    out.mkdir()
+    for name in ("log.jsonl", "checkpoint.pt"):
+        (out / name).symlink_to(mine if name == "log.jsonl" else tmp_path / "nowhere")
+    (out / "log.jsonl").unlink()
+    (out / "log.jsonl").symlink_to(mine)
+    (out / "checkpoint.pt").unlink()
+    (out / ".unfinished-0").write_text("of a run that was killed")
+    (out / "checkpoint.tmp").mkdir()
+    toy.train(out, 4)
+    assert sorted(file.name for file in out.iterdir()) == ["checkpoint.pt", "checkpoint.tmp", "log.jsonl"]
+    assert mine.read_text() == line and not (out / "log.jsonl").is_symlink() and len(read_log(out / "log.jsonl")) == 3
+
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    for change in ({"steps": -1}, {"parameters": {}}, {"optimizers": [1]}, {"steps": "3"}):
+        torch.save({**checkpoint, **change}, out / "checkpoint.pt")
+        with never, pytest.raises(minifocus.InputError, match=r"checkpoint\.pt: not a checkpoint of this run: "):
+            toy.train(out, 4)
+
+
+def test_a_disk_that_is_full_leaves_the_checkpoint_before(toy: ModuleType, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    toy.train(tmp_path, 4)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(minifocus.InputError, match=r"checkpoint\.pt: cannot be written: File too large"):
+            loop._save(tmp_path / "checkpoint.pt", {}, [], {"much": "x" * 2000}, 1, 0.0, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+
+
+def test_what_a_run_cannot_end_with_is_refused_before_it_begins(tmp_path: Path) -> None:
+    (tmp_path / "a/curve.png").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/model").write_text("mine")
+    for out, words in (("a/curve.png", "expected a file or nothing"), ("b/model", "expected a folder or nothing")):
+        with mock.patch.object(trainer, "load_model", side_effect=AssertionError("loaded")):
+            done = train("--out", (tmp_path / out).parent, *SHORT)
+        assert done.code == 2 and f"--out: {tmp_path / out}: {words}" in done.err
+
+
+def test_the_first_step_does_not_wait_for_the_last(toy: ModuleType, tmp_path: Path) -> None:
+    """Nothing is made for steps that are yet to come."""
+    taken: list[Any] = []
+    share = toy.Batches.share
+
+    def watched(self: Any, numbers: Any, workers: int = 0) -> Any:
+        taken.append(numbers)
+        return share(self, numbers, workers)
+
+    with mock.patch.object(toy.Batches, "share", watched):
+        first = mock.patch.object(toy.Task, "forward", side_effect=minifocus.InputError("the first step"))
+        with first, pytest.raises(minifocus.InputError, match="the first step"):
+            toy.train(tmp_path, 4, steps=20_000)
+    assert not hasattr(taken[0], "__len__")
+    batches = Batches(minifocus.load(TINY, "none"), CardScenes(), 1, 0, independent=True, max_turns=1)
+    stream = batches.share(itertools.count(10**9))
+    assert [next(stream).position for _ in range(2)] == [10**9, 10**9 + 1]
+
+
+def test_scenes_are_those_of_the_split() -> None:
+    assert len(CardScenes(first=cards.SPLIT_SIZE - 5)) == 5 and len(CardScenes()) == cards.SPLIT_SIZE // 2
+    with pytest.raises(minifocus.InputError, match="seed: expected 0 to 99999999"):
+        CardScenes(first=cards.SPLIT_SIZE)
+
+
 # ------------------------------------------------------------------------------------------------------ every option once
 
 SHORT = ["--steps", 2, "--batch", 2, "--micro-batch", 1, "--max-turns", 2, "--log-every", 1, "--warmup", 0]
@@ -755,8 +941,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Iterator[Sim
 BAD: list[tuple[Sequence[Any], str]] = [
     (["--model", "nowhere"], "nowhere: expected the folder of a model, found nothing"),
     (["--model", "{silent}"], "silent has none"),
-    (["--out", "{folder}/file"], "--out: {folder}/file: "),
-    (["--device", "abacus"], "--device: "),
+    (["--out", "{folder}/file"], "{folder}/file: cannot be written: Not a directory"),
+    (["--device", "abacus"], "device: 'abacus' is not usable here"),
     (["--device", "cuda:99"], "device: 'cuda:99' is not usable here"),
     (["--data", "none.json"], "none.json: expected a JSON file, found nothing"),
     (["--data", "{data}", "--images", "none"], "none: expected a folder with pictures"),
@@ -798,12 +984,12 @@ BAD: list[tuple[Sequence[Any], str]] = [
     ),
     (["--lr-selector-bias", "-0.5"], "--lr-selector-bias: expected a number of at least 0, got -0.5"),
     (["--lr-llm", "nan"], "--lr-llm: expected a number of at least 0, got nan"),
-    (["--lr-llm", "inf"], "--lr-llm: expected a number of at least 0, got inf"),
+    (["--lr-llm", "inf"], "--lr-llm: expected a number of at most 1e+06, got inf"),
     (["--warmup", "1.5"], "--warmup: expected a share from 0 to 1, got 1.5"),
     (["--warmup", "nan"], "--warmup: expected a share from 0 to 1, got nan"),
     (["--beta2", "1"], "--beta2: expected a number from 0 to below 1, got 1.0"),
     (["--max-grad-norm", "0"], "--max-grad-norm: expected a number above 0, got 0.0"),
-    (["--selector-bias", "nan"], "--selector-bias: expected a finite number, got nan"),
+    (["--selector-bias", "nan"], "--selector-bias: expected a number of at least -1e+06, got nan"),
     (["--selector-bias", "2"], "--selector-bias: expected a new selector"),
     (["--selector-bias", "2", "--sampler", "text"], "--selector-bias: expected a new selector"),
     (["--alpha", "0.5", "--stage", "align"], "--alpha: sampler 'none' has no selector"),
@@ -828,7 +1014,7 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--fresh", "selector", "--sampler", "vision", "--option", "text=all"], "text: not an option of sampler 'none'"),
     (["--window", "2", "--option", "window=4"], "--option: expected NAME=VALUE, each name once, got 'window=4'"),
     (["--thumbnail", "drop", "--model", "{llava}"], "--thumbnail: LLaVA-1.5 has no thumbnail to drop"),
-    (["--alpha", "-1"], "alpha: expected a number of at least 0, got -1.0"),
+    (["--alpha", "-1"], "alpha: expected a number of at least 0 and at most 1e+06, got -1.0"),
     (["--gamma", "0.9"], "--gamma: expected 2 numbers with commas between, got '0.9'"),
     (["--gamma", "0.9,0.5"], "gamma: expected a range between 0 and 1, got 0.9 to 0.5"),
     (["--layers", "a,b"], "--layers: expected 2 numbers with commas between, got 'a,b'"),
@@ -837,15 +1023,30 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--scale-weights", "1,1"], "scale_weights: expected 3, one per scale, got 2"),
     (["--scale-weights", "1,1,inf"], "scale_weights: expected numbers of at least 0"),
     (["--sampler-dropout", "2"], "sampler_dropout: expected a probability, got 2.0"),
+    (["--device", "meta"], "device: 'meta' is not usable here"),
+    (["--fresh", "projector", "--seed", 10**20], "--seed: expected a number of at most 9.22337e+18, got 1000000"),
+    (["--steps", 10**4000], "--steps: expected a number of at most 9.22337e+18, got a whole number of 13288 bits"),
+    (["--batch", 10**30], "--batch: expected a number of at most 1.04858e+06"),
+    (["--workers", 10**6], "--workers: expected a number of at most 1000"),
+    (["--lr-llm", "1e38"], "--lr-llm: expected a number of at most 1e+06, got 1e+38"),
+    (["--weight-decay", "1e400"], "--weight-decay: expected a number of at most 1e+06, got inf"),
+    (["--selector-bias", "1e39"], "--selector-bias: expected a number of at most 1e+06, got 1e+39"),
+    (["--alpha", "inf"], "alpha: expected a number of at least 0 and at most 1e+06, got inf"),
+    (["--first-scene", 10**8], "seed: expected 0 to 99999999, a scene of the split, got 100000000"),
+    (["--out", ""], "--out: expected the name of a folder, got"),
+    (["--images", "a" * 5000], "--images: expected --data beside it, got aaaa"),
+    (["--gamma", "a" * 5000], "--gamma: expected 2 numbers with commas between, got 'aaaa"),
+    (["--freeze", "a" * 5000], "--freeze: expected some of vision, projector, llm, selector, got 'aaaa"),
+    (["--model", "a" * 5000], "expected the folder of a model, found a name that cannot be used"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(map(str, arguments)) for arguments, _ in BAD])
+@pytest.mark.parametrize(("arguments", "words"), BAD, ids=[" ".join(map(str, arguments))[:50] for arguments, _ in BAD])
 def test_bad_arguments(places: SimpleNamespace, tmp_path: Path, arguments: Sequence[Any], words: str) -> None:
     done = train("--out", tmp_path, "--steps", 1, *(str(word).format(**vars(places)) for word in arguments))
     assert done.code == 2 and not done.out
     assert done.err.startswith("error: ") and words.format(**vars(places)) in done.err
-    assert done.err.count("\n") == 1 and "Traceback" not in done.err, done.err
+    assert done.err.count("\n") == 1 and "Traceback" not in done.err and len(done.err) < 1000, done.err
 
 
 @pytest.mark.parametrize("arguments", [["--stage", "tune"], ["--steps", "many"], ["--sampler", "best"], ["--unknown"]])

@@ -17,15 +17,23 @@ else runs on the machine, for each of its operators waits for the slowest thread
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+from command_line import Failed, expect_numbers, write_text
+
+from minifocus.locks import hold
 from minifocus.training.curve import draw_curve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,29 +78,33 @@ def run(stage: str, command: list[str], processes: int) -> float:
     print("$", " ".join(["python", *whole[1:]]), flush=True)
     begun = time.perf_counter()
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {})
-    done = subprocess.run(whole, cwd=ROOT, env=environment, check=False)
+    done = command_line.call(whole, cwd=ROOT, env=environment)
     if done.returncode:
-        sys.exit(f"error: stage {stage!r} ended with {done.returncode}; started again, it goes on from its checkpoint")
+        raise Failed(f"stage {stage!r} ended with {done.returncode}; started again, it goes on from its checkpoint")
     return time.perf_counter() - begun
 
 
 def run_stages(
     runs: Path, steps: dict[str, int], processes: int = 2, scenes: int = 9000, validate: int = 400, until: str = "focus"
 ) -> dict[str, float]:
-    """All stages up to `until`, each from where an earlier run left it; returns the seconds of all runs they took."""
-    runs.mkdir(parents=True, exist_ok=True)
+    """All stages up to `until`, each from where an earlier run left it; returns the seconds of all runs they took.
+
+    Raises InputError where another process makes them, and Failed where a stage fails.
+    """
     times = runs / "seconds.json"
-    seconds: dict[str, float] = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
-    for stage, command in commands(runs, steps, scenes, validate).items():
-        seconds[stage] = round(seconds.get(stage, 0) + run(stage, command, processes), 1)
-        times.write_text(json.dumps(seconds), encoding="utf-8")
-        if stage == until:
-            break
+    with hold(runs):
+        seconds: dict[str, float] = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
+        for stage, command in commands(runs, steps, scenes, validate).items():
+            seconds[stage] = round(seconds.get(stage, 0) + run(stage, command, processes), 1)
+            write_text(times, json.dumps(seconds))
+            if stage == until:
+                break
     return seconds
 
 
+@command_line.guarded
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "weights/tiny", help="model folder to write")
     parser.add_argument(
         "--record", type=Path, default=ROOT / "weights/training", help="folder for logs, curves and record"
@@ -101,25 +113,24 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="two steps of each stage, to try the script out")
     arguments = parser.parse_args()
+    expect_numbers(arguments, 1, "processes", 1000)
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from record import environment
 
     record = environment(Path(__file__), "torch", "numpy", "sentencepiece")
     runs = arguments.runs.resolve()
     steps = dict.fromkeys(STEPS, 2) if arguments.quick else STEPS
-    seconds = run_stages(runs, steps, arguments.processes, *((16, 8) if arguments.quick else (9000, 400)))
-
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    arguments.record.mkdir(parents=True, exist_ok=True)
-    for file in (runs / "focus/model").iterdir():
-        shutil.copyfile(file, arguments.output / file.name)
-    for stage in STEPS:
-        shutil.copyfile(runs / stage / "log.jsonl", arguments.record / f"{stage}.jsonl")
-        draw_curve(arguments.record / f"{stage}.jsonl", arguments.record / f"{stage}.png")
-    record |= {"steps": steps, "seconds": seconds}
-    (arguments.record / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    with hold(arguments.output), hold(arguments.record):
+        seconds = run_stages(runs, steps, arguments.processes, *((16, 8) if arguments.quick else (9000, 400)))
+        for file in (runs / "focus/model").iterdir():
+            shutil.copyfile(file, arguments.output / file.name)
+        for stage in STEPS:
+            shutil.copyfile(runs / stage / "log.jsonl", arguments.record / f"{stage}.jsonl")
+            draw_curve(arguments.record / f"{stage}.jsonl", arguments.record / f"{stage}.png")
+        record |= {"steps": steps, "seconds": seconds}
+        write_text(arguments.record / "record.json", json.dumps(record, indent=2) + "\n")
     print(f"{sum(seconds.values()) / 60:.1f} minutes; the model is in {arguments.output}")
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

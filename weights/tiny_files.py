@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import io
-import json
 import sys
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
+import io
+import json
 
 import sentencepiece
 from PIL import Image
@@ -14,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from minifocus import cards
 from minifocus.card_places import GRID, PATCH
 from minifocus.image import CLIP_MEAN, CLIP_STD
+from minifocus.locks import hold
 
 TOKENIZER_SEED = 40_000_000  # place in the training split of the scenes whose text it learns
 
@@ -194,11 +202,14 @@ def write_configs(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
+@command_line.guarded
 def main() -> None:
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    write_configs(folder)
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="model folder to write")
+    folder = parser.parse_args().folder
+    with hold(folder):
+        write_configs(folder)
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

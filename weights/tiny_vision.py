@@ -5,18 +5,26 @@ python weights/tiny_vision.py --model DIR --out RUN      (DIR as tiny_files.py w
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from command_line import expect_numbers
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -25,7 +33,7 @@ from minifocus import cards
 from minifocus.card_places import GRID, PATCH, View, patch_cover, scene_geometry
 from minifocus.config import Config, load_config
 from minifocus.image import CLIP_MEAN, CLIP_STD
-from minifocus.training.loop import Process, Settings, fit, keep_freed_memory, make_optimizers
+from minifocus.training.loop import MOST, Process, Settings, fit, keep_freed_memory, make_optimizers
 from minifocus.vision import VisionTower
 
 FIRST_SCENE = 50_000_000  # place in the training split
@@ -223,7 +231,7 @@ class ViewBatches:
     def pool(self, number: int) -> Views:
         return draw_views(range(number, self.count, POOLS))
 
-    def share(self, numbers: Sequence[int], workers: int = 0) -> Iterator[Views]:
+    def share(self, numbers: Iterable[int], workers: int = 0) -> Iterator[Views]:
         for number in numbers:
             views = self.pool(number % POOLS)
             drawn = np.random.default_rng([self.seed, number]).integers(0, len(views.tiles), self.size)
@@ -245,8 +253,9 @@ def validate(task: PatchObjective, views: Views) -> dict[str, Any]:
     return {"right": {head: round(right[head] / max(asked[head], 1), 3) for head in HEADS}}
 
 
+@command_line.guarded
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; gets tower.safetensors")
     parser.add_argument("--steps", type=int, default=2800)
@@ -254,7 +263,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    expect_numbers(arguments, 1, "steps")
+    expect_numbers(arguments, 1, "scenes", 1e6)  # they are all in memory
+    expect_numbers(arguments, 0, "lr", MOST)
+    expect_numbers(arguments, 0, "seed")
     process = Process.join(torch.device("cpu"))
     keep_freed_memory()
     torch.manual_seed(arguments.seed)
@@ -272,15 +284,16 @@ def main() -> None:
     )
     optimizers = make_optimizers(task, lambda name: arguments.lr, settings)
     held_out = draw_views(range(arguments.scenes, arguments.scenes + 200)) if process.rank == 0 else None
-    fit(
-        task, optimizers, ViewBatches(arguments.scenes, settings.micro_batch, arguments.seed), settings, arguments.out,
-        torch.device("cpu"), {"scenes": arguments.scenes, "lr": arguments.lr, "seed": arguments.seed},
-        validate=lambda: validate(task, held_out) if held_out is not None else {}, validate_every=500, title="vision",
-    )  # fmt: skip
-    if process.rank == 0:
-        save_file(task.pretraining.tower.state_dict(), arguments.out / "tower.safetensors")
+    with process.alone(arguments.out):
+        fit(
+            task, optimizers, ViewBatches(arguments.scenes, settings.micro_batch, arguments.seed), settings, arguments.out,
+            torch.device("cpu"), {"scenes": arguments.scenes, "lr": arguments.lr, "seed": arguments.seed},
+            validate=lambda: validate(task, held_out) if held_out is not None else {}, validate_every=500, title="vision",
+        )  # fmt: skip
+        if process.rank == 0:
+            save_file(task.pretraining.tower.state_dict(), arguments.out / "tower.safetensors")
     process.leave()
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -9,16 +9,24 @@ patches are left out (which makes steps cheap as well), and two heads of two lay
 
 from __future__ import annotations
 
-import argparse
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from command_line import expect_numbers
 from safetensors.torch import load_file
 from torch import nn
 
@@ -34,7 +42,7 @@ from minifocus.rows import Rows
 from minifocus.samplers import BeforeLLM, PictureFeatures, VisualTokens, uncompressed
 from minifocus.tokenizer import Tokenizer
 from minifocus.training.examples import Batch, Batches, collate, encode
-from minifocus.training.loop import Process, Settings, fit, keep_freed_memory, make_optimizers
+from minifocus.training.loop import MOST, Process, Settings, fit, keep_freed_memory, make_optimizers
 from minifocus.training.packed import Guidance, forward
 
 FIRST_SCENE = 60_000_000  # place in the training split
@@ -257,8 +265,9 @@ def new_model(folder: Path, tower: Path, seed: int) -> Llava:
     return model
 
 
+@command_line.guarded
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json and tokenizer")
     parser.add_argument("--tower", type=Path, required=True, help="the pretrained tower")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; gets the model in model/")
@@ -266,7 +275,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=2)
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    expect_numbers(arguments, 1, "steps")
+    expect_numbers(arguments, 0, "lr", MOST)
+    expect_numbers(arguments, 0, "seed")
     device = torch.device("cpu")
     process = Process.join(device)
     keep_freed_memory()
@@ -285,11 +296,12 @@ def main() -> None:
     optimizers = make_optimizers(task, lambda name: 0.0 if "vision_tower" in name else arguments.lr, settings)
     identity: dict[str, Any] = {"lr": arguments.lr, "seed": arguments.seed}
     batches = GuidedBatches(model, settings.micro_batch, arguments.seed)
-    fit(task, optimizers, batches, settings, arguments.out, device, identity, title="warm-up")
-    if process.rank == 0:
-        model.save(arguments.out / "model")
+    with process.alone(arguments.out):
+        fit(task, optimizers, batches, settings, arguments.out, device, identity, title="warm-up")
+        if process.rank == 0:
+            model.save(arguments.out / "model")
     process.leave()
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

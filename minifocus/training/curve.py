@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..writing import replace
 from .loop import read_log
 
 PANELS = {
@@ -15,7 +16,7 @@ PANELS = {
 
 
 def draw_curve(log: Path, picture: Path) -> None:
-    """Write a PNG. Raises ImportError without matplotlib."""
+    """Write a PNG. Raises ImportError without matplotlib, InputError where one is no log or the other cannot be written."""
     import matplotlib  # only here: nothing else needs it
 
     matplotlib.use("Agg")
@@ -37,5 +38,7 @@ def draw_curve(log: Path, picture: Path) -> None:
         axis.legend(fontsize="small")
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(picture, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+    try:
+        replace(picture, lambda file: figure.savefig(file, dpi=110, format="png", metadata={"Software": None}))
+    finally:
+        pyplot.close(figure)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from .. import cards
-from ..arguments import shown
+from ..arguments import settle, shown
 from ..conversations import Conversation, Turn
 from ..errors import CheckpointError, InputError
 from ..generate import stop_token_ids
@@ -221,12 +222,19 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class CardScenes:
-    """The miniature's scenes, drawn when asked for: `count` of a split from its scene `first` on."""
+    """The miniature's scenes, drawn when asked for: `count` of a split from its scene `first` on, or as many as it has.
+
+    Raises InputError for a scene that is not of the split.
+    """
 
     count: int = cards.SPLIT_SIZE // 2
     first: int = 0
     split: str = "train"
     dense: bool | None = None
+
+    def __post_init__(self) -> None:
+        cards.scenes(self.split, self.first)  # refuses what is none
+        settle(self, count=min(self.count, cards.SPLIT_SIZE - self.first))
 
     def __len__(self) -> int:
         return self.count
@@ -302,13 +310,23 @@ class Batches(torch.utils.data.Dataset[Batch]):
                 _log.warning("left out: %s", error)
         raise InputError(f"data: expected a usable conversation, got {skipped + 1} that are not, one after another")
 
-    def share(self, numbers: Sequence[int], workers: int = 0) -> Iterator[Batch]:
-        """These micro-batches one after another, made ahead by `workers` processes where there are some."""
-        loader = torch.utils.data.DataLoader(_OrError(self), batch_size=None, sampler=numbers, num_workers=workers)
+    def share(self, numbers: Iterable[int], workers: int = 0) -> Iterator[Batch]:
+        """These micro-batches one after another, made ahead by `workers` processes where there are some.
+
+        `numbers` are taken as they are needed: there may be any number of them.
+        """
+        loader = torch.utils.data.DataLoader(
+            _OrError(self), batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=_leave_to_the_first
+        )
         for batch in loader:
             if isinstance(batch, Exception):
                 raise batch
             yield batch
+
+
+def _leave_to_the_first(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the one that these read for ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _OrError(torch.utils.data.Dataset[Any]):

@@ -6,10 +6,9 @@ import ctypes
 import json
 import math
 import os
-import reprlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,11 +20,16 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ..arguments import shown
+from ..arguments import LARGEST, number, shown, whole
 from ..errors import InputError
+from ..files import present, regular
+from ..locks import hold
+from ..writing import clear, replace
 from .muon import Muon
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+MOST_EXAMPLES = 2**20  # of a step, which are all in memory
+MOST = 1e6  # of a rate or factor: beyond it float32 soon has no numbers
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,13 @@ class Settings:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "micro_batch", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.warmup_steps < 0:
-            raise InputError(f"warmup_steps: expected at least 0, got {self.warmup_steps}")
+        for name in ("steps", "save_every", "log_every"):
+            whole(name, getattr(self, name), 1)
+        whole("batch", self.batch, 1, MOST_EXAMPLES)
+        whole("micro_batch", self.micro_batch, 1, MOST_EXAMPLES)
+        whole("warmup_steps", self.warmup_steps, 0)
+        for name in ("final_lr", "weight_decay"):
+            number(name, getattr(self, name), 0, MOST)
 
     def lr_factor(self, step: int) -> float:
         """The learning rates of step 0, 1, … as a share of their peak."""
@@ -75,7 +81,7 @@ class Settings:
 class MicroBatches(Protocol):
     """The micro-batches of a run by number; each has `num_targets`, how many terms its loss is a sum of."""
 
-    def share(self, numbers: Sequence[int], workers: int = 0) -> Iterator[Any]: ...
+    def share(self, numbers: Iterable[int], workers: int = 0) -> Iterator[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -117,9 +123,24 @@ class Process:
         dist.all_gather_object(values, value)
         return values
 
-    def wait(self) -> None:
-        if self.count > 1:
-            dist.barrier()
+    def first(self, work: Callable[[], object]) -> None:
+        """Have the first do this while the others wait. An InputError of its is one of all, so that none waits for ever."""
+        refused: InputError | None = None
+        if self.rank == 0:
+            try:
+                work()
+            except InputError as error:
+                refused = error
+        told = self.gather(refused)[0]
+        if isinstance(told, InputError):
+            raise told
+
+    @contextmanager
+    def alone(self, folder: Path) -> Iterator[None]:
+        """Be the only run that writes into `folder` (see `locks.hold`): the first holds it, for all of them."""
+        with ExitStack() as held:
+            self.first(lambda: held.enter_context(hold(folder)))
+            yield
 
     def leave(self) -> None:
         if self.count > 1:
@@ -161,29 +182,56 @@ def make_optimizers(
 
 
 class Log:
-    """One JSON object per line, of the first process; lines of steps that a resumed run repeats are dropped."""
+    """One JSON object per line, of the first process; lines of steps that a resumed run repeats are dropped.
+
+    The file is a new one, so that none is written to that a link in the run's folder leads to. Raises InputError where it
+    cannot be written.
+    """
 
     def __init__(self, file: Path, first_step: int):
         self.file = file
         kept = [line for line in read_log(file) if line["step"] <= first_step]
-        file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+        def write(unfinished: Path) -> None:
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+        replace(file, write)
 
     def write(self, **values: Any) -> None:
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+        line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in values.items()})
+        try:
+            with self.file.open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:
+            raise InputError(f"{self.file}: cannot be written: {error.strerror}") from error
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
     """The lines of a log, without a last one that was cut off. Raises InputError where one is not of a run."""
-    lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else (), 1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise InputError(f"{file}: line {number}: expected an object with a step, got {reprlib.repr(line)}")
-        lines.append(line)
+    lines: list[dict[str, Any]] = []
+    if not present(file):
+        return lines
+    cut_off = 0
+    try:
+        with regular(file, InputError).open("rb") as stream:
+            for place, text in enumerate(stream, 1):
+                if cut_off:
+                    raise InputError(f"{file}: line {cut_off}: expected an object with a step, got what is not JSON")
+                try:
+                    line = json.loads(text.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{file}: line {place}: expected text in UTF-8, got {shown(text)}") from error
+                except RecursionError as error:
+                    raise InputError(f"{file}: line {place}: nested too deeply") from error
+                except ValueError:
+                    cut_off = place
+                    continue
+                step = line.get("step") if isinstance(line, dict) else None
+                if not isinstance(step, int) or not 0 <= step <= LARGEST:
+                    raise InputError(f"{file}: line {place}: expected an object with a step, got {shown(line)}")
+                lines.append(line)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
     return lines
 
 
@@ -207,7 +255,8 @@ def fit(
 
     Every step's examples and random choices follow from the seed and the step, and micro-batches are the same whatever the
     number of processes: a run that was interrupted ends in the weights of one that was not, bit for bit on the CPU.
-    `identity` is what makes two runs the same one: a checkpoint with another is refused with InputError.
+    `identity` is what makes two runs the same one: a checkpoint with another is refused with InputError, as is a folder
+    that another process writes into (see `locks.hold`).
     """
     process = Process.current()
     per_step = settings.batch // settings.micro_batch
@@ -221,73 +270,89 @@ def fit(
         identity.pop(name)
     trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
     check_memory(task, device, settings.bf16)
-    first, seconds, averages = _resume(folder / CHECKPOINT, trained, optimizers, identity)
-    begins = process.gather(first)
-    if len(set(begins)) > 1:
-        raise InputError(
-            f"{folder / CHECKPOINT}: expected one that all processes see, got runs that go on after {begins} steps: "
-            "the folder must be on a disk that they share"
-        )
-    log = Log(folder / LOG, first) if process.rank == 0 else None
-    wrapped: nn.Module = task
-    if process.count > 1:
-        # Text alone does not use the tower; gradients in the buckets that are sent are not there twice.
-        wrapped = DistributedDataParallel(task, find_unused_parameters=True, gradient_as_bucket_view=True)
-    # Without autocast's cache: what the text-guided sampler casts without a gradient, the layer after it needs with one.
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16, cache_enabled=False)
-    mine = [
-        step * per_step + micro
-        for step in range(first, settings.steps)
-        for micro in range(process.rank, per_step, process.count)
-    ]
-    stream = batches.share(mine, workers)
-    accumulated = per_step // process.count
-    begun = time.perf_counter() - seconds
-    bar = tqdm(total=settings.steps, initial=first, desc=title, disable=None if process.rank == 0 else True)
-    for step in range(first, settings.steps):
-        factor = settings.lr_factor(step)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = group["peak_lr"] * factor
-        task.train()
-        own = [next(stream) for _ in range(accumulated)]
-        targets = max(1, process.sum(sum(batch.num_targets for batch in own), device))
-        task.zero_grad(set_to_none=True)
-        figures: list[dict[str, float]] = []
-        for number, batch in enumerate(own):
-            last = number == accumulated - 1
-            with nullcontext() if last or process.count == 1 else wrapped.no_sync():  # type: ignore[operator]
-                with amp:
-                    loss, parts = wrapped(batch, targets, per_step)
-                (loss * process.count).backward()  # the processes' gradients are averaged, not added
-            figures.append(parts)
-        norm = nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
-        if not math.isfinite(float(norm)):
+    with process.alone(folder):
+        first, seconds, averages = _resume(folder / CHECKPOINT, trained, optimizers, identity)
+        begins = process.gather(first)
+        if len(set(begins)) > 1:
             raise InputError(
-                f"step {step + 1}: the gradient is not finite. A new run with lower learning rates may get past this; this "
-                "one would come to the same step again"
+                f"{folder / CHECKPOINT}: expected one that all processes see, got runs that go on after {begins} steps: "
+                "the folder must be on a disk that they share"
             )
-        for optimizer in optimizers:
-            optimizer.step()
+        log: Log | None = None
 
-        every = zip(*process.gather(figures), strict=True)  # the first micro-batch of each process, the second …
-        _average(averages, [parts for together in every for parts in together])
-        done = step + 1
-        if log is not None:
-            bar.update()
-            bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in averages.items()), refresh=False)
-            if done % settings.log_every == 0 or done == settings.steps:
-                log.write(step=done, seconds=round(time.perf_counter() - begun, 1), lr=factor, **averages)
-        if validate is not None and validate_every and (done % validate_every == 0 or done == settings.steps):
-            if log is not None:
+        def begin_log() -> None:
+            nonlocal log
+            clear(folder)
+            log = Log(folder / LOG, first)
+
+        process.first(begin_log)
+        wrapped: nn.Module = task
+        if process.count > 1:
+            # Text alone does not use the tower; gradients in the buckets that are sent are not there twice.
+            wrapped = DistributedDataParallel(task, find_unused_parameters=True, gradient_as_bucket_view=True)
+        # Without autocast's cache: what the text-guided sampler casts without a gradient, the layer after it needs with one.
+        amp = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16, cache_enabled=False)
+        mine = (
+            step * per_step + micro
+            for step in range(first, settings.steps)
+            for micro in range(process.rank, per_step, process.count)
+        )
+        stream = batches.share(mine, workers)
+        accumulated = per_step // process.count
+        begun = time.perf_counter() - seconds
+
+        def save() -> None:
+            _save(folder / CHECKPOINT, trained, optimizers, identity, done, time.perf_counter() - begun, averages)
+
+        def report() -> None:
+            if log is not None and validate is not None:
                 task.eval()
                 log.write(step=done, **validate())
-            process.wait()
-        if done % settings.save_every == 0 or done == settings.steps:
-            if process.rank == 0:
-                _save(folder / CHECKPOINT, trained, optimizers, identity, done, time.perf_counter() - begun, averages)
-            process.wait()
-    bar.close()
-    return time.perf_counter() - begun
+
+        hidden = None if process.rank == 0 else True
+        with tqdm(total=settings.steps, initial=first, desc=title, disable=hidden) as bar:
+            for step in range(first, settings.steps):
+                factor = settings.lr_factor(step)
+                for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                    group["lr"] = group["peak_lr"] * factor
+                task.train()
+                own = [next(stream) for _ in range(accumulated)]
+                targets = max(1, process.sum(sum(batch.num_targets for batch in own), device))
+                task.zero_grad(set_to_none=True)
+                figures: list[dict[str, float]] = []
+                for number, batch in enumerate(own):
+                    last = number == accumulated - 1
+                    with nullcontext() if last or process.count == 1 else wrapped.no_sync():  # type: ignore[operator]
+                        with amp:
+                            loss, parts = wrapped(batch, targets, per_step)
+                        (loss * process.count).backward()  # the processes' gradients are averaged, not added
+                    figures.append(parts)
+                norm = nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
+                if not math.isfinite(float(norm)):
+                    raise InputError(
+                        f"step {step + 1}: the gradient is not finite. A new run with lower learning rates may get past this; "
+                        "this one would come to the same step again"
+                    )
+                for optimizer in optimizers:
+                    optimizer.step()
+
+                every = zip(
+                    *process.gather(figures), strict=True
+                )  # the first micro-batch of each process, the second …
+                _average(averages, [parts for together in every for parts in together])
+                done = step + 1
+                if log is not None:
+                    bar.update()
+                    bar.set_postfix_str(
+                        " ".join(f"{name} {value:.3g}" for name, value in averages.items()), refresh=False
+                    )
+                    if done % settings.log_every == 0 or done == settings.steps:
+                        log.write(step=done, seconds=round(time.perf_counter() - begun, 1), lr=factor, **averages)
+                if validate is not None and validate_every and (done % validate_every == 0 or done == settings.steps):
+                    process.first(report)
+                if done % settings.save_every == 0 or done == settings.steps:
+                    process.first(save)
+        return time.perf_counter() - begun
 
 
 def check_memory(task: nn.Module, device: torch.device, bf16: bool) -> None:
@@ -322,7 +387,7 @@ def _save(
     seconds: float,
     averages: dict[str, float],
 ) -> None:
-    """In one piece: a run that is killed here leaves the checkpoint before."""
+    """In one piece: a run that is killed here leaves the checkpoint before. InputError where it cannot be written."""
     state = {
         "identity": identity,
         "steps": steps,
@@ -331,9 +396,17 @@ def _save(
         "parameters": {name: p.detach() for name, p in trained.items()},
         "optimizers": [optimizer.state_dict() for optimizer in optimizers],
     }
-    unfinished = file.with_suffix(".tmp")
-    torch.save(state, unfinished)
-    unfinished.replace(file)
+
+    def write(unfinished: Path) -> None:
+        with unfinished.open("wb") as stream:
+            try:
+                torch.save(state, stream)
+            except RuntimeError as error:  # of torch's own writer, after the system's error
+                if isinstance(error.__context__, OSError):
+                    raise OSError(error.__context__.errno, error.__context__.strerror) from error
+                raise
+
+    replace(file, write)
 
 
 def _resume(
@@ -343,14 +416,15 @@ def _resume(
     identity: dict[str, Any],
 ) -> tuple[int, float, dict[str, float]]:
     """Steps already done, the seconds that they took and the log's averages, after loading what they made."""
-    if not file.exists():
+    if not present(file):
         return 0, 0.0, {}
+    regular(file, InputError)
     try:
         # On the CPU, where the optimisers keep their counters; the rest they move to its parameter's device. Mapped, where a
         # mapped file can be replaced: the processes of a machine share its pages, each would have a copy otherwise.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=os.name == "posix")
     except Exception as error:  # torch and zipfile raise many
-        raise InputError(f"{file}: not a checkpoint of a run: {error}") from error
+        raise InputError(f"{file}: not a checkpoint of a run: {shown(str(error))}") from error
     if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
         raise InputError(
             f"{file}: not a checkpoint of a run: expected one with an identity, got {type(state).__name__}"
@@ -362,12 +436,25 @@ def _resume(
     ]
     if differing:
         raise InputError(f"{file}: of another run; name another folder or delete this one. {'; '.join(differing)}")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(state["parameters"][name])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return state["steps"], state["seconds"], state.get("averages", {})
+    try:
+        steps, seconds, averages = state["steps"], state["seconds"], state.get("averages", {})
+        whole("steps", steps, 0)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(state["parameters"][name])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what is missing, or of another shape
+        raise InputError(
+            f"{file}: not a checkpoint of this run: {type(error).__name__}: {shown(str(error))}"
+        ) from error
+    return steps, seconds, averages
 
 
 def keep_freed_memory() -> None:

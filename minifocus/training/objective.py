@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..samplers.text_guided import TextGuidedSampler
 from ..samplers.vision_guided import VisionGuidedSampler, balance_loss
 from .examples import Batch
+from .loop import MOST
 from .packed import Guidance, forward
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ class Objective:
     independent: bool = False
 
     def __post_init__(self) -> None:
-        if not self.alpha >= 0:
-            raise InputError(f"alpha: expected a number of at least 0, got {self.alpha}")
+        if not 0 <= self.alpha <= MOST:
+            raise InputError(f"alpha: expected a number of at least 0 and at most {MOST:g}, got {self.alpha}")
         if self.scale_weights is not None and not (min(self.scale_weights) >= 0 < sum(self.scale_weights) < math.inf):
             raise InputError(
                 f"scale_weights: expected numbers of at least 0, not all 0, got {shown(self.scale_weights)}"
@@ -86,7 +87,8 @@ class AnswerObjective(nn.Module):
         if isinstance(before, VisionGuidedSampler) and weights is not None:
             if len(weights) != len(before.pools):
                 raise InputError(f"scale_weights: expected {len(before.pools)}, one per scale, got {len(weights)}")
-            self.scale_weights = torch.tensor(weights, dtype=torch.float32) * len(weights) / sum(weights)
+            total = sum(weights)  # in double precision: large weights are as good as small ones
+            self.scale_weights = torch.tensor([one / total * len(weights) for one in weights], dtype=torch.float32)
 
     def forward(self, batch: Batch, num_targets: int, num_batches: int) -> tuple[torch.Tensor, dict[str, float]]:
         """The part of a step's loss that this micro-batch adds, and figures to report.
