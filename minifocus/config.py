@@ -177,7 +177,7 @@ class _Section:
         if self.given("quantization_config"):
             raise self.error("quantization_config", "none: quantised weights are not supported")
         for key in _UNSUPPORTED[self.path]:
-            if self.given(key) or (key == "configuration_files" and key in self.fields):
+            if self.given(key) or (key in ("attribute_map", "configuration_files") and key in self.fields):
                 raise self.error(key, "no such key: it is not supported")
 
 
@@ -248,8 +248,7 @@ def _read_text(top: _Section) -> TextConfig:
     if model_type == "llama" and hidden_size % heads:  # which transformers refuses, whatever head_dim says
         raise section.error("hidden_size", f"a multiple of num_attention_heads ({heads})")
     kv_key = "num_key_value_heads"
-    kv_heads = section.fields.get(kv_key, defaults[kv_key])
-    kv_heads = heads if kv_heads is None else section.integer(kv_key, kv_heads)
+    kv_heads = section.integer(kv_key, defaults[kv_key]) if defaults[kv_key] or section.given(kv_key) else heads
     if heads % kv_heads:
         raise section.error(kv_key, f"a divisor of num_attention_heads ({heads})")
     head_dim = section.integer("head_dim", None) if section.given("head_dim") else hidden_size // heads
@@ -343,9 +342,8 @@ def load_config(folder: Path) -> Config:
         token_key, image_token_id = "image_token_id", top.integer("image_token_id", None, minimum=0)
     if image_token_id >= text.vocab_size:
         raise top.error(token_key, f"less than text_config.vocab_size ({text.vocab_size})")
-    tied = top.boolean("tie_word_embeddings", False)
-    if model_type == "llava":
-        tied = tied or top.section("text_config").boolean("tie_word_embeddings", False)
+    tied, decoder_tied = (s.boolean("tie_word_embeddings", False) for s in (top, top.section("text_config")))
+    tied = tied or (decoder_tied and model_type == "llava")  # LLaVA-NeXT's decoder is not asked
 
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if present(generation_file) else {}

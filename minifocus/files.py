@@ -6,11 +6,15 @@ What is there by name but cannot be read is an error and never the same as an ab
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from .arguments import shown
 from .errors import CheckpointError, InputError
@@ -24,7 +28,9 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-_LONGEST_TEXT = 2**28  # bytes of a JSON or tokenizer file: a hundred times what any has
+# Bytes of a tokenizer's file, and of another JSON file, of which Python makes objects of twenty times its size: ten times
+# what any has.
+_LONGEST_TEXT, _LONGEST_JSON = 2**28, 2**25
 
 Failure = type[CheckpointError] | type[InputError]
 
@@ -37,8 +43,18 @@ def kind(path: str | os.PathLike[str]) -> str:
         return "a link that leads nowhere" if Path(path).is_symlink() else NOTHING
     except OSError as error:
         return f"a name that cannot be used ({error.strerror})"
-    except ValueError as error:  # a NUL in it
+    except (TypeError, ValueError) as error:  # bytes from __fspath__, a NUL, a character that no name has
         return f"a name that cannot be used ({error})"
+
+
+def model_folder(path: object) -> Path:
+    """The folder of a model, links followed, that an argument names; InputError for no path, CheckpointError for another kind."""
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"folder: expected a path, got {shown(path)}")
+    found = kind(path)
+    if found != FOLDER:
+        raise CheckpointError(f"{_name(path)}: expected the folder of a model, found {found}")
+    return Path(path)
 
 
 def present(path: str | os.PathLike[str]) -> bool:
@@ -76,7 +92,7 @@ def read_bytes(path: str | os.PathLike[str], failure: Failure = CheckpointError,
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file of a model's folder, or a CheckpointError that names it."""
     try:
-        fields = json.loads(read_bytes(path).decode("utf-8"))
+        fields = json.loads(read_bytes(path, most=_LONGEST_JSON).decode("utf-8"))
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
@@ -86,7 +102,21 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return fields
 
 
-def _name(path: str | os.PathLike[str]) -> str:
-    """The path in full, which is at most as long as the system allows, or the beginning and end of what is none."""
-    name = os.fsdecode(path)
+@contextlib.contextmanager
+def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The library's reader of a safetensors file, from `safe_open`; what fails in it is a CheckpointError."""
+    file = regular(path)
+    try:
+        with safe_open(file, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{_name(path)}: not readable as safetensors: {error}") from error
+
+
+def brief(name: str) -> str:
+    """A name as a message repeats it: in full, or the beginning and end of one too long to be a path or a tensor's."""
     return name if len(name) <= 1000 else shown(name)
+
+
+def _name(path: str | os.PathLike[str]) -> str:
+    return brief(os.fsdecode(path))

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .arguments import shown
 from .errors import CheckpointError, InputError
 from .files import present, read_json
 
@@ -296,7 +297,7 @@ class _Fields:
         nested = read_json(file).get("image_processor") if present(file) else None
         if nested is not None:
             if not isinstance(nested, dict):
-                raise CheckpointError(f"{file}: image_processor: expected an object, got {nested!r}")
+                raise CheckpointError(f"{file}: image_processor: expected an object, got {shown(nested)}")
             return cls(file, nested)
         file = folder / "preprocessor_config.json"
         return cls(file, read_json(file) if present(file) else {"size": image_size, "crop_size": image_size})
@@ -306,7 +307,7 @@ class _Fields:
 
     def check(self, key: str, valid: bool, expected: str) -> None:
         if not valid:
-            got = repr(self.fields[key]) if key in self.fields else "no such key"
+            got = shown(self.fields[key]) if key in self.fields else "no such key"
             raise CheckpointError(f"{self.file}: {key}: expected {expected}, got {got}")
 
     def edges(self, key: str) -> int | tuple[int, int]:

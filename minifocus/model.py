@@ -15,8 +15,10 @@ from torch import nn
 
 from . import generate as generation
 from . import samplers
+from .arguments import shown
 from .config import DTYPES, Config, load_config
-from .errors import CheckpointError, InputError
+from .errors import InputError
+from .files import model_folder, present
 from .image import ImageProcessor, num_visual_tokens, select_best_resolution, stitch
 from .llama import DecoderLayer, LayerCache, Llama
 from .projector import Projector
@@ -449,24 +451,17 @@ def load(
     greedy whatever sampling it asks for, unless `generate` is told otherwise. Raises CheckpointError for a bad folder and
     InputError for a bad argument.
     """
-    try:
-        folder = Path(folder)
-    except TypeError:
-        raise InputError(f"folder: expected a path, got {folder!r}") from None
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: expected the folder of a model, found {'a file' if folder.exists() else 'nothing'}"
-        )
+    folder = model_folder(folder)
     resolved_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and resolved_dtype not in DTYPES.values():
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {shown(dtype)}")
     target = _device(device)
     config = load_config(folder)
     method = samplers.build(sampler, config, folder, options)
     processor = ImageProcessor.from_folder(
         folder, model_type=config.model_type, image_size=config.vision.image_size, grid_pinpoints=config.grid_pinpoints
     )
-    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    has_tokenizer = any(present(folder / name) for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
 
     model = load_model(lambda: Llava(config), config, folder, target, resolved_dtype, check_finite, progress)
@@ -483,5 +478,5 @@ def _device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise InputError(f"device: {str(name)!r} is not usable here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device: {shown(str(name))} is not usable here: {str(error).splitlines()[0]}") from error
     return device

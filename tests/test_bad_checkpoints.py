@@ -143,7 +143,7 @@ def test_header_that_lies(folder: Path) -> None:
 def test_weights_that_are_a_folder(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
-    refused(folder, "model.safetensors", "not readable")
+    refused(folder, "model.safetensors: expected a file, found a folder")
 
 
 # ---- the index ----

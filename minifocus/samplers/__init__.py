@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..arguments import shown
 from ..config import Config
 from ..errors import CheckpointError, InputError
+from ..files import FILE, kind, present
 from .aim import AIMOptions, Dropping, Merging
 from .chance import Random, RandomOptions, Uniform
 from .cls_attention import VTCCLS, FasterVLM, FasterVLMOptions, VTCCLSOptions
@@ -123,14 +126,14 @@ def _vision_guided(config: Config, folder: Path, given: Mapping[str, object]) ->
     selector = given.get("selector")
     if not config.anyres and options.get("thumbnail", "keep") != "keep":
         raise InputError(f"thumbnail: LLaVA-1.5 has no thumbnail to {options['thumbnail']}")
-    if selector == "variance":
+    if isinstance(selector, str) and selector == "variance":
         full = VisionGuidedOptions(**options)  # type: ignore[arg-type]
         _log.warning("selector='variance' is a training-free stand-in for FocusLLaVA's learned selector")
         return VisionGuidedSampler(VarianceSelector(len(pools_for(full.window, full.branches))), full)
-    if selector is not None and not (isinstance(selector, str | Path) and Path(selector).is_file()):
-        raise InputError(f"selector: expected 'variance' or a selector's file, got {selector!r}")
+    if selector is not None and not (isinstance(selector, str | os.PathLike) and kind(selector) == FILE):
+        raise InputError(f"selector: expected 'variance' or a selector's file, got {shown(selector)}")
     file = Path(selector) if selector is not None else folder / SELECTOR_FILE
-    if not file.is_file():
+    if not present(file):
         raise CheckpointError(
             f"{file}: this folder has no trained selector. Pass selector='variance' for a training-free stand-in, "
             "selector=FILE for a trained one, or use sampler='text' or 'none', which need none"
