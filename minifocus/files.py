@@ -110,7 +110,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
         with safe_open(file, framework="pt") as stored:
             yield stored
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{_name(path)}: not readable as safetensors: {error}") from error
+        raise CheckpointError(f"{_name(path)}: not readable as safetensors: {brief(str(error))}") from error
 
 
 def brief(name: str) -> str:

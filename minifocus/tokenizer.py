@@ -14,7 +14,7 @@ from typing import Any
 
 from .arguments import shown
 from .errors import CheckpointError, InputError
-from .files import present, read_bytes, read_json
+from .files import brief, present, read_bytes, read_json
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -58,7 +58,7 @@ class Tokenizer:
         except ImportError as error:
             raise CheckpointError(f"{file}: the package {error.name}, which reads it, is not installed") from error
         except Exception as error:  # the libraries raise bare Exception and RuntimeError
-            raise CheckpointError(f"{file}: not a tokenizer that can be read: {error}") from error
+            raise CheckpointError(f"{file}: not a tokenizer that can be read: {brief(str(error))}") from error
 
     def token_id(self, token: str) -> int | None:
         """The id of a whole token such as "<image>"; None when the vocabulary has no such token."""

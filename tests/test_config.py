@@ -46,9 +46,12 @@ TEXT: dict[str, list[Any]] = {
     "mlp_bias": [False],
     "tie_word_embeddings": [False],
     "rope_theta": [50.0, 50],
-    "rope_scaling": [LINEAR, {"type": "linear", "factor": 3.0}, {"type": None}, {**LLAMA3, "original_max_position_embeddings": 16}],
+    "rope_scaling": [
+        LINEAR, {"type": "linear", "factor": 3.0}, {"type": None}, {**LLAMA3, "original_max_position_embeddings": 16},
+    ],
     "rope_parameters": [
-        {"rope_theta": 50.0}, {"rope_theta": None}, {"rope_type": None}, {**LINEAR, "rope_theta": 50.0}, {**LINEAR, "factor": None},
+        {"rope_theta": 50.0}, {"rope_theta": None}, {"rope_type": None}, {**LINEAR, "rope_theta": 50.0},
+        {**LINEAR, "factor": None},
         {**LINEAR, "factor": 0.5}, {**LINEAR, "type": "default"}, {**LINEAR, "partial_rotary_factor": 0.5}, LLAMA3,
         {**LINEAR, "attention_factor": 3.0}, {**LLAMA3, "low_freq_factor": 4.0}, {"rope_type": "yarn", "factor": 2.0},
         {"full_attention": LINEAR}, {**LLAMA3, "original_max_position_embeddings": None},
@@ -89,7 +92,9 @@ TOP: dict[str, list[Any]] = {
     "vision_feature_layer": [1, 3, -4, [-2], [0], [1, 2], [-2, "x"], 4],
     "multimodal_projector_bias": [False, True],
     "tie_word_embeddings": [False],
-    "image_grid_pinpoints": [PINPOINTS, PINPOINTS[::-1], [[28, 56], [28, 56]], [[28, 57]], [[28 * 10**400, 28]], [[28 * 10**6] * 2]],
+    "image_grid_pinpoints": [
+        PINPOINTS, PINPOINTS[::-1], [[28, 56], [28, 56]], [[28, 57]], [[28 * 10**400, 28]], [[28 * 10**6] * 2],
+    ],
     "dtype": ["float32", "float16", "bfloat16", "float64", "torch.float32"],
     "torch_dtype": ["float32", "float16"],
     "is_causal": [False],
@@ -104,8 +109,10 @@ INERT: dict[str, Any] = {
     "transformers_version": "4.0", "architectures": ["X"], "output_hidden_states": True, "return_dict": True, "dtype": "float16",
     "chunk_size_feed_forward": 2, "is_encoder_decoder": True, "id2label": {"0": "a", "1": "b", "2": "c"}, "label2id": {"a": 0},
     "problem_type": "regression", "initializer_range": 0.5, "initializer_factor": 0.5, "use_cache": False, "pad_token_id": 7,
-    "bos_token_id": 7, "eos_token_id": 7, "pretraining_tp": 2, "attention_dropout": 0.5, "projection_dim": 3, "image_seq_length": 5,
-    "tie_last_hidden_states": True, "torch_dtype": "bfloat16", "pruned_heads": {"0": [0]}, "is_decoder": False, "torchscript": True,
+    "bos_token_id": 7, "eos_token_id": 7, "pretraining_tp": 2, "attention_dropout": 0.5, "projection_dim": 3,
+    "image_seq_length": 5,
+    "tie_last_hidden_states": True, "torch_dtype": "bfloat16", "pruned_heads": {"0": [0]}, "is_decoder": False,
+    "torchscript": True,
     "add_cross_attention": True, "output_attentions": True, "hidden_dropout_prob": 0.5, "use_image_newline_parameter": False,
     "gradient_checkpointing": True, "auto_map": {"AutoConfig": "a.B"}, "no_such_key": {"x": [None]},
 }  # fmt: skip

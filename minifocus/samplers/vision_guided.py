@@ -169,7 +169,7 @@ def load_selector(
     if found != expected:
         raise CheckpointError(f"{file}: expected tensors {expected}, found {shown(found)}")
     for name, value in tensors.items():
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
+        if not value.is_floating_point() or not bool(value.float().isfinite().all()):
             raise CheckpointError(f"{file}: {name}: expected finite floating-point values, got {value.dtype}")
     selector.load_state_dict(tensors)
     return selector, full
