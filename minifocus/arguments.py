@@ -37,6 +37,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:150]} … {text[-45:]}"
 
 
+def brief(text: str) -> str:
+    """A name, or somebody else's words, as a message repeats it: in full, or the beginning and end of what is too long."""
+    return text if len(text) <= 500 else f"{text[:250]} … {text[-200:]}"
+
+
 def whole(name: str, value: object, low: int, high: int = LARGEST) -> int:
     """A whole number from `low` to `high`."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high:

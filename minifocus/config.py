@@ -1,11 +1,14 @@
 """config.json of a LLaVA-1.5 or LLaVA-NeXT folder, read strictly.
 
 Absent fields take the defaults that transformers gives them, which differ between an absent and a partial
-`vision_config`. Anything that this package would compute differently from what the file asks for is refused.
+`vision_config`; null is one of them only where it is for transformers. Anything that this package would compute
+differently from what transformers makes of the file is refused.
 """
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +26,18 @@ TEXT_MODEL_TYPES = ("llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_LARGEST = 2**26  # of any size in the file: keeps a product of two, in bytes, within 64 bits
+# Of any size in the file, and of what some multiply to: keeps a product of two, in bytes, within 64 bits.
+_LARGEST = 2**26
 
-_LLAMA = dict(intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048)
-_MISTRAL = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)
+# Keys by which transformers leads elsewhere, or gives layers settings of their own. "" is the file's top.
+_UNSUPPORTED = {
+    "": ("attribute_map", "configuration_files", "is_causal", "per_layer_config", "transformers_weights"),
+    "text_config.": ("attention_chunk_size", "attribute_map", "kv_sharing_modes", "per_layer_config"),
+    "vision_config.": ("attribute_map", "per_layer_config"),
+}
+
+_LLAMA: dict[str, Any] = dict(intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048)
+_MISTRAL: dict[str, Any] = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)
 _CLIP_L_336 = dict(
     hidden_size=1024,
     intermediate_size=4096,
@@ -135,48 +146,61 @@ class _Section:
             raise self.error(key, "an object")
         return _Section(self.file, f"{self.path}{key}.", value or {})
 
+    def given(self, key: str) -> bool:
+        """Whether the key is there with a value: transformers takes null there for an absent key."""
+        return self.fields.get(key) is not None
+
     def integer(self, key: str, default: int | None, minimum: int = 1) -> int:
-        value = self.fields.get(key)
-        value = default if value is None else value
+        value = self.fields.get(key, default)
         if type(value) is not int or not minimum <= value <= _LARGEST:
             raise self.error(key, f"a whole number from {minimum} to {_LARGEST}")
         return value
 
     def number(self, key: str, default: float | None) -> float:
-        value = self.fields.get(key)
-        value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        value: Any = self.fields.get(key, default)
+        # The largest float is above all: a whole number may be one that no float can hold.
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self.error(key, "a positive number")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self.fields.get(key)
-        value = default if value is None else value
+        value = self.fields.get(key, default)
         if type(value) is not bool:
             raise self.error(key, "true or false")
         return value
 
     def choice(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
-        value = self.fields.get(key)
-        value = default if value is None else value
+        value = self.fields.get(key, default)
         if value not in allowed:
             raise self.error(key, "one of " + ", ".join(allowed))
         return value
 
+    def refuse_unsupported(self) -> None:
+        if self.given("quantization_config"):
+            raise self.error("quantization_config", "none: quantised weights are not supported")
+        for key in _UNSUPPORTED[self.path]:
+            if self.given(key) or (key in ("attribute_map", "configuration_files") and key in self.fields):
+                raise self.error(key, "no such key: it is not supported")
+
 
 def _read_vision(top: _Section) -> VisionConfig:
     section = top.section("vision_config")
+    section.refuse_unsupported()
     section.choice("model_type", "clip_vision_model", ("clip_vision_model",))
-    section.integer("num_channels", 3)
-    if section.fields.get("num_channels", 3) != 3:
+    if section.integer("num_channels", 3) != 3:
         raise section.error("num_channels", "3")
+    if section.boolean("is_causal", False):
+        raise section.error("is_causal", "false")
     # transformers starts from ViT-L/14-336 when the section is absent, and from CLIP's own defaults when it is partial.
-    defaults = _CLIP_B_32 if top.fields.get("vision_config") is not None else _CLIP_L_336
+    defaults = _CLIP_B_32 if top.given("vision_config") else _CLIP_L_336
     sizes = {key: section.integer(key, value) for key, value in defaults.items()}
     if sizes["hidden_size"] % sizes["num_attention_heads"]:
         raise section.error("hidden_size", f"a multiple of num_attention_heads ({sizes['num_attention_heads']})")
     if sizes["image_size"] < sizes["patch_size"]:
         raise section.error("image_size", f"at least one patch ({sizes['patch_size']})")
+    for key, most in (("patch_size", _LARGEST), ("image_size", _LARGEST * sizes["patch_size"] ** 2)):
+        if sizes[key] ** 2 > most:
+            raise section.error(key, f"at most {math.isqrt(most)}")
     return VisionConfig(
         **sizes,
         hidden_act=section.choice("hidden_act", "quick_gelu", tuple(ACTIVATIONS)),
@@ -185,15 +209,19 @@ def _read_vision(top: _Section) -> VisionConfig:
 
 
 def _read_rope(section: _Section, max_position_embeddings: int) -> RopeConfig:
-    # A non-null rope_scaling (the older name) replaces rope_parameters; a rope_theta inside either beats the one beside it.
-    key = "rope_scaling" if section.fields.get("rope_scaling") is not None else "rope_parameters"
-    rope = section.section(key)
+    # A rope_scaling (the older name) that says anything replaces rope_parameters; what is inside either beats the same
+    # key beside it, except for llama3's original length.
+    older, newer = section.section("rope_scaling"), section.section("rope_parameters")
+    rope = older if older.fields else newer
     if "type" in rope.fields and "rope_type" not in rope.fields:
         rope.fields = {**rope.fields, "rope_type": rope.fields["type"]}
     rope_type = rope.choice("rope_type", "default", ROPE_TYPES)
-    if rope.fields.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise rope.error("partial_rotary_factor", "1 (partial rotation is not supported)")
-    theta = rope.number("rope_theta", section.number("rope_theta", 10000.0))
+    partial = rope if "partial_rotary_factor" in rope.fields else section
+    if (partial is rope or section.given("partial_rotary_factor")) and partial.number(
+        "partial_rotary_factor", None
+    ) != 1:
+        raise partial.error("partial_rotary_factor", "1 (partial rotation is not supported)")
+    theta = (rope if "rope_theta" in rope.fields else section).number("rope_theta", 10000.0)
     if rope_type == "default":
         return RopeConfig(rope_type, theta)
     factor = rope.number("factor", None)
@@ -202,33 +230,45 @@ def _read_rope(section: _Section, max_position_embeddings: int) -> RopeConfig:
     low, high = rope.number("low_freq_factor", None), rope.number("high_freq_factor", None)
     if high <= low:
         raise rope.error("high_freq_factor", f"more than low_freq_factor ({low})")
-    original = rope.integer("original_max_position_embeddings", max_position_embeddings)
+    key = "original_max_position_embeddings"
+    original = (section if key in section.fields else rope).integer(key, max_position_embeddings)
     return RopeConfig(rope_type, theta, factor, low, high, original)
 
 
 def _read_text(top: _Section) -> TextConfig:
     section = top.section("text_config")
+    section.refuse_unsupported()
     model_type = section.choice("model_type", "llama", TEXT_MODEL_TYPES)
     defaults = _MISTRAL if model_type == "mistral" else _LLAMA
+    layers = section.integer("num_hidden_layers", 32)
+    if section.given("layer_types") and section.fields["layer_types"] != ["full_attention"] * layers:
+        raise section.error("layer_types", f"'full_attention' for each of num_hidden_layers ({layers})")
+    if not section.boolean("is_causal", True):
+        raise section.error("is_causal", "true")
     hidden_size = section.integer("hidden_size", 4096)
     heads = section.integer("num_attention_heads", 32)
-    kv_heads = section.integer("num_key_value_heads", defaults["num_key_value_heads"] or heads)
+    if model_type == "llama" and hidden_size % heads:  # which transformers refuses, whatever head_dim says
+        raise section.error("hidden_size", f"a multiple of num_attention_heads ({heads})")
+    kv_key = "num_key_value_heads"
+    kv_heads = section.integer(kv_key, defaults[kv_key]) if defaults[kv_key] or section.given(kv_key) else heads
     if heads % kv_heads:
-        raise section.error("num_key_value_heads", f"a divisor of num_attention_heads ({heads})")
-    head_dim = section.integer("head_dim", hidden_size // heads or None)
-    if head_dim % 2:
+        raise section.error(kv_key, f"a divisor of num_attention_heads ({heads})")
+    head_dim = section.integer("head_dim", None) if section.given("head_dim") else hidden_size // heads
+    if head_dim % 2 or not head_dim:
         raise section.error("head_dim", "an even number, as rotary embedding needs")
+    if head_dim * heads > _LARGEST:
+        raise section.error("head_dim", f"at most {_LARGEST} channels in all of the num_attention_heads ({heads})")
     positions = section.integer("max_position_embeddings", defaults["max_position_embeddings"])
     context = positions
-    if model_type == "mistral" and section.fields.get("sliding_window", 4096) is not None:  # an absent key means 4096
-        # The window changes nothing until a sequence outgrows it: so long may one be.
+    # A window, which mistral has unless it says null, changes nothing until a sequence outgrows it: so long may one be.
+    if section.given("sliding_window") or ("sliding_window" not in section.fields and model_type == "mistral"):
         context = min(positions, section.integer("sliding_window", 4096))
     return TextConfig(
         model_type=model_type,
         vocab_size=section.integer("vocab_size", 32000),
         hidden_size=hidden_size,
         intermediate_size=section.integer("intermediate_size", defaults["intermediate_size"]),
-        num_hidden_layers=section.integer("num_hidden_layers", 32),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -248,6 +288,8 @@ def _read_feature_layers(top: _Section, vision: VisionConfig) -> tuple[int, ...]
     states = vision.num_hidden_layers + 1
     if not layers or any(type(layer) is not int or not -states <= layer < states for layer in layers):
         raise top.error("vision_feature_layer", f"whole numbers from {-states} to {states - 1}")
+    if len(layers) * vision.hidden_size > _LARGEST:
+        raise top.error("vision_feature_layer", f"at most {_LARGEST} channels in all")
     return tuple(layer % states for layer in layers)
 
 
@@ -257,18 +299,14 @@ def _read_pinpoints(top: _Section, tile: int) -> tuple[tuple[int, int], ...]:
     valid = isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 for p in value)
     if not valid or any(type(side) is not int or side < tile or side % tile for p in value for side in p):
         raise top.error("image_grid_pinpoints", f"a list of [height, width], multiples of the tile size {tile}")
+    if any(height * width > _LARGEST for height, width in value):
+        raise top.error("image_grid_pinpoints", f"at most {_LARGEST} pixels each")
     return tuple((height, width) for height, width in value)
 
 
 def _read_dtype(top: _Section) -> torch.dtype | None:
-    name = top.fields.get("dtype") or top.fields.get("torch_dtype")
-    if name is None:
-        return None
-    name = str(name).removeprefix("torch.")
-    if name not in DTYPES:
-        key = "dtype" if top.fields.get("dtype") else "torch_dtype"
-        raise top.error(key, "one of " + ", ".join(DTYPES))
-    return DTYPES[name]
+    key = "dtype" if top.given("dtype") else "torch_dtype"
+    return DTYPES[top.choice(key, "", tuple(DTYPES))] if top.given(key) else None
 
 
 def load_config(folder: Path) -> Config:
@@ -285,8 +323,7 @@ def load_config(folder: Path) -> Config:
             f"{file}: is of the original LLaVA repository (mm_vision_tower): expected a folder in Hugging Face's format, "
             "such as llava-hf has of the same checkpoints"
         )
-    if top.fields.get("quantization_config") is not None:
-        raise top.error("quantization_config", "none: quantised weights are not supported")
+    top.refuse_unsupported()
     model_type = top.fields["model_type"]
     vision, text = _read_vision(top), _read_text(top)
     strategy = top.choice("vision_feature_select_strategy", "default", ("default", "full"))
@@ -294,13 +331,13 @@ def load_config(folder: Path) -> Config:
         raise top.error(
             "vision_feature_select_strategy", "'default': LLaVA-NeXT's tiles cannot be joined with a CLS token"
         )
-    token_key = "image_token_id" if top.fields.get("image_token_id") is not None else "image_token_index"
-    image_token_id = top.integer(token_key, 32000, minimum=0)
+    token_key, image_token_id = "image_token_index", top.integer("image_token_index", 32000, minimum=0)
+    if "image_token_id" in top.fields:  # the newer name, which wins
+        token_key, image_token_id = "image_token_id", top.integer("image_token_id", None, minimum=0)
     if image_token_id >= text.vocab_size:
         raise top.error(token_key, f"less than text_config.vocab_size ({text.vocab_size})")
-    tied = top.boolean("tie_word_embeddings", False)
-    if model_type == "llava":
-        tied = tied or top.section("text_config").boolean("tie_word_embeddings", False)
+    tied, decoder_tied = (s.boolean("tie_word_embeddings", False) for s in (top, top.section("text_config")))
+    tied = tied or (decoder_tied and model_type == "llava")  # LLaVA-NeXT's decoder is not asked
 
     generation = read_generation_config(folder, top.fields, top.section("text_config").fields)
     return Config(

@@ -6,15 +6,17 @@ What is there by name but cannot be read is an error and never the same as an ab
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .arguments import shown
+from safetensors import SafetensorError, safe_open
+
+from .arguments import brief
 from .errors import CheckpointError, InputError
 
 FILE, FOLDER, NOTHING = "a file", "a folder", "nothing"
@@ -26,7 +28,9 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-_LONGEST_TEXT = 2**28  # bytes of a JSON or tokenizer file: a hundred times what any has
+# Bytes of a tokenizer's file, and of another JSON file, of which Python makes objects of twenty times its size: ten times
+# what any has.
+_LONGEST_TEXT, _LONGEST_JSON = 2**28, 2**25
 
 Failure = type[CheckpointError] | type[InputError]
 
@@ -39,7 +43,7 @@ def kind(path: str | os.PathLike[str]) -> str:
         return "a link that leads nowhere" if Path(path).is_symlink() else NOTHING
     except OSError as error:
         return f"a name that cannot be used ({error.strerror})"
-    except ValueError as error:  # a NUL in it
+    except (TypeError, ValueError) as error:  # bytes from __fspath__, a NUL, a character that no name has
         return f"a name that cannot be used ({error})"
 
 
@@ -58,7 +62,7 @@ def regular(path: str | os.PathLike[str], failure: Failure = CheckpointError) ->
     return Path(path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(path: str | os.PathLike[str], failure: Failure = CheckpointError) -> Iterator[BinaryIO]:
     """A regular file's content, as a stream."""
     file = regular(path, failure)
@@ -88,7 +92,7 @@ def read_bytes(path: str | os.PathLike[str], failure: Failure = CheckpointError,
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The JSON object in a file of a model's folder, or a CheckpointError that names it."""
     try:
-        fields = json.loads(read_bytes(path).decode("utf-8"))
+        fields = json.loads(read_bytes(path, most=_LONGEST_JSON).decode("utf-8"))
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
@@ -98,7 +102,17 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     return fields
 
 
+@contextlib.contextmanager
+def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The library's reader of a safetensors file, from `safe_open`; what fails in it is a CheckpointError."""
+    file = regular(path)
+    try:
+        with safe_open(file, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{named(path)}: not readable as safetensors: {brief(str(error))}") from error
+
+
 def named(path: str | bytes | os.PathLike[str]) -> str:
     """A path as a message names it: in full, or the beginning and end of what is too long to be one."""
-    name = os.fsdecode(path)
-    return name.encode(errors="backslashreplace").decode() if len(name) <= 500 else shown(name)
+    return brief(os.fsdecode(path).encode(errors="backslashreplace").decode())

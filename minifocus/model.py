@@ -18,7 +18,7 @@ from . import generate as generation
 from .chat_template import read_chat_template
 from .config import DTYPES, Config, load_config
 from .errors import CheckpointError, InputError
-from .files import FILE, FOLDER, kind, named, read_bytes
+from .files import FILE, FOLDER, kind, named, present, read_bytes
 from .image import ImageProcessor, num_visual_tokens, select_best_resolution, stitch
 from .llama import DecoderLayer, LayerCache, Llama
 from .model_folder import SELECTOR, Origin, finish_save, replacing, stamps
@@ -518,7 +518,7 @@ def load(
     processor = ImageProcessor.from_folder(
         folder, model_type=config.model_type, image_size=config.vision.image_size, grid_pinpoints=config.grid_pinpoints
     )
-    has_tokenizer = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    has_tokenizer = any(present(folder / name) for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = Tokenizer.from_folder(folder) if has_tokenizer else None
     own = read_chat_template(folder, tuple(tokenizer.special_tokens.items()) if tokenizer is not None else ())
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .arguments import brief, shown
 from .errors import CheckpointError, InputError
-from .files import present, read_json
+from .files import present, read_bytes, read_json
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -58,7 +59,7 @@ class Tokenizer:
         except ImportError as error:
             raise CheckpointError(f"{file}: the package {error.name}, which reads it, is not installed") from error
         except Exception as error:  # the libraries raise bare Exception and RuntimeError
-            raise CheckpointError(f"{file}: not a tokenizer that can be read: {error}") from error
+            raise CheckpointError(f"{file}: not a tokenizer that can be read: {brief(str(error))}") from error
 
     def token_id(self, token: str) -> int | None:
         """The id of a whole token such as "<image>"; None when the vocabulary has no such token."""
@@ -144,7 +145,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, An
             flags = {flag: bool(token.get(flag)) for flag in ("lstrip", "rstrip", "single_word", "special")}
             flags["normalized"] = bool(token.get("normalized", not flags["special"]))
             if not token["content"] or int(token_id) < 0:
-                raise ValueError(f"no content or a negative id: {token}")
+                raise ValueError(f"no content or a negative id: {shown(token)}")
             added[int(token_id)] = {"content": str(token["content"]), **flags}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
@@ -163,7 +164,7 @@ def _extra(settings: dict[str, Any]) -> list[str]:
     """Special tokens without a role, under their new or their old name."""
     tokens = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     if not isinstance(tokens, list | dict):
-        raise TypeError(f"expected a list of special tokens, got {tokens!r}")
+        raise TypeError(f"expected a list of special tokens, got {shown(tokens)}")
     contents = map(_content, tokens.values() if isinstance(tokens, dict) else tokens)
     return [content for content in contents if content]
 
@@ -192,7 +193,7 @@ class _TokenizersBackend:
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Library
 
-        self._library = Library.from_file(str(file))
+        self._library = Library.from_buffer(read_bytes(file))
         self._library.no_truncation()
         self._library.no_padding()
         present = self._library.get_added_tokens_decoder()
@@ -233,7 +234,7 @@ class _SentencePieceBackend:
     def __init__(self, file: Path, settings: dict[str, Any], named: dict[str, str], added: dict[int, dict[str, Any]]):
         from sentencepiece import SentencePieceProcessor
 
-        model = file.read_bytes()
+        model = read_bytes(file)
         with_prefix = _join(SentencePieceProcessor(model_proto=model).encode("ﬁ  x ", out_type=str))
         # Python has no switch for the model's own "▁". Protobuf merges a repeated message into the first one, so these
         # four bytes set normalizer_spec.add_dummy_prefix (field 3 of field 3) to false.

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .arguments import brief, shown
 from .config import Config
 from .errors import CheckpointError, InputError
-from .files import read_json
+from .files import open_safetensors, present, read_json, regular
 from .model_folder import CONFIG
 
 # Names on disk → this package's, which are those of a fresh `save_pretrained` of transformers 5. First match wins.
@@ -65,57 +65,55 @@ def canonical_name(key: str) -> str:
 def shard_files(folder: Path) -> list[Path]:
     """The checkpoint's files: model.safetensors, or what model.safetensors.index.json lists.
 
-    A listed file must lie in the folder. (In a hub cache, where `snapshots/REVISION` holds links into `blobs` of the same
-    repository, those links are followed.)
+    A listed name is that of a file in the folder. The file may be a link, wherever that leads, as in a hub cache: whoever
+    put it there owns the folder. A name that itself leads out of the folder is refused.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
+    if present(single):
+        return [regular(single)]
+    if not present(index):
         others = sorted(p.name for p in folder.glob("*.bin"))
         hint = f" ({', '.join(others[:3])}: convert it to safetensors first)" if others else ""
         raise CheckpointError(f"{folder}: found neither {single.name} nor {index.name}{hint}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map: expected an object from tensor names to files, got {weight_map!r}")
-    roots = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        roots.append(folder.resolve().parent.parent / "blobs")
+        raise CheckpointError(
+            f"{index}: weight_map: expected an object from tensor names to files, got {shown(weight_map)}"
+        )
     files = []
-    for name in sorted(set(map(str, weight_map.values()))):
-        file = folder / name
-        try:
-            target = file.resolve()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{index}: weight_map: {name!r} is not a usable file name: {error}") from error
-        if Path(name).name != name or target.parent not in roots:
-            raise CheckpointError(
-                f"{index}: weight_map: expected files in {folder}, got {name!r}, which leads out of it"
-            )
-        if not target.is_file():
-            raise CheckpointError(f"{file}: listed in {index.name} but not there")
-        files.append(file)
+    for name in sorted({_file_name(value, index) for value in weight_map.values()}):
+        if not present(folder / name):
+            raise CheckpointError(f"{folder / name}: listed in {index.name} but not there")
+        files.append(regular(folder / name))
     return files
+
+
+def _file_name(value: object, index: Path) -> str:
+    """The plain file name that a weight_map lists; with a separator of any system, or one of the special names, it is none."""
+    if not isinstance(value, str) or value in ("", ".", "..") or any(c in value for c in "/\\:\0"):
+        raise CheckpointError(
+            f"{index}: weight_map: expected names of files in {index.parent}, got {shown(value)}, which is none"
+        )
+    return value
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint by this package's name for it; no tensor data is read."""
     found: dict[str, StoredTensor] = {}
     for file in shard_files(folder):
-        try:
-            with safe_open(file, framework="pt") as stored:
-                for key in stored.keys():  # noqa: SIM118 (not a mapping)
-                    if IGNORED.search(key):
-                        continue
-                    piece = stored.get_slice(key)
-                    tensor = StoredTensor(file, key, tuple(piece.get_shape()), str(piece.get_dtype()))
-                    name = canonical_name(key)
-                    if name in found:
-                        other = found[name]
-                        raise CheckpointError(f"{file}: {key}: the same tensor as {other.key} in {other.file.name}")
-                    found[name] = tensor
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not readable as safetensors: {error}") from error
+        with open_safetensors(file) as stored:
+            for key in stored.keys():  # noqa: SIM118 (not a mapping)
+                if IGNORED.search(key):
+                    continue
+                piece = stored.get_slice(key)
+                tensor = StoredTensor(file, key, tuple(piece.get_shape()), str(piece.get_dtype()))
+                name = canonical_name(key)
+                if name in found:
+                    other = found[name]
+                    raise CheckpointError(
+                        f"{file}: {brief(key)}: the same tensor as {brief(other.key)} in {other.file.name}"
+                    )
+                found[name] = tensor
     return found
 
 
@@ -125,7 +123,7 @@ def check_layer_counts(found: dict[str, StoredTensor], config: Config, folder: P
         ("language_model.model.layers.", "text_config.num_hidden_layers", config.text.num_hidden_layers),
         ("vision_tower.encoder.layers.", "vision_config.num_hidden_layers", config.vision.num_hidden_layers),
     ):
-        numbers = {name[len(prefix) :].split(".")[0] for name in found if name.startswith(prefix)}
+        numbers = {name[len(prefix) :].partition(".")[0] for name in found if name.startswith(prefix)}
         if len(numbers) != expected:
             raise CheckpointError(
                 f"{folder / 'config.json'}: {key}: {expected} layers, but the weights hold {len(numbers)} ({prefix}*)"
@@ -151,7 +149,7 @@ def _mismatches(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tup
     if unexpected:
         problems.append(f"unexpected: {_listing(unexpected)}")
     misshapen = [
-        f"{n}: expected {expected[n]}, found {found[n]}"
+        f"{n}: expected {expected[n]}, found {shown(found[n])}"
         for n in sorted(expected.keys() & found.keys())
         if expected[n] != found[n]
     ]
@@ -162,7 +160,7 @@ def _mismatches(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tup
 
 def _listing(names: list[str], limit: int = 20) -> str:
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return ", ".join(map(brief, names[:limit])) + more
 
 
 def read_tensors(
@@ -176,20 +174,17 @@ def read_tensors(
     total = sum(_num_bytes(tensor) for tensor in found.values())
     done = 0
     for file in sorted({tensor.file for tensor in found.values()}):
-        try:
-            with safe_open(file, framework="pt") as stored:
-                for name, tensor in found.items():
-                    if tensor.file != file:
-                        continue
-                    value = stored.get_tensor(tensor.key).to(device=device, dtype=dtype)
-                    if check_finite and not _finite(value):
-                        raise CheckpointError(f"{file}: {tensor.key}: holds NaN or infinite values (as {dtype})")
-                    done += _num_bytes(tensor)
-                    if progress is not None:
-                        progress(done, total)
-                    yield name, value
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not readable as safetensors: {error}") from error
+        with open_safetensors(file) as stored:
+            for name, tensor in found.items():
+                if tensor.file != file:
+                    continue
+                value = stored.get_tensor(tensor.key).to(device=device, dtype=dtype)
+                if check_finite and not _finite(value):
+                    raise CheckpointError(f"{file}: {brief(tensor.key)}: holds NaN or infinite values (as {dtype})")
+                done += _num_bytes(tensor)
+                if progress is not None:
+                    progress(done, total)
+                yield name, value
 
 
 def _num_bytes(tensor: StoredTensor) -> int:
@@ -261,7 +256,7 @@ def load_model(
         head = state.setdefault(HEAD, state[EMBEDDINGS])
         if head is not state[EMBEDDINGS] and not torch.equal(head, state[EMBEDDINGS]):
             raise CheckpointError(
-                f"{folder}: tie_word_embeddings is true, but {found[HEAD].key} differs from the embeddings"
+                f"{folder / 'config.json'}: tie_word_embeddings is true, but {found[HEAD].key} differs from the embeddings"
             )
     model.load_state_dict(state, strict=True, assign=True)
     if tied:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import socket
 import struct
 import threading
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import build, save
+from checkpoints import add_tokenizer, build, save
 from safetensors.torch import load_file, save_file
 
 import minifocus
@@ -143,7 +145,7 @@ def test_header_that_lies(folder: Path) -> None:
 def test_weights_that_are_a_folder(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").mkdir()
-    refused(folder, "model.safetensors", "not readable")
+    refused(folder, "model.safetensors: expected a file, found a folder")
 
 
 # ---- the index ----
@@ -167,43 +169,128 @@ def test_index_without_a_weight_map(shards: Path, value: Any) -> None:
     refused(shards, "model.safetensors.index.json", "weight_map")
 
 
-@pytest.mark.parametrize("how", ["parent", "absolute", "link", "nested", "number", "null byte"])
-def test_index_that_leads_out_of_the_folder(shards: Path, tmp_path: Path, how: str) -> None:
+OUT_OF_THE_FOLDER = ["../outside.safetensors", "x/../../outside.safetensors", "..", ".", "", "a\0b", 7, None, ["x"]]
+
+
+@pytest.mark.parametrize("name", [*OUT_OF_THE_FOLDER, "/absolute", "..\\outside.safetensors", "C:outside.safetensors"])
+def test_index_that_leads_out_of_the_folder(shards: Path, tmp_path: Path, name: Any) -> None:
     """transformers loads `../x`; a checkpoint must not read what is beside it."""
-    outside = tmp_path / "outside.safetensors"
-    inside = shards / "model-00001-of-00002.safetensors"
+    outside, inside = tmp_path / "outside.safetensors", shards / "model-00001-of-00002.safetensors"
     outside.write_bytes(inside.read_bytes())
     inside.unlink()
-    name: Any = {
-        "parent": "../outside.safetensors",
-        "absolute": str(outside),
-        "nested": "x/../../outside.safetensors",
-    }.get(how)
-    if how == "link":
-        name = "link.safetensors"
-        (shards / name).symlink_to(outside)
-    if how == "number":
-        name = 7
-    if how == "null byte":
-        name = "a\0b"
+    name = str(outside) if name == "/absolute" else name
     change_index(
         shards, lambda i: i["weight_map"].update({k: name for k, v in i["weight_map"].items() if v == inside.name})
     )
-    refused(
-        shards,
-        "model.safetensors.index.json" if how != "number" else "7",
-        "weight_map" if how != "number" else "not there",
-    )
+    refused(shards, "model.safetensors.index.json: weight_map: expected names of files in")
 
 
-def test_links_of_a_hub_cache_are_followed(sharded: Path, tmp_path: Path) -> None:
-    """There, snapshots/REVISION holds links into blobs."""
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    copy(sharded, blobs)
-    snapshot.mkdir(parents=True)
-    for file in blobs.iterdir():
-        (snapshot / file.name).symlink_to(file)
-    minifocus.load(snapshot, sampler="none")
+def linked(source: Path, target: Path, where: Callable[[str], Path]) -> Path:
+    """A folder of links to where each file of `source` has been copied."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        there = where(file.name)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.write_bytes(file.read_bytes())
+        (target / file.name).symlink_to(there)
+    return target
+
+
+@pytest.mark.parametrize("how", ["hub cache", "anywhere", "Kubernetes", "chain", "the folder itself"])
+def test_links_are_followed_wherever_they_lead(sharded: Path, tmp_path: Path, how: str) -> None:
+    folder = tmp_path / "m"
+    if how == "hub cache":
+        folder = linked(sharded, tmp_path / "snapshots/abc", lambda name: tmp_path / "blobs" / name)
+    elif how == "anywhere":
+        linked(sharded, folder, lambda name: tmp_path / f"store of {name}" / "content")
+    elif how == "Kubernetes":
+        copy(sharded, tmp_path / "copy").rename(folder)
+        (folder / "..2024").mkdir()
+        (folder / "..data").symlink_to("..2024")
+        for file in [file for file in folder.iterdir() if file.is_file()]:
+            file.rename(folder / "..2024" / file.name)
+            file.symlink_to(Path("..data") / file.name)
+    elif how == "chain":
+        linked(
+            linked(sharded, tmp_path / "a", lambda name: tmp_path / "b" / name),
+            folder,
+            lambda name: tmp_path / "a" / name,
+        )
+    else:
+        folder.symlink_to(sharded)
+    minifocus.load(folder, sampler="none")
+
+
+# Every file that is opened, with what has to be away before it is.
+OPENED: dict[str, list[str]] = {
+    "config.json": [], "generation_config.json": [], "model.safetensors": [],
+    "model.safetensors.index.json": ["model.safetensors"],
+    "tokenizer.json": [], "tokenizer.model": ["tokenizer.json"], "tokenizer_config.json": [], "special_tokens_map.json": [],
+    "added_tokens.json": [], "processor_config.json": [], "preprocessor_config.json": [], "selector.safetensors": [],
+    "model-00001-of-00002.safetensors": ["model.safetensors"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "what", ["a FIFO", "a device", "a socket", "a folder", "a link that leads nowhere", "symbolic links"]
+)
+@pytest.mark.parametrize("link", [False, True], ids=["there", "by a link"])
+def test_anything_but_a_file_is_refused_at_once(
+    original: Path, sharded: Path, tmp_path: Path, what: str, link: bool
+) -> None:
+    """A FIFO would be waited for and a device read for ever. What is there is never the same as an absent file."""
+    odd = tmp_path / "odd"
+    for name, away in OPENED.items():
+        folder = copy(sharded if name.startswith("model-") else original, tmp_path / name.replace(".", "_"))
+        add_tokenizer(folder)
+        (folder / "tokenizer.model").write_bytes(b"")  # of no use, and not to be taken for a tokenizer.json that is odd
+        for absent in (*away, name):
+            (folder / absent).unlink(missing_ok=True)
+        place(what, odd if link else folder / name)
+        if link:
+            (folder / name).symlink_to(odd)
+        with pytest.raises(minifocus.CheckpointError, match=rf"{name}: expected a file, found .*{what}"):
+            minifocus.load(folder, sampler="vision" if name.startswith("selector") else "none")
+        if name.startswith("selector"):
+            with pytest.raises(minifocus.InputError, match="selector: expected 'variance' or a selector's file"):
+                minifocus.load(original, sampler="vision", selector=folder / name)
+    with pytest.raises(minifocus.CheckpointError, match="odd: expected the folder of a model, found"):
+        place("a FIFO" if what == "a folder" else what, odd)
+        minifocus.load(odd)
+
+
+def place(what: str, path: Path) -> None:
+    path.unlink(missing_ok=True) if not path.is_dir() else path.rmdir()
+    if what == "a FIFO":
+        os.mkfifo(path)
+    elif what == "a socket":
+        # By its folder's descriptor: a socket's whole path may have some 100 characters.
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(f"/proc/self/fd/{descriptor}/{path.name}")
+        os.close(descriptor)
+    elif what == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"a device": "/dev/zero", "symbolic links": path.name}.get(what, "nowhere"))
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "a\0b", "\ud800", "a/" * 3000])
+def test_paths_that_are_none(folder: Path, path: str) -> None:
+    with pytest.raises(
+        minifocus.CheckpointError, match="expected the folder of a model, found a name that cannot be used"
+    ) as error:
+        minifocus.load(path)
+    assert len(str(error.value)) < 500
+    with pytest.raises(minifocus.InputError, match="selector: expected 'variance' or a selector's file") as wrong:
+        minifocus.load(folder, "vision", selector=path)
+    assert len(str(wrong.value)) < 500
+
+
+def test_a_json_file_of_any_length_is_not_read_into_memory(folder: Path) -> None:
+    with (folder / "config.json").open("r+b") as file:
+        file.truncate(2**34)  # which takes no room on the disk
+    refused(folder, "config.json: expected at most 33554432 bytes, found more")
 
 
 def test_one_tensor_in_two_shards(shards: Path) -> None:

@@ -501,18 +501,26 @@ def test_bad_selector_files(folder: Path, tmp_path: Path) -> None:
     def refused(message: str) -> None:
         with pytest.raises((minifocus.CheckpointError, minifocus.InputError), match=message) as error:
             minifocus.load(folder, sampler="vision", selector=file)
-        assert "s.safetensors" in str(error.value) or message.startswith("window")
+        assert "s.safetensors" in str(error.value) or message.startswith("selector")
 
     refused("selector: expected 'variance' or a selector's file")
     file.write_bytes(b"nonsense")
-    refused("not a readable selector")
+    refused("not readable as safetensors")
     save_file({"weight": torch.zeros(3, 16), "bias": torch.zeros(3)}, file)
     refused("metadata: expected format=minifocus-selector")
     save_file({"weight": torch.zeros(3, 16), "bias": torch.zeros(3)}, file, metadata={**good, "window": "four"})
     refused("metadata: expected window, branches")
     save_file({"weight": torch.zeros(3, 16), "bias": torch.zeros(3)}, file, metadata={**good, "window": "5"})
-    refused("window: expected one of")
+    refused("s.safetensors: metadata: window: expected one of")
     save_file({"weight": torch.zeros(3, 25), "bias": torch.zeros(3)}, file, metadata=good)
     refused(r"expected tensors .*\(3, 16\).* found .*\(3, 25\)")
     save_file({"weight": torch.full((3, 16), math.nan), "bias": torch.zeros(3)}, file, metadata=good)
     refused("weight: expected finite")
+    save_file({"weight": torch.full((3, 16), 1e300, dtype=torch.float64), "bias": torch.zeros(3)}, file, metadata=good)
+    refused("weight: expected finite")
+    save_file(
+        {"weight": torch.full((3, 16), math.nan).to(torch.float8_e4m3fn), "bias": torch.zeros(3)}, file, metadata=good
+    )
+    refused("weight: expected finite")
+    save_file({"w" * 9999: torch.zeros(3, 16), "bias": torch.zeros(3)}, file, metadata=good)
+    refused("expected tensors .{1,500}$")

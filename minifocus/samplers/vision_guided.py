@@ -7,6 +7,7 @@ the language model, with one newline token after each row of regions.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import nn
 
 from .. import arguments
+from ..arguments import shown
 from ..checks import wide
 from ..errors import CheckpointError, InputError
+from ..files import open_safetensors
 from ..ops import region_pool, region_route
 from ..reference import DROP, Pool, num_regions, split_regions
 from .hooks import BeforeLLM, PictureFeatures, VisualTokens
@@ -140,14 +142,13 @@ def load_selector(
     file: Path, num_thumbnail_tokens: int, options: dict[str, object]
 ) -> tuple[LinearSelector, VisionGuidedOptions]:
     """A trained selector and the options that it was trained with; `options` may repeat but not contradict those."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable selector: {error}") from error
+    with open_safetensors(file) as stored:
+        metadata = stored.metadata() or {}
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (not a mapping)
     if metadata.get("format") != "minifocus-selector":
-        raise CheckpointError(f"{file}: metadata: expected format=minifocus-selector, got {metadata.get('format')!r}")
+        raise CheckpointError(
+            f"{file}: metadata: expected format=minifocus-selector, got {shown(metadata.get('format'))}"
+        )
     try:
         trained: dict[str, object] = {
             "window": int(metadata["window"]),
@@ -155,19 +156,25 @@ def load_selector(
             "score_pool": metadata["score_pool"],
         }
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{file}: metadata: expected window, branches and score_pool, got {metadata}") from error
+        raise CheckpointError(
+            f"{file}: metadata: expected window, branches and score_pool, got {shown(metadata)}"
+        ) from error
+    try:
+        VisionGuidedOptions(**trained)  # type: ignore[arg-type]
+    except InputError as error:
+        raise CheckpointError(f"{file}: metadata: {error}") from error
     given = VisionGuidedOptions(**options)  # type: ignore[arg-type]
     for key, value in trained.items():
         if key in options and getattr(given, key) != value:
             raise InputError(f"{key}: the selector in {file} was trained with {value!r}, got {getattr(given, key)!r}")
-    full = VisionGuidedOptions(**{**options, **trained})  # type: ignore[arg-type]
+    full = dataclasses.replace(given, **trained)  # type: ignore[arg-type]
     selector = LinearSelector(num_thumbnail_tokens, len(pools_for(full.window, full.branches)), full.score_pool)
     expected = {name: tuple(value.shape) for name, value in selector.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if found != expected:
-        raise CheckpointError(f"{file}: expected tensors {expected}, found {found}")
+        raise CheckpointError(f"{file}: expected tensors {expected}, found {shown(found)}")
     for name, value in tensors.items():
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
+        if not value.is_floating_point() or not bool(value.float().isfinite().all()):
             raise CheckpointError(f"{file}: {name}: expected finite floating-point values, got {value.dtype}")
     selector.load_state_dict(tensors)
     return selector, full
