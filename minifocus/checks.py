@@ -59,6 +59,7 @@ def offsets(name: str, value: torch.Tensor, rows: int, device: torch.device) -> 
     """Numbers that never fall, from 0 to `rows`."""
     tensor(name, value, [torch.int64], [None], device)
     expect(len(value) >= 1, f"{name}: expected at least one number, got none")
+    expect(rows == 0 or len(value) >= 2, f"{name}: expected offsets from 0 to {rows}, got one number")
     numbers = value.tolist()
     for before, after in itertools.pairwise(numbers):
         expect(before <= after, f"{name}: expected offsets that never fall, got {before} before {after}")
