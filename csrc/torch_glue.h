@@ -411,7 +411,6 @@ struct Operators {
     std::vector<Tensor> gathered;
     for (size_t i = 0; i < columns.size(); ++i) {
       Tensor& column = columns[i];
-      expect_given("columns", column);
       const auto came = column.sizes();
       std::vector<int64_t> sizes(came.begin(), came.end());
       expect(!sizes.empty() && bytes_of(column.scalar_type()) > 0 && device_of(column) == device,

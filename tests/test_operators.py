@@ -239,7 +239,12 @@ def test_kernels_stay_in_bounds_whatever_another_stream_writes(name: str, argume
             except emulated.EmulationError as error:
                 # Offsets differ from block to block and from kernel to kernel: parts may be left out, or done twice.
                 assert argument in ("cu_text", "cu_visual"), error
-                assert str(error).startswith(("check: DEVICE_CHECK", "initcheck", "racecheck: write")), error
+                twice = (
+                    str(error).startswith("racecheck: write")
+                    and "by thread" in str(error)
+                    and "another block" in str(error)
+                )
+                assert twice or str(error).startswith(("check: DEVICE_CHECK", "initcheck")), error
                 continue
         if name == "region_pool":
             counts = torch.tensor([1, 4, 16])  # of a region's tokens, by its branch: so which one each has been given
