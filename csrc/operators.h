@@ -19,6 +19,14 @@ struct Pool {
   int64_t height, width;  // {0, 0} leaves no token
 };
 
+// Rounded up, without a sum that could overflow. a >= 0, b > 0.
+inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+// How many regions of window x window cells, partial ones included, cover a map: none of one without cells.
+inline int64_t num_regions(Grid grid, int64_t window) {
+  return ceil_div(grid.height, window) * ceil_div(grid.width, window);
+}
+
 constexpr int kMaxWindow = 1024;
 constexpr int kMaxBranches = 8;
 constexpr int kMaxColumns = 8;
@@ -26,7 +34,7 @@ constexpr int kMaxColumns = 8;
 // region_pool: each region's chosen max-pool, in raster order inside the region, region after region.
 struct RegionArgs {
   const void* x;      // [cells, channels] of dtype; the maps of the pictures, one after another
-  const Grid* grids;  // [pictures], host
+  const Grid* grids;  // [pictures], host; {0, 0} of a map without cells
   int64_t pictures, cells, regions, channels, window, branches;
   Pool pools[kMaxBranches];  // each divides the window, or is {0, 0}
   DType dtype;

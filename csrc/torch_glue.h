@@ -1,7 +1,8 @@
 // From torch tensors to operators.h's structs and back: checks arguments, allocates outputs, fills the structs in.
 //
 // Written once for both halves. A half gives a Backend:
-//   static constexpr bool kIsCpu;        the tensors' device; on the CPU the contents of index tensors are checked too
+//   static constexpr bool kIsCpu;        the tensors' device; on the CPU the contents of index tensors are checked too,
+//                                        in copies that nobody else can write to
 //   struct Call { explicit Call(Tensor); };     what must hold while its functions run: a device guard and a stream
 //   static void region_pool(const RegionArgs&, Call&);     and so on: the implementations
 //   static int64_t region_offsets(const RegionArgs&);      CPU only: the number of tokens, before they are allocated
@@ -69,6 +70,7 @@ inline int64_t bytes_of(ScalarType type) {
 }
 
 constexpr int64_t kAny = -1;
+constexpr int64_t kMaxSideOnGpu = int64_t(1) << 30;  // of a map: kernels count its rows and columns in 32 bits
 
 constexpr int kCpu = -1;  // a device: kCpu, or the number of a GPU
 
@@ -93,8 +95,14 @@ inline std::string describe(const std::string& type, const std::vector<int64_t>&
 
 inline int device_of(const Tensor& tensor) { return tensor.is_cpu() ? kCpu : tensor.get_device_index(); }
 
+// torch passes None on where the schema has a tensor.
+inline void expect_given(const char* name, const Tensor& tensor) {
+  expect(tensor.defined(), name, ": expected a tensor, got None");
+}
+
 inline void expect_tensor(const char* name, const Tensor& tensor, const std::vector<ScalarType>& types,
                           const std::vector<int64_t>& sizes, int device) {
+  expect_given(name, tensor);
   bool ok = device_of(tensor) == device && tensor.dim() == (int64_t)sizes.size();
   for (size_t i = 0; ok && i < sizes.size(); ++i) ok = sizes[i] == kAny || tensor.size(i) == sizes[i];
   bool type_ok = false;
@@ -145,12 +153,20 @@ struct Operators {
   }
 
   // Where an operator's tensors have to be: where its first one is, which must be on this half's kind of device.
-  static int device_of_first(const Tensor& tensor) {
+  static int device_of_first(const char* name, const Tensor& tensor) {
+    expect_given(name, tensor);
     return kIsCpu ? kCpu : tensor.is_cuda() ? tensor.get_device_index() : 0;
   }
 
   static Tensor contiguous(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  }
+
+  // A tensor whose numbers other numbers are looked up by. On the CPU a copy: another thread may write to the tensor
+  // while an operator runs, and what has been checked must be what is used. On a GPU kernels check what they read.
+  static Tensor own(const Tensor& tensor, bool on_cpu = kIsCpu) {
+    if (on_cpu && tensor.is_contiguous()) return torch::stable::clone(tensor);
+    return contiguous(tensor);
   }
 
   static Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
@@ -163,11 +179,12 @@ struct Operators {
 
   // Offsets of `items` + 1 numbers that rise from 0 to `rows`. On a GPU only their shape is looked at here, and a
   // kernel that meets others stops with an error.
-  static void expect_offsets(const char* name, const Tensor& offsets, int64_t rows, int device) {
+  static Tensor checked_offsets(const char* name, const Tensor& offsets, int64_t rows, int device) {
     expect_tensor(name, offsets, {ScalarType::Long}, {kAny}, device);
     expect(offsets.size(0) >= 1, name, ": expected at least one number, got none");
-    if (!kIsCpu) return;
-    const Tensor packed = contiguous(offsets);
+    expect(rows == 0 || offsets.size(0) >= 2, name, ": expected offsets from 0 to ", rows, ", got one number");
+    const Tensor packed = own(offsets);
+    if (!kIsCpu) return packed;
     const int64_t* values = in<int64_t>(packed);
     const int64_t last = offsets.size(0) - 1;
     for (int64_t i = 0; i < last; ++i)
@@ -175,6 +192,7 @@ struct Operators {
              values[i + 1]);
     expect(values[0] == 0 && values[last] == rows, name, ": expected offsets from 0 to ", rows, ", got ", values[0],
            " to ", values[last]);
+    return packed;
   }
 
   // The part of RegionArgs that every region operator has.
@@ -184,7 +202,7 @@ struct Operators {
     Tensor x;
 
     Region(const Tensor& given, const Tensor& grid_hw, int64_t window, const std::vector<int64_t>& pools) {
-      expect_tensor("x", given, floating(), {kAny, kAny}, device_of_first(given));
+      expect_tensor("x", given, floating(), {kAny, kAny}, device_of_first("x", given));
       expect_tensor("grid_hw", grid_hw, {ScalarType::Long}, {kAny, 2}, kCpu);
       expect(1 <= window && window <= kMaxWindow, "window: expected from 1 to ", kMaxWindow, ", got ", window);
       expect(pools.size() >= 2 && pools.size() % 2 == 0 && pools.size() <= 2 * kMaxBranches,
@@ -203,19 +221,21 @@ struct Operators {
                "pools: expected pairs that divide the window ", window, ", or (0, 0), got (", h, ", ", w, ")");
         args.pools[s] = {h, w};
       }
-      const Tensor packed = contiguous(grid_hw);
+      const Tensor packed = own(grid_hw, true);  // it is on the CPU, whichever half this is
       const int64_t* sizes = in<int64_t>(packed);
       args.pictures = grid_hw.size(0);
       int64_t cells = 0;
       for (int64_t b = 0; b < args.pictures; ++b) {
         const int64_t h = sizes[2 * b], w = sizes[2 * b + 1];
-        int64_t own = 0;
-        const bool fits = h >= 0 && w >= 0 && !__builtin_mul_overflow(h, w, &own) && own <= args.cells;
+        int64_t area = 0;
+        const bool fits = h >= 0 && w >= 0 && !__builtin_mul_overflow(h, w, &area) && area <= args.cells;
         expect(fits, "grid_hw: expected maps of at most ", args.cells, " cells, as x has, got (", h, ", ", w, ")");
-        cells += own;
-        expect(cells <= args.cells, "grid_hw: expected ", args.cells, " cells in all, as x has, got more");
-        grids.push_back({h, w});
-        args.regions += (h + window - 1) / window * ((w + window - 1) / window);
+        expect(area <= args.cells - cells, "grid_hw: expected ", args.cells, " cells in all, as x has, got more");
+        expect(kIsCpu || area == 0 || std::max(h, w) <= kMaxSideOnGpu, "grid_hw: expected sides of at most ",
+               kMaxSideOnGpu, " on a GPU, got (", h, ", ", w, ")");
+        cells += area;
+        grids.push_back(area == 0 ? Grid{0, 0} : Grid{h, w});  // a side may be anything where the other is 0
+        args.regions += num_regions(grids.back(), window);
       }
       expect(cells == args.cells, "grid_hw: expected ", args.cells, " cells in all, as x has, got ", cells);
       args.grids = grids.data();
@@ -224,7 +244,7 @@ struct Operators {
 
   static Tensor checked_choice(const Tensor& choice, const RegionArgs& args, int device) {
     expect_tensor("choice", choice, {ScalarType::Long}, {args.regions}, device);
-    Tensor packed = contiguous(choice);
+    const Tensor packed = own(choice);
     if (kIsCpu) {
       const int64_t* values = in<int64_t>(packed);
       for (int64_t r = 0; r < args.regions; ++r)
@@ -306,18 +326,18 @@ struct Operators {
     expect_tensor("offsets", offsets, {ScalarType::Long}, {args.regions + 1}, device_of(x));
     args.choice = in<int64_t>(chosen);
     args.weight = factor ? factor->const_data_ptr() : nullptr;
-    Tensor packed_offsets = contiguous(offsets);
+    const Tensor packed_offsets = own(offsets);
+    args.offsets = const_cast<int64_t*>(in<int64_t>(packed_offsets));
     if constexpr (kIsCpu) {  // on a GPU the kernel stops at others
-      const int64_t* given = in<int64_t>(packed_offsets);
-      const Tensor own = allocate(x, {args.regions + 1}, ScalarType::Long);
-      args.offsets = out<int64_t>(own);
-      const int64_t tokens = Backend::region_offsets(args);
-      expect(std::equal(given, given + args.regions + 1, args.offsets),
+      RegionArgs expected = args;
+      const Tensor expected_offsets = allocate(x, {args.regions + 1}, ScalarType::Long);
+      expected.offsets = out<int64_t>(expected_offsets);
+      const int64_t tokens = Backend::region_offsets(expected);
+      expect(std::equal(args.offsets, args.offsets + args.regions + 1, expected.offsets),
              "offsets: expected region_pool's for this choice");
       expect(grad_tokens.size(0) >= tokens, "grad_tokens: expected at least ", tokens, " rows, got ",
              grad_tokens.size(0));
     }
-    args.offsets = const_cast<int64_t*>(in<int64_t>(packed_offsets));
     const Tensor grad = contiguous(grad_tokens);
     Tensor grad_x = allocate(x, {args.cells, args.channels}, x.scalar_type());
     Tensor grad_weight = allocate(x, {factor ? args.regions : 0}, wide(x));
@@ -329,18 +349,17 @@ struct Operators {
   }
 
   static Tensor importance(Tensor q, Tensor k, Tensor cu_text, Tensor cu_visual, double scale) {
-    const int device = device_of_first(q);
+    const int device = device_of_first("q", q);
     expect_tensor("q", q, floating(), {kAny, kAny, kAny}, device);
     expect_tensor("k", k, {q.scalar_type()}, {kAny, kAny, q.size(2)}, device);
     expect(k.size(1) >= 1 && q.size(1) % k.size(1) == 0 && q.size(1) >= 1,
            "k: expected a number of heads that divides q's ", q.size(1), ", got ", k.size(1));
     expect(q.size(2) >= 1, "q: expected heads of at least 1 channel, got 0");
-    expect_offsets("cu_text", cu_text, q.size(0), device);
-    expect_offsets("cu_visual", cu_visual, k.size(0), device);
+    const Tensor text = checked_offsets("cu_text", cu_text, q.size(0), device);
+    const Tensor visual = checked_offsets("cu_visual", cu_visual, k.size(0), device);
     expect(cu_text.size(0) == cu_visual.size(0), "cu_visual: expected as many offsets as cu_text, ", cu_text.size(0),
            ", got ", cu_visual.size(0));
-    const Tensor queries = contiguous(q), keys = contiguous(k), text = contiguous(cu_text),
-                 visual = contiguous(cu_visual);
+    const Tensor queries = contiguous(q), keys = contiguous(k);
     Tensor scores = allocate(q, {k.size(0)}, wide(q));
     const Tensor scratch = workspace(q, Backend::importance_workspace(q.size(0), k.size(0), q.size(1)));
     const ImportanceArgs args{queries.const_data_ptr(),
@@ -364,11 +383,11 @@ struct Operators {
 
   static std::tuple<Tensor, Tensor> select_top_p(Tensor scores, Tensor cu_visual, double gamma,
                                                  std::optional<int64_t> keep) {
-    const int device = device_of_first(scores);
+    const int device = device_of_first("scores", scores);
     expect_tensor("scores", scores, floating(), {kAny}, device);
-    expect_offsets("cu_visual", cu_visual, scores.size(0), device);
+    const Tensor offsets = checked_offsets("cu_visual", cu_visual, scores.size(0), device);
     expect(!keep || *keep >= 0, "keep: expected at least 0, got ", keep.value_or(0));
-    const Tensor packed = contiguous(scores), offsets = contiguous(cu_visual);
+    const Tensor packed = own(scores);  // indices are sorted by them
     Tensor index = allocate(scores, {scores.size(0)}, ScalarType::Long);
     Tensor count = allocate(scores, {cu_visual.size(0) - 1}, ScalarType::Long);
     const SelectArgs args{
@@ -382,9 +401,9 @@ struct Operators {
   static std::vector<Tensor> gather_tokens(std::vector<Tensor> columns, Tensor index) {
     expect(!columns.empty() && columns.size() <= kMaxColumns, "columns: expected from 1 to ", kMaxColumns,
            " tensors, got ", columns.size());
-    const int device = device_of_first(index);
+    const int device = device_of_first("index", index);
     expect_tensor("index", index, {ScalarType::Long}, {kAny}, device);
-    const Tensor packed = contiguous(index);
+    const Tensor packed = own(index);
     GatherArgs args{};
     args.num_columns = columns.size();
     args.count = index.size(0);
@@ -399,11 +418,12 @@ struct Operators {
              describe(name_of(column.scalar_type()), sizes, device_of(column)));
       if (i == 0) args.rows = sizes[0];
       expect(sizes[0] == args.rows, "columns: expected ", args.rows, " rows in each, as the first has, got ", sizes[0]);
-      int64_t row_bytes = bytes_of(column.scalar_type());
-      for (size_t d = 1; d < sizes.size(); ++d) row_bytes *= sizes[d];
       column = contiguous(column);
       sizes[0] = args.count;
       gathered.push_back(allocate(column, sizes, column.scalar_type()));
+      // Of what has been allocated, for a product of the sizes alone could overflow where one of them is 0.
+      const int64_t row_bytes =
+          args.count == 0 ? 0 : gathered.back().numel() / args.count * bytes_of(column.scalar_type());
       args.columns[i] = {column.const_data_ptr(), gathered.back().mutable_data_ptr(), row_bytes};
     }
     if (kIsCpu) {

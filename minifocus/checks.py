@@ -23,6 +23,16 @@ def expect(condition: bool, text: str) -> None:
         raise RuntimeError(text)
 
 
+def given(name: str, value: object) -> None:
+    """torch passes None on where an operator's schema has a tensor."""
+    expect(value is not None, f"{name}: expected a tensor, got None")
+
+
+def no_tensor(name: str, value: object) -> None:
+    """torch would take a tensor of one element for a number, and cut off its fraction for a whole one."""
+    expect(not isinstance(value, torch.Tensor), f"{name}: expected a number, got a tensor")
+
+
 def _describe(dtype: str, sizes: Sequence[int | None], device: torch.device) -> str:
     listed = ", ".join("*" if size is None else str(size) for size in sizes)
     return f"{dtype} [{listed}] on {device}"
@@ -36,6 +46,7 @@ def tensor(
     name: str, value: torch.Tensor, dtypes: list[torch.dtype], sizes: list[int | None], device: torch.device
 ) -> None:
     """`sizes`: None where any size will do."""
+    given(name, value)
     fits = value.ndim == len(sizes) and all(s is None or s == came for s, came in zip(sizes, value.shape, strict=False))
     if fits and value.dtype in dtypes and value.device == device:
         return
@@ -59,6 +70,7 @@ def offsets(name: str, value: torch.Tensor, rows: int, device: torch.device) -> 
     """Numbers that never fall, from 0 to `rows`."""
     tensor(name, value, [torch.int64], [None], device)
     expect(len(value) >= 1, f"{name}: expected at least one number, got none")
+    expect(rows == 0 or len(value) >= 2, f"{name}: expected offsets from 0 to {rows}, got one number")
     numbers = value.tolist()
     for before, after in itertools.pairwise(numbers):
         expect(before <= after, f"{name}: expected offsets that never fall, got {before} before {after}")
@@ -70,6 +82,7 @@ def offsets(name: str, value: torch.Tensor, rows: int, device: torch.device) -> 
 
 def _regions(x: torch.Tensor, grid_hw: torch.Tensor, window: int, pools: list[tuple[int, int]]) -> int:
     """The number of regions."""
+    given("x", x)
     tensor("x", x, _floating(x), [None, None], x.device)
     tensor("grid_hw", grid_hw, [torch.int64], [None, 2], torch.device("cpu"))
     expect(1 <= window <= MAX_WINDOW, f"window: expected from 1 to {MAX_WINDOW}, got {window}")
@@ -123,6 +136,7 @@ def region_route(
 
 
 def importance(q: torch.Tensor, k: torch.Tensor, cu_text: torch.Tensor, cu_visual: torch.Tensor) -> None:
+    given("q", q)
     tensor("q", q, _floating(q), [None, None, None], q.device)
     tensor("k", k, [q.dtype], [None, None, q.shape[2]], q.device)
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -138,6 +152,7 @@ def importance(q: torch.Tensor, k: torch.Tensor, cu_text: torch.Tensor, cu_visua
 
 
 def select_top_p(scores: torch.Tensor, cu_visual: torch.Tensor, keep: int | None) -> None:
+    given("scores", scores)
     tensor("scores", scores, _floating(scores), [None], scores.device)
     offsets("cu_visual", cu_visual, len(scores), scores.device)
     expect(keep is None or keep >= 0, f"keep: expected at least 0, got {keep}")
@@ -148,6 +163,7 @@ def gather_tokens(columns: list[torch.Tensor], index: torch.Tensor) -> None:
         1 <= len(columns) <= MAX_COLUMNS,
         f"columns: expected from 1 to {MAX_COLUMNS} tensors, got {len(columns)}",
     )
+    given("index", index)
     tensor("index", index, [torch.int64], [None], index.device)
     for column in columns:
         came = _describe(_name(column.dtype), column.shape, column.device)

@@ -8,15 +8,22 @@ So that nothing waits for a GPU, the registered operators return outputs with ro
 tokens and their source have a row for each cell, of which the first offsets[-1] count; select_top_p's index has a place for each
 score, those of an item's kept ones first and then -1. The functions below have the arguments and results of their namesakes
 in `reference.py`: they cut the outputs to size, which does wait.
+
+Gradients are of the first order and in reverse: what torch would silently take for zeros raises NotImplementedError, a
+RuntimeError. That is forward mode (torch.func.jvp), second derivatives of all but gather_tokens, and gradients of importance.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from . import checks, reference
 from .arguments import shown
@@ -66,7 +73,7 @@ def _load() -> tuple[dict[str, str], torch.library.Library]:
         for schema in SCHEMAS:
             library.define(schema)
     for name, function in _REFERENCE.items():
-        library.impl(name, function, "CompositeExplicitAutograd")
+        library.impl(name, _on_own_indices(function), "CompositeExplicitAutograd")
     return backends, library
 
 
@@ -75,6 +82,19 @@ def _not_built(half: str) -> str:
     record = Path(__file__).with_name("_build.txt")
     lines = record.read_text().splitlines() if record.exists() else []
     return next((line for line in lines if line.startswith(f"{half}: not built")), f"_{half}.abi3.so is not there")
+
+
+def _on_own_indices(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, called with copies of its index tensors: they are checked in one pass and used in others, between
+    which another thread may write to them."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        def own(value: Any) -> Any:
+            return value.clone() if isinstance(value, torch.Tensor) and value.dtype == torch.int64 else value
+
+        return function(*map(own, arguments), **{name: own(value) for name, value in named.items()})
+
+    return call
 
 
 def _pairs(pools: list[int]) -> list[Pool]:
@@ -150,31 +170,36 @@ BACKENDS, _library = _load()  # {"cpu": "native", "cuda": "reference"}, say
 # ------------------------------------------------------------------------------- shapes for tracing, and the gradients
 
 
-def _same_device(first: torch.Tensor, grid_hw: torch.Tensor | None = None, **others: torch.Tensor | None) -> None:
-    """torch calls a fake kernel, and no other, as soon as one of the tensors is on the meta device."""
-    for name, value in others.items():
-        if value is not None:
-            checks.tensor(name, value, [value.dtype], [None] * value.ndim, first.device)
+def _same_device(
+    *, grid_hw: torch.Tensor | None = None, weight: torch.Tensor | None = None, **tensors: torch.Tensor
+) -> None:
+    """torch calls a fake kernel, and no other, as soon as one of the tensors is on the meta device. The first of `tensors`
+    says where the others have to be."""
+    for name, value in tensors.items():
+        checks.given(name, value)
+    first = next(iter(tensors.values()))
+    for name, value in (tensors if weight is None else tensors | {"weight": weight}).items():
+        checks.tensor(name, value, [value.dtype], [None] * value.ndim, first.device)
     if grid_hw is not None and first.device.type != "meta":
         checks.tensor("grid_hw", grid_hw, [grid_hw.dtype], [None] * grid_hw.ndim, torch.device("cpu"))
 
 
 @torch.library.register_fake("minifocus::region_pool")
 def _(x, grid_hw, choice, window, pools, weight=None):  # type: ignore[no-untyped-def]
-    _same_device(x, grid_hw, choice=choice, weight=weight)
+    _same_device(x=x, grid_hw=grid_hw, choice=choice, weight=weight)
     rows = torch.library.get_ctx().new_dynamic_size()  # it depends on what is in choice
     return x.new_empty(rows, x.shape[1]), choice.new_empty(rows), choice.new_empty(choice.shape[0] + 1)
 
 
 @torch.library.register_fake("minifocus::region_pool_backward")
 def _(grad_tokens, x, grid_hw, choice, offsets, window, pools, weight=None):  # type: ignore[no-untyped-def]
-    _same_device(x, grid_hw, grad_tokens=grad_tokens, choice=choice, offsets=offsets, weight=weight)
+    _same_device(x=x, grid_hw=grid_hw, grad_tokens=grad_tokens, choice=choice, offsets=offsets, weight=weight)
     return x.new_empty(x.shape), x.new_empty(0 if weight is None else choice.shape[0], dtype=wide(x.dtype))
 
 
 @torch.library.register_fake("minifocus::region_route")
 def _(x, grid_hw, context, bias, window, pools):  # type: ignore[no-untyped-def]
-    _same_device(x, grid_hw, context=context, bias=bias)
+    _same_device(x=x, grid_hw=grid_hw, context=context, bias=bias)
     rows, regions = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))  # the latter: of what is in grid_hw
     source = x.new_empty(rows, dtype=torch.int64)
     return x.new_empty(rows, x.shape[1]), source, source.new_empty(regions + 1), source.new_empty(regions)
@@ -182,21 +207,41 @@ def _(x, grid_hw, context, bias, window, pools):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("minifocus::importance")
 def _(q, k, cu_text, cu_visual, scale):  # type: ignore[no-untyped-def]
-    _same_device(q, k=k, cu_text=cu_text, cu_visual=cu_visual)
+    _same_device(q=q, k=k, cu_text=cu_text, cu_visual=cu_visual)
     return k.new_empty(k.shape[0], dtype=wide(q.dtype))
 
 
 @torch.library.register_fake("minifocus::select_top_p")
 def _(scores, cu_visual, gamma=0.0, keep=None):  # type: ignore[no-untyped-def]
-    _same_device(scores, cu_visual=cu_visual)
+    _same_device(scores=scores, cu_visual=cu_visual)
     return cu_visual.new_empty(scores.shape[0]), cu_visual.new_empty(cu_visual.shape[0] - 1)
 
 
 @torch.library.register_fake("minifocus::gather_tokens")
 def _(columns, index):  # type: ignore[no-untyped-def]
     for column in columns:
-        _same_device(index, columns=column)
+        _same_device(index=index, columns=column)
     return [column.new_empty(index.shape[0], *column.shape[1:]) for column in columns]
+
+
+class _ReverseMode(torch.library.Library):
+    """What it registers for autograd raises where an argument has a tangent: torch would take the result's for zero."""
+
+    def impl(self, op_name: Any, fn: Callable[..., Any], dispatch_key: Any = "", **options: Any) -> None:
+        def reverse_mode(*arguments: Any, **named: Any) -> Any:
+            for value in tree_leaves((arguments, named)):
+                if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+                    raise NotImplementedError(f"{op_name}: there is no forward-mode derivative through it")
+            return fn(*arguments, **named)
+
+        super().impl(op_name, reverse_mode, dispatch_key, **options)
+
+
+_gradients = _ReverseMode("minifocus", "FRAGMENT")
+
+
+def _register_gradient(name: str, gradient: Callable[..., Any], save: Callable[..., None] | None = None) -> None:
+    torch.library.register_autograd(f"minifocus::{name}", gradient, setup_context=save, lib=_gradients)
 
 
 def _save_region_pool(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -212,7 +257,7 @@ def _region_pool_gradient(ctx, grad_tokens, _source, _offsets):  # type: ignore[
     return grad_x, None, None, None, None, None if weight is None else grad_weight
 
 
-torch.library.register_autograd("minifocus::region_pool", _region_pool_gradient, setup_context=_save_region_pool)
+_register_gradient("region_pool", _region_pool_gradient, _save_region_pool)
 
 
 def _save_region_route(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -228,7 +273,7 @@ def _region_route_gradient(ctx, grad_tokens, *_indices):  # type: ignore[no-unty
     return grad_x, None, None, None, None, None  # a choice has no gradient for what it was made by
 
 
-torch.library.register_autograd("minifocus::region_route", _region_route_gradient, setup_context=_save_region_route)
+_register_gradient("region_route", _region_route_gradient, _save_region_route)
 
 
 def _save_gather(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -249,10 +294,33 @@ def _gather_gradient(ctx, grads):  # type: ignore[no-untyped-def]
     return [scatter(grad) for grad in grads], None
 
 
-torch.library.register_autograd("minifocus::gather_tokens", _gather_gradient, setup_context=_save_gather)
+_register_gradient("gather_tokens", _gather_gradient, _save_gather)
+
+
+def _no_second_derivative(ctx, *_grads):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("region_pool and region_route: there is no second derivative through them")
+
+
+def _no_gradient(ctx, *_grads):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("importance: there is no gradient through it; detach q and k, or call it under no_grad()")
+
+
+# torch would take what is not there for zeros. select_top_p needs none of this: all that it returns are whole numbers.
+_register_gradient("region_pool_backward", _no_second_derivative)
+_register_gradient("importance", _no_gradient)
 
 
 # ----------------------------------------------------------------------------------------------- what the samplers call
+
+
+def _flat(pools: list[Pool]) -> list[int]:
+    try:
+        flat = [side for height, width in pools for side in (height, width)]
+    except (TypeError, ValueError):
+        raise RuntimeError(f"pools: expected pairs of numbers, got {shown(pools)}") from None
+    for side in flat:
+        checks.no_tensor("pools", side)
+    return flat
 
 
 def _cut(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -270,8 +338,8 @@ def region_pool(
     weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.region_pool`; differentiable in x and weight."""
-    flat = [side for pool in pools for side in pool]
-    tokens, source, offsets = torch.ops.minifocus.region_pool(x, grid_hw, choice, window, flat, weight)
+    checks.no_tensor("window", window)
+    tokens, source, offsets = torch.ops.minifocus.region_pool(x, grid_hw, choice, window, _flat(pools), weight)
     count = offsets[-1].item()
     return _cut(tokens, count), _cut(source, count), offsets
 
@@ -285,8 +353,8 @@ def region_route(
     pools: list[Pool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.region_route`; differentiable in x, with the scales as they were chosen."""
-    flat = [side for pool in pools for side in pool]
-    tokens, source, offsets, choice = torch.ops.minifocus.region_route(x, grid_hw, context, bias, window, flat)
+    checks.no_tensor("window", window)
+    tokens, source, offsets, choice = torch.ops.minifocus.region_route(x, grid_hw, context, bias, window, _flat(pools))
     count = offsets[-1].item()
     return _cut(tokens, count), _cut(source, count), offsets, choice
 
@@ -294,7 +362,8 @@ def region_route(
 def importance(
     q: torch.Tensor, k: torch.Tensor, cu_text: torch.Tensor, cu_visual: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """See `reference.importance`."""
+    """See `reference.importance`. Here it has no gradient: asked for one, it raises."""
+    checks.no_tensor("scale", scale)
     return torch.ops.minifocus.importance(q, k, cu_text, cu_visual, scale)
 
 
@@ -302,6 +371,8 @@ def select_top_p(
     scores: torch.Tensor, cu_visual: torch.Tensor, gamma: float = 0.0, keep: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.select_top_p`."""
+    checks.no_tensor("gamma", gamma)
+    checks.no_tensor("keep", keep)
     index, count = torch.ops.minifocus.select_top_p(scores, cu_visual, gamma, keep)
     return index[index >= 0], count
 

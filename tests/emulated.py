@@ -121,7 +121,9 @@ def load(name: str, mode: str) -> ModuleType:
 
 # ----------------------------------------------------------------------------------------------------------- calling
 
-_FORWARD = dict(order="forward", seed=0, preempt=0, resident_blocks=1, poison=0xFF, shared_bytes=225 * 1024)
+_FORWARD = dict(
+    order="forward", seed=0, preempt=0, resident_blocks=1, poison=0xFF, shared_bytes=225 * 1024, changing=None
+)
 _schedule: dict[str, Any] = dict(_FORWARD)
 
 # Orders that a correct kernel does not depend on; tests take all of them or draw from them.
@@ -144,6 +146,8 @@ def schedule(**changes: Any) -> Iterator[None]:
     resident_blocks  how many blocks are under way at a time
     poison           the byte that shared memory is full of before a block begins
     shared_bytes     what gpu::max_shared_bytes() says
+    changing         ("choice", other): as if another stream wrote `other` to this input meanwhile, and back again, so that
+                     each read finds either; "checked" only. The tensors are left with some of both
     """
     global _schedule
     unknown = set(changes) - set(_FORWARD)
@@ -172,7 +176,8 @@ def _source_line(file: str, address: str, function: bool) -> str:
 
 def call(module: ModuleType, function: str, *arguments: Any) -> None:
     """module.function(*arguments) under the current schedule; its Failure becomes an EmulationError with source lines."""
-    module.configure(**_schedule)
+    name, other = _schedule["changing"] or ("", None)
+    module.configure(**{**_schedule, "changing": name, "other": b"" if other is None else array(other).tobytes()})
     try:
         getattr(module, function)(*arguments)
     except module.Failure as failure:
@@ -206,7 +211,7 @@ def _flat(pools: Any) -> np.ndarray[Any, Any]:
 
 
 def _num_regions(grid_hw: torch.Tensor, window: int) -> int:
-    return int(((grid_hw + window - 1) // window).prod(dim=1).sum())
+    return int((-(-grid_hw // window)).prod(dim=1).sum())
 
 
 class Operators:

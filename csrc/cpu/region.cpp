@@ -18,8 +18,6 @@ namespace {
 constexpr int64_t kBlock = 512;      // channels
 constexpr int64_t kGrain = 1 << 16;  // numbers; fewer are not worth another thread
 
-int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
-
 // A rectangle of cells: a region, or one of its windows.
 struct Rectangle {
   int64_t cell;           // its first cell, counted over all pictures
@@ -38,8 +36,7 @@ class Layout {
     for (int64_t i = 0; i < args.pictures; ++i) {
       const Grid grid = args.grids[i];
       first_cell_.push_back(first_cell_[i] + grid.height * grid.width);
-      first_region_.push_back(first_region_[i] +
-                              ceil_div(grid.height, args.window) * ceil_div(grid.width, args.window));
+      first_region_.push_back(first_region_[i] + num_regions(grid, args.window));
     }
   }
 

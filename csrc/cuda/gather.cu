@@ -67,7 +67,7 @@ int gather_tokens(const GatherArgs& args, void* stream) {
   }
   if (most_words == 0) return 0;
   const int64_t blocks = min((most_words + kThreads * kWords - 1) / (kThreads * kWords), int64_t(1) << 30);
-  return gpu::launch(gather_kernel, dim3(unsigned(blocks), unsigned(args.num_columns)), dim3(kThreads), 0,
+  return gpu::launch(gather_kernel, dim3(gpu::dimension(blocks), unsigned(args.num_columns)), dim3(kThreads), 0,
                      static_cast<cudaStream_t>(stream), columns, args.index, args.rows, args.count);
 }
 

@@ -4,6 +4,7 @@
 //   DYN_SHARED(float, tile);              dynamic shared memory, 16-byte aligned; a kernel has one
 //   gpu::launch(kernel, grid, block, shared_bytes, stream, arguments...)     instead of <<<...>>>, which is not C++
 //   gpu::store_release, gpu::load_acquire      pass a word, and all that was written before it, to another block
+//   gpu::dimension(n)                     a number of blocks, as dim3 takes it
 //   gpu::max_shared_bytes()               dynamic shared memory that one block may have on the current device
 //   DEVICE_CHECK(condition)               stops the launch where the condition does not hold
 #pragma once
@@ -72,6 +73,9 @@ __device__ __forceinline__ unsigned long long load_acquire(const unsigned long l
 #endif
 
 namespace gpu {
+
+// More than 32 bits hold stay too many, which CUDA refuses.
+inline unsigned dimension(int64_t n) { return unsigned(n < int64_t(0xffffffff) ? n : int64_t(0xffffffff)); }
 
 // Arguments are converted to the kernel's parameter types, as in a call. Returns the error of the launch itself.
 template <class... Parameters, class... Arguments>

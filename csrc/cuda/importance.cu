@@ -147,22 +147,43 @@ struct TensorCores {
   }
 };
 
-// Offsets that come from the GPU were not looked at by the host: out of order or out of range, they stop the launch.
 struct Item {
   int64_t text, num_text, key, num_keys;
-
-  __device__ Item(const Arguments& arguments, int64_t number)
-      : text(arguments.cu_text[number]),
-        num_text(arguments.cu_text[number + 1] - text),
-        key(arguments.cu_visual[number]),
-        num_keys(arguments.cu_visual[number + 1] - key) {
-    DEVICE_CHECK(0 <= text && 0 <= num_text && text + num_text <= arguments.text);
-    DEVICE_CHECK(0 <= key && 0 <= num_keys && key + num_keys <= arguments.visual);
-    DEVICE_CHECK(number > 0 || (text == 0 && key == 0));
-    DEVICE_CHECK(number + 1 < arguments.items ||
-                 (text + num_text == arguments.text && key + num_keys == arguments.visual));
-  }
 };
+
+// Offsets that come from the GPU were not looked at by the host: out of order or out of range, they stop the launch.
+__device__ __forceinline__ Item item_of(const Arguments& arguments, int64_t number) {
+  const int64_t text = arguments.cu_text[number], text_end = arguments.cu_text[number + 1];
+  const int64_t key = arguments.cu_visual[number], key_end = arguments.cu_visual[number + 1];
+  DEVICE_CHECK(0 <= text && text <= text_end && text_end <= arguments.text);
+  DEVICE_CHECK(0 <= key && key <= key_end && key_end <= arguments.visual);
+  DEVICE_CHECK(number > 0 || (text == 0 && key == 0));
+  DEVICE_CHECK(number + 1 < arguments.items || (text_end == arguments.text && key_end == arguments.visual));
+  return {text, text_end - text, key, key_end - key};
+}
+
+// What a block works on: of the items' `length`s, cut into tiles of `size` and counted over all items, tile blockIdx.x;
+// false beyond the last one. One thread looks for all: another stream may write other offsets meanwhile, and threads
+// with different items would wait for each other at different barriers.
+__device__ __forceinline__ bool find_tile(const Arguments& arguments, int64_t Item::* length, int size, Item& item,
+                                          int64_t& tile) {
+  __shared__ Item found;
+  __shared__ int64_t found_tile;
+  if (threadIdx.x == 0) {
+    found_tile = -1;
+    int64_t left = blockIdx.x;
+    for (int64_t number = 0; number < arguments.items && found_tile < 0; ++number) {
+      found = item_of(arguments, number);
+      const int64_t tiles = (found.*length + size - 1) / size;
+      if (left < tiles) found_tile = left;
+      left -= tiles;
+    }
+  }
+  __syncthreads();
+  item = found;
+  tile = found_tile;
+  return tile >= 0;
+}
 
 // The products of Rows rows of head `head` with 64 keys, each warp its own part; every thread of the block must call
 // it. Where a tile holds whole heads and the last call's rows (or keys) are wanted again, they are still there.
@@ -196,64 +217,57 @@ __global__ void __launch_bounds__(kThreads, 3)
   constexpr int kParts = kKeys / 8;
   const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, first_row = threadIdx.x / 32 * kRows;
   const int64_t head = blockIdx.y, split = blockIdx.z;
-  int64_t tile = blockIdx.x;
-  for (int64_t number = 0; number < arguments.items; ++number) {
-    const Item item(arguments, number);
-    const int64_t tiles = (item.num_text + kWarps * kRows - 1) / (kWarps * kRows);
-    if (tile >= tiles) {
-      tile -= tiles;
-      continue;
-    }
-    const int64_t first_text = tile * kWarps * kRows;
-    const int64_t key_tiles = (item.num_keys + kKeys - 1) / kKeys;
-    float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};  // of rows g and g + 8
-    for (int64_t key_tile = split; key_tile < key_tiles; key_tile += kSplits) {
-      const int64_t first_key = key_tile * kKeys, keys = item.num_keys - first_key;
-      float products[kParts][4];
-      multiply<kWarps * kRows, V, Product>(
-          products, q_tile, k_tile, arguments, q + (item.text + first_text) * arguments.heads * arguments.dim,
-          item.num_text - first_text, first_row, key_tile != split,
-          k + (item.key + first_key) * (arguments.heads / arguments.group) * arguments.dim, keys, 0, false, head);
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        float here = -INFINITY;
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float& product = products[part][2 * row + i];
-            product *= arguments.scale;
-            if (8 * part + 2 * c + i < keys) here = fmaxf(here, product);
-          }
-        }
-        here = fmaxf(here, __shfl_xor_sync(kAll, here, 1));
-        here = fmaxf(here, __shfl_xor_sync(kAll, here, 2));
-        const float above = fmaxf(largest[row], here);
-        // While all products are -inf, exp(product - above) would be exp(NaN).
-        float added = 0.f;
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float product = products[part][2 * row + i];
-            if (8 * part + 2 * c + i < keys && product != -INFINITY) added += expf(product - above);
-          }
-        }
-        added += __shfl_xor_sync(kAll, added, 1);
-        added += __shfl_xor_sync(kAll, added, 2);
-        sum[row] = (sum[row] == 0.f ? 0.f : sum[row] * expf(largest[row] - above)) + added;
-        largest[row] = above;
-      }
-    }
+  Item item;
+  int64_t tile;
+  if (!find_tile(arguments, &Item::num_text, kWarps * kRows, item, tile)) return;
+  const int64_t first_text = tile * kWarps * kRows;
+  const int64_t key_tiles = (item.num_keys + kKeys - 1) / kKeys;
+  float largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};  // of rows g and g + 8
+  for (int64_t key_tile = split; key_tile < key_tiles; key_tile += kSplits) {
+    const int64_t first_key = key_tile * kKeys, keys = item.num_keys - first_key;
+    float products[kParts][4];
+    multiply<kWarps * kRows, V, Product>(
+        products, q_tile, k_tile, arguments, q + (item.text + first_text) * arguments.heads * arguments.dim,
+        item.num_text - first_text, first_row, key_tile != split,
+        k + (item.key + first_key) * (arguments.heads / arguments.group) * arguments.dim, keys, 0, false, head);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int64_t text = first_text + first_row + g + 8 * row;
-      if (c == 0 && text < item.num_text) {
-        arguments.statistics[(split * arguments.heads + head) * arguments.text + item.text + text] =
-            make_float2(largest[row], sum[row]);
+      float here = -INFINITY;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& product = products[part][2 * row + i];
+          product *= arguments.scale;
+          if (8 * part + 2 * c + i < keys) here = fmaxf(here, product);
+        }
       }
+      here = fmaxf(here, __shfl_xor_sync(kAll, here, 1));
+      here = fmaxf(here, __shfl_xor_sync(kAll, here, 2));
+      const float above = fmaxf(largest[row], here);
+      // While all products are -inf, exp(product - above) would be exp(NaN).
+      float added = 0.f;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float product = products[part][2 * row + i];
+          if (8 * part + 2 * c + i < keys && product != -INFINITY) added += expf(product - above);
+        }
+      }
+      added += __shfl_xor_sync(kAll, added, 1);
+      added += __shfl_xor_sync(kAll, added, 2);
+      sum[row] = (sum[row] == 0.f ? 0.f : sum[row] * expf(largest[row] - above)) + added;
+      largest[row] = above;
     }
-    return;
+  }
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int64_t text = first_text + first_row + g + 8 * row;
+    if (c == 0 && text < item.num_text) {
+      arguments.statistics[(split * arguments.heads + head) * arguments.text + item.text + text] =
+          make_float2(largest[row], sum[row]);
+    }
   }
 }
 
@@ -276,49 +290,33 @@ __global__ void __launch_bounds__(kThreads, 3)
   __shared__ Tile<T> q_tile, k_tile;
   constexpr int kParts = kKeys / 8 / kWarps;
   const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, own_key = threadIdx.x / 32 * kParts * 8;
-  int64_t tile = blockIdx.x;
-  for (int64_t number = 0; number < arguments.items; ++number) {
-    const Item item(arguments, number);
-    const int64_t tiles = (item.num_keys + kKeys - 1) / kKeys;
-    if (tile >= tiles) {
-      tile -= tiles;
-      continue;
-    }
-    const int64_t first_key = tile * kKeys, keys = item.num_keys - first_key;
-    float sum[kParts][2] = {};  // over text, of keys own_key + 8 part + 2 c and + 1
-    for (int64_t first_text = blockIdx.y * kRows; first_text < item.num_text; first_text += kSplits * kRows) {
-      float best[kParts][4] = {};  // a softmax is never below 0
-      for (int64_t head = 0; head < arguments.heads; ++head) {
-        float products[kParts][4];
-        multiply<kRows, V, Product>(products, q_tile, k_tile, arguments,
-                                    q + (item.text + first_text) * arguments.heads * arguments.dim,
-                                    min(int64_t(kRows), item.num_text - first_text), 0, false,
-                                    k + (item.key + first_key) * (arguments.heads / arguments.group) * arguments.dim,
-                                    keys, own_key, head % arguments.group != 0, head);
+  Item item;
+  int64_t tile;
+  if (!find_tile(arguments, &Item::num_keys, kKeys, item, tile)) return;
+  const int64_t first_key = tile * kKeys, keys = item.num_keys - first_key;
+  float sum[kParts][2] = {};  // over text, of keys own_key + 8 part + 2 c and + 1
+  for (int64_t first_text = blockIdx.y * kRows; first_text < item.num_text; first_text += kSplits * kRows) {
+    float best[kParts][4] = {};  // a softmax is never below 0
+    for (int64_t head = 0; head < arguments.heads; ++head) {
+      float products[kParts][4];
+      multiply<kRows, V, Product>(products, q_tile, k_tile, arguments,
+                                  q + (item.text + first_text) * arguments.heads * arguments.dim,
+                                  min(int64_t(kRows), item.num_text - first_text), 0, false,
+                                  k + (item.key + first_key) * (arguments.heads / arguments.group) * arguments.dim,
+                                  keys, own_key, head % arguments.group != 0, head);
 #pragma unroll
-        for (int row = 0; row < 2; ++row) {
-          const int64_t text = first_text + g + 8 * row;
-          if (text >= item.num_text) continue;
-          const float2 statistics =
-              merge(arguments.statistics + head * arguments.text + item.text + text, arguments.heads * arguments.text);
+      for (int row = 0; row < 2; ++row) {
+        const int64_t text = first_text + g + 8 * row;
+        if (text >= item.num_text) continue;
+        const float2 statistics =
+            merge(arguments.statistics + head * arguments.text + item.text + text, arguments.heads * arguments.text);
 #pragma unroll
-          for (int part = 0; part < kParts; ++part) {
+        for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-              const float share = expf(products[part][2 * row + i] * arguments.scale - statistics.x) * statistics.y;
-              keep_first_max(best[part][2 * row + i], share);
-            }
+          for (int i = 0; i < 2; ++i) {
+            const float share = expf(products[part][2 * row + i] * arguments.scale - statistics.x) * statistics.y;
+            keep_first_max(best[part][2 * row + i], share);
           }
-        }
-      }
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float both = best[part][i] + best[part][2 + i];
-#pragma unroll
-          for (int step = 4; step < 32; step *= 2) both += __shfl_xor_sync(kAll, both, step);
-          sum[part][i] += both;
         }
       }
     }
@@ -326,19 +324,28 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int64_t key = own_key + 8 * part + 2 * c + i;
-        if (g == 0 && key < keys)
-          arguments.sums[blockIdx.y * arguments.visual + item.key + first_key + key] = sum[part][i];
+        float both = best[part][i] + best[part][2 + i];
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) both += __shfl_xor_sync(kAll, both, step);
+        sum[part][i] += both;
       }
     }
-    return;
+  }
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int64_t key = own_key + 8 * part + 2 * c + i;
+      if (g == 0 && key < keys)
+        arguments.sums[blockIdx.y * arguments.visual + item.key + first_key + key] = sum[part][i];
+    }
   }
 }
 
 // Block (x, y): keys of item y.
 __global__ void __launch_bounds__(kThreads) mean_kernel(const Arguments arguments) {
   for (int64_t number = blockIdx.y; number < arguments.items; number += gridDim.y) {
-    const Item item(arguments, number);
+    const Item item = item_of(arguments, number);
     for (int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x; n < item.num_keys;
          n += int64_t(gridDim.x) * kThreads) {
       float sum = 0.f;
@@ -377,11 +384,11 @@ int importance(const ImportanceArgs& args, void* stream_pointer) {
     const auto run = [&](auto statistics, auto maximum) -> int {
       const T *q = static_cast<const T*>(args.q), *k = static_cast<const T*>(args.k);
       // An item's last tile may be a partial one, so there are up to `items` tiles more than the whole ones.
-      const unsigned row_tiles = unsigned(args.text / (kWarps * kRows) + args.items);
-      const unsigned key_tiles = unsigned(args.visual / kKeys + args.items);
-      const int launched = args.text == 0 ? 0
-                                          : gpu::launch(statistics, dim3(row_tiles, unsigned(args.heads), kSplits),
-                                                        dim3(kThreads), 0, stream, arguments, q, k);
+      const unsigned row_tiles = gpu::dimension(args.text / (kWarps * kRows) + args.items);
+      const unsigned key_tiles = gpu::dimension(args.visual / kKeys + args.items);
+      const dim3 row_blocks(row_tiles, gpu::dimension(args.heads), kSplits);
+      const int launched =
+          args.text == 0 ? 0 : gpu::launch(statistics, row_blocks, dim3(kThreads), 0, stream, arguments, q, k);
       return launched ? launched
                       : gpu::launch(maximum, dim3(key_tiles, kSplits), dim3(kThreads), 0, stream, arguments, q, k);
     };

@@ -1,7 +1,9 @@
 // region_pool and region_route: the chosen max-pool of every region, packed in order (Eq. 1), in one launch.
 //
 // One block works on one region, in four steps:
-//   1. it takes the next region's number (a ticket), so that all regions before it have been begun by some block;
+//   1. it takes the next region's number (a ticket), so that all regions before it have been begun by some block; what
+//      decides its way from there, a choice or the biases, one thread reads for all, lest another stream's writing it
+//      meanwhile send them different ways;
 //   2. region_route only: it reads the region's cells, keeps them in shared memory as far as they fit, takes their
 //      maximum channel by channel, multiplies it with each branch's context vector and takes the largest sum's branch;
 //   3. it learns how many tokens the regions before it leave, by decoupled look-back: each block publishes its own
@@ -63,9 +65,10 @@ struct Kernel {
   int64_t cached;  // region_route: how many vectors of each cell are kept in shared memory
 };
 
-// Step 2. Cells [y, x] of the region, vector by vector, are kept at cache[(y * width + x) * cached + vector].
+// Step 2. Cells [y, x] of the region, vector by vector, are kept at cache[(y * width + x) * cached + vector]. `bias` is
+// the block's own copy.
 template <class T, int V>
-__device__ int choose(const Kernel& k, const Region& region, const T* x, Vec<T, V>* cache) {
+__device__ int choose(const Kernel& k, const Region& region, const T* x, const float* bias, Vec<T, V>* cache) {
   __shared__ float scratch[kThreads / 32];
   const int cells = region.height * region.width;
   float logit[kMaxBranches] = {};
@@ -94,7 +97,7 @@ __device__ int choose(const Kernel& k, const Region& region, const T* x, Vec<T, 
 #pragma unroll
   for (int s = 0; s < kMaxBranches; ++s) {
     if (s < k.branches.count) {
-      const float z = block_sum(logit[s], scratch) + k.bias[s];
+      const float z = block_sum(logit[s], scratch) + bias[s];
       if (s == 0) largest = z;
       if (s > 0 && keep_first_max(largest, z)) best = s;
     }
@@ -108,19 +111,25 @@ __global__ void __launch_bounds__(kThreads, kRoute ? 1 : 2)
   DYN_SHARED(unsigned char, shared);
   Vec<T, V>* const cache = reinterpret_cast<Vec<T, V>*>(shared);
   __shared__ unsigned long long number, first_token;
+  __shared__ int64_t chosen;
+  __shared__ float bias[kMaxBranches];
 
-  if (threadIdx.x == 0) number = atomicAdd(k.workspace.ticket, 1ull);
+  if (threadIdx.x == 0) {
+    number = atomicAdd(k.workspace.ticket, 1ull);
+    if constexpr (!kRoute) chosen = k.choice[number];
+  }
+  if (kRoute && threadIdx.x < k.branches.count) bias[threadIdx.x] = k.bias[threadIdx.x];
   __syncthreads();
   const int64_t r = int64_t(number);
   const Region region = find_region(k.pictures, k.branches.window, r);
 
   int branch;
   if constexpr (kRoute) {
-    branch = choose<T, V>(k, region, x, cache);
+    branch = choose<T, V>(k, region, x, bias, cache);
     if (threadIdx.x == 0) k.chosen[r] = branch;
   } else {
-    branch = int(k.choice[r]);
-    DEVICE_CHECK(0 <= branch && branch < k.branches.count);
+    DEVICE_CHECK(0 <= chosen && chosen < k.branches.count);
+    branch = int(chosen);
   }
 
   const Windows windows(region, k.branches, branch);
@@ -195,8 +204,9 @@ int launch(const RegionArgs& args, Kernel k, void* stream_pointer) {
         const int64_t cells = args.window * args.window;
         const int64_t vector_bytes = vector * sizeof(T);
         k.cached = kRoute ? min(args.channels / vector, gpu::max_shared_bytes() / (cells * vector_bytes)) : 0;
-        return gpu::launch(kernel, dim3(unsigned(regions)), dim3(kThreads), size_t(k.cached * cells * vector_bytes),
-                           stream, k, static_cast<const T*>(args.x), static_cast<T*>(args.tokens));
+        return gpu::launch(kernel, dim3(gpu::dimension(regions)), dim3(kThreads),
+                           size_t(k.cached * cells * vector_bytes), stream, k, static_cast<const T*>(args.x),
+                           static_cast<T*>(args.tokens));
       };
       return wide ? run(region_kernel<T, kWide, kRoute>, kWide) : run(region_kernel<T, 1, kRoute>, 1);
     });

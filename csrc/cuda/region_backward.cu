@@ -23,13 +23,18 @@ __global__ void __launch_bounds__(kThreads, 1)
     region_backward_kernel(const __grid_constant__ Kernel k, const T* __restrict__ grad_tokens, const T* __restrict__ x,
                            T* __restrict__ grad_x) {
   __shared__ float scratch[kThreads / 32];
+  __shared__ int64_t chosen, first_token;
   const int64_t r = k.first_region + blockIdx.x;
+  if (threadIdx.x == 0) {  // for all threads, which must agree though another stream may write to them meanwhile
+    chosen = k.choice[r];
+    first_token = k.offsets[r];
+  }
+  __syncthreads();
   const Region region = find_region(k.pictures, k.branches.window, r);
-  const int branch = int(k.choice[r]);
-  DEVICE_CHECK(0 <= branch && branch < k.branches.count);
-  const Windows windows(region, k.branches, branch);
-  const int64_t first = k.offsets[r];
-  DEVICE_CHECK(0 <= first && first + windows.count <= k.rows);
+  DEVICE_CHECK(0 <= chosen && chosen < k.branches.count);
+  const Windows windows(region, k.branches, int(chosen));
+  const int64_t first = first_token;
+  DEVICE_CHECK(0 <= first && first <= k.rows - windows.count);
   const float factor = k.weight ? to_float(from_float<T>(k.weight[r])) : 1.f;
   const int64_t vectors = k.channels / V;
 
@@ -111,8 +116,8 @@ int region_pool_backward(const RegionBackwardArgs& args, void* stream) {
       k.pictures = pictures;
       k.first_region = pictures.first_region[0];
       const auto run = [&](auto kernel) -> int {
-        return gpu::launch(kernel, dim3(unsigned(regions)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), k,
-                           static_cast<const T*>(args.grad_tokens), static_cast<const T*>(region.x),
+        return gpu::launch(kernel, dim3(gpu::dimension(regions)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream),
+                           k, static_cast<const T*>(args.grad_tokens), static_cast<const T*>(region.x),
                            static_cast<T*>(args.grad_x));
       };
       return wide ? run(region_backward_kernel<T, kWide>) : run(region_backward_kernel<T, 1>);

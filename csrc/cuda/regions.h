@@ -107,7 +107,7 @@ int for_each_group(const RegionArgs& args, Launch&& launch) {
       pictures.first_cell[pictures.count] = cell;
       pictures.first_region[pictures.count] = region;
       cell += grid.height * grid.width;
-      region += (grid.height + args.window - 1) / args.window * ((grid.width + args.window - 1) / args.window);
+      region += num_regions(grid, args.window);
     }
     if (region == before) continue;
     const int error = launch(pictures, region - before);

@@ -81,9 +81,17 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
   unsigned* const cached_orders = reinterpret_cast<unsigned*>(cached_steps + a.cached);
   __shared__ Tally tallies[kMaxThreads / 32];
   __shared__ int counts[kMaxThreads / 32];
-  const int64_t begin = a.cu_visual[blockIdx.x], length = a.cu_visual[blockIdx.x + 1] - begin;
-  DEVICE_CHECK(0 <= begin && 0 <= length && begin + length <= a.visual);  // the host has not looked at them
-  DEVICE_CHECK((blockIdx.x > 0 || begin == 0) && (blockIdx.x + 1 < gridDim.x || begin + length == a.visual));
+  __shared__ int64_t ends[2];
+  // One thread reads for all: another stream may write other offsets meanwhile, and threads with different lengths
+  // would wait for each other at different barriers.
+  if (threadIdx.x == 0) {
+    ends[0] = a.cu_visual[blockIdx.x];
+    ends[1] = a.cu_visual[blockIdx.x + 1];
+  }
+  __syncthreads();
+  DEVICE_CHECK(0 <= ends[0] && ends[0] <= ends[1] && ends[1] <= a.visual);  // the host has not looked at them
+  DEVICE_CHECK((blockIdx.x > 0 || ends[0] == 0) && (blockIdx.x + 1 < gridDim.x || ends[1] == a.visual));
+  const int64_t begin = ends[0], length = ends[1] - begin;
   const T* scores = all_scores + begin;
 
   // How many to keep, where that needs no sum: -1 where it does.
@@ -170,7 +178,8 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
     const double each = equal.steps / double(equal.count);
     ties = 1 + (long long)((target - above.steps) / each);  // up to a rounding
     while (ties > 1 && above.steps + double(ties - 1) * each > target) --ties;
-    while (!(above.steps + double(ties) * each > target)) ++ties;
+    // All that equal v are enough, unless another stream has written other scores: that must not make it endless.
+    while (ties < equal.count && !(above.steps + double(ties) * each > target)) ++ties;
   }
 
   long long ties_before = 0, kept_before = 0;
@@ -196,7 +205,7 @@ int select_top_p(const SelectArgs& args, void* stream) {
   const int threads = args.visual <= 128 ? 128 : args.visual <= 512 ? 512 : kMaxThreads;
   return dispatch(args.dtype, [&](auto element) -> int {
     using T = decltype(element);
-    return gpu::launch(select_kernel<T>, dim3(unsigned(args.items)), dim3(threads),
+    return gpu::launch(select_kernel<T>, dim3(gpu::dimension(args.items)), dim3(threads),
                        size_t(cached * kCachedBytes), static_cast<cudaStream_t>(stream), arguments,
                        static_cast<const T*>(args.scores));
   });

@@ -87,12 +87,13 @@ class Call {
 };
 
 inline void configure(const std::string& order, uint64_t seed, int preempt, int resident_blocks, int poison,
-                      int64_t shared_bytes) {
+                      int64_t shared_bytes, const std::string& changing, const py::bytes& other) {
   const Order orders[] = {Order::forward, Order::reverse, Order::random};
   const char* names[] = {"forward", "reverse", "random"};
   for (int i = 0; i < 3; i++) {
     if (order != names[i]) continue;
-    configured() = {orders[i], seed, preempt, resident_blocks, static_cast<unsigned char>(poison), shared_bytes};
+    configured() = {orders[i],    seed,     preempt, resident_blocks, static_cast<unsigned char>(poison),
+                    shared_bytes, changing, other};
     return;
   }
   throw py::value_error("order: expected forward, reverse or random, got " + order);
@@ -101,7 +102,8 @@ inline void configure(const std::string& order, uint64_t seed, int preempt, int 
 inline void add_common(py::module_& module) {
   py::register_local_exception<Failure>(module, "Failure");
   module.def("configure", &configure, py::kw_only(), py::arg("order"), py::arg("seed"), py::arg("preempt"),
-             py::arg("resident_blocks"), py::arg("poison"), py::arg("shared_bytes"));
+             py::arg("resident_blocks"), py::arg("poison"), py::arg("shared_bytes"), py::arg("changing"),
+             py::arg("other"));
 }
 
 }  // namespace emulator

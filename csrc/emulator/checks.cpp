@@ -131,7 +131,8 @@ void check_access(uintptr_t address, size_t size, AccessKind kind, uintptr_t pc)
   if (address + size > region->end)
     return fail({pc}, "memcheck: %s of %zu bytes at byte %zu of '%s' crosses its end at byte %zu",
                 writes ? "write" : "read", size, offset, name, size_t(region->end - region->begin));
-  if (!region->writable) return writes ? fail({pc}, "memcheck: write to '%s', which is read-only", name) : void();
+  if (!region->writable && writes) return fail({pc}, "memcheck: write to '%s', which is read-only", name);
+  if (!region->writable) return maybe_change(*region, offset, size);
 
   const Block& block = *current.block;
   const Thread& me = *current.thread;

@@ -16,6 +16,9 @@ struct Options {
   int resident_blocks = 1;          // how many blocks are under way at a time; more than one interleaves them
   unsigned char poison = 0xff;      // shared memory is filled with it before each block
   int64_t shared_bytes = 225 * 1024;  // what gpu::max_shared_bytes() says; less makes kernels take their other paths
+  // As if another stream wrote to an input meanwhile: before each read of the one of this name, by a coin's toss, the
+  // bytes read change places with those of `other`. Only in a module compiled for checking.
+  std::string changing, other;
 };
 
 // Begins a call: sets the options, forgets the last error and every region.

@@ -37,8 +37,7 @@ minifocus::RegionArgs region_args(Call& call, const py::array& x, const std::str
   args.branches = pools.size() / 2;
   for (int64_t s = 0; s < args.branches; s++) args.pools[s] = {pools.data()[2 * s], pools.data()[2 * s + 1]};
   for (int64_t b = 0; b < args.pictures; b++)
-    args.regions +=
-        ((args.grids[b].height + window - 1) / window) * ((args.grids[b].width + window - 1) / window);
+    args.regions += minifocus::num_regions(args.grids[b], window);
   return args;
 }
 

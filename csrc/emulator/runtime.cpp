@@ -414,6 +414,12 @@ void maybe_preempt() {
   switch_to(next_ready());
 }
 
+void maybe_change(const Region& region, size_t offset, size_t size) {
+  if (region.name != options.changing || random_number() % 2) return;
+  char* const memory = reinterpret_cast<char*>(region.begin + offset);
+  std::swap_ranges(memory, memory + size, options.other.data() + offset);
+}
+
 // ---- What the header's functions call ------------------------------------------------------------------------------
 
 int lane() { return current.thread->lane; }

@@ -111,8 +111,9 @@ struct Where {
 // Reports an error. In a kernel it stops the launch and does not return.
 __attribute__((format(printf, 2, 3))) void fail(Where where, const char* format, ...);
 
-void maybe_preempt();      // as Options::preempt says
-void let_others_run();     // other threads of the block and the other resident blocks
+void maybe_preempt();   // as Options::preempt says
+void let_others_run();  // other threads of the block and the other resident blocks
+void maybe_change(const Region& region, size_t offset, size_t size);  // before a read of it, as Options::changing says
 void count_steps(uint64_t steps, Where where);
 uint32_t random_number();
 
