@@ -158,19 +158,38 @@ struct Operators {
     return kIsCpu ? kCpu : tensor.is_cuda() ? tensor.get_device_index() : 0;
   }
 
+  // What torch throws through its stable ABI does not say why.
+  template <class Make>
+  static Tensor made(const Make& make, ScalarType type, const std::vector<int64_t>& sizes, int device) {
+    try {
+      return make();
+    } catch (const std::exception&) {
+      expect(false, "cannot allocate ", describe(name_of(type), sizes, device));
+      throw;
+    }
+  }
+
+  // `make` gives a copy of `tensor`.
+  template <class Make>
+  static Tensor copied(const Tensor& tensor, const Make& make) {
+    const auto sizes = tensor.sizes();
+    return made([&] { return make(tensor); }, tensor.scalar_type(), {sizes.begin(), sizes.end()}, device_of(tensor));
+  }
+
   static Tensor contiguous(const Tensor& tensor) {
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    if (tensor.is_contiguous()) return tensor;
+    return copied(tensor, [](const Tensor& t) { return torch::stable::contiguous(t); });
   }
 
   // A tensor whose numbers other numbers are looked up by. On the CPU a copy: another thread may write to the tensor
   // while an operator runs, and what has been checked must be what is used. On a GPU kernels check what they read.
   static Tensor own(const Tensor& tensor, bool on_cpu = kIsCpu) {
-    if (on_cpu && tensor.is_contiguous()) return torch::stable::clone(tensor);
-    return contiguous(tensor);
+    if (!on_cpu || !tensor.is_contiguous()) return contiguous(tensor);
+    return copied(tensor, [](const Tensor& t) { return torch::stable::clone(t); });
   }
 
   static Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-    return torch::stable::new_empty(like, sizes, type);
+    return made([&] { return torch::stable::new_empty(like, sizes, type); }, type, sizes, device_of(like));
   }
 
   static Tensor workspace(const Tensor& like, int64_t bytes) {  // int64, so that it is aligned

@@ -44,6 +44,8 @@ def _pool(
     pooled, rows, sources, owners = [x[:0]], [x[:0].long()], [choice[:0]], [choice[:0]]
     cell = region = 0
     for height, width in grid_hw.tolist():
+        if height * width == 0:  # without a region, but a side may be too long for any padding
+            continue
         cells = torch.arange(height * width, device=x.device).view(height, width, 1)
         values, exists = split_regions(x[cell : cell + height * width].view(height, width, x.shape[1]), window)
         cells = split_regions(cells, window, beyond=-1)[0]
@@ -137,6 +139,8 @@ def region_route(
     checks.region_route(x, grid_hw, context, bias, window, pools)
     choices, cell = [grid_hw.new_zeros(0, device=x.device)], 0
     for own, (height, width) in zip(context, grid_hw.tolist(), strict=True):
+        if height * width == 0:
+            continue
         regions, _ = split_regions(x[cell : cell + height * width].view(height, width, x.shape[1]), window)
         pooled = regions.flatten(1, 2).amax(dim=1).to(context.dtype)
         choices.append((pooled @ own.T + bias).argmax(dim=-1))

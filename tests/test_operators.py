@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import emulated
@@ -260,7 +264,75 @@ def test_kernels_stay_in_bounds_whatever_another_stream_writes(name: str, argume
                 assert (got[0][begin + count : begin + length] == -1).all()
 
 
+@pytest.mark.parametrize(
+    "name, argument, place, value",
+    [
+        ("region_pool", "choice", 0, 2**32),
+        ("region_pool_backward", "choice", 1, -(2**32)),
+        ("region_pool_backward", "offsets", 1, 2**63 - 1),
+        ("importance", "cu_text", 1, -(2**63)),
+        ("importance", "cu_visual", 1, 2**63 - 1),
+        ("select_top_p", "cu_visual", 1, -(2**63)),
+        ("gather_tokens", "index", 0, 2**63 - 1),
+    ],
+)
+def test_kernels_stop_at_indices_that_would_overflow(name: str, argument: str, place: int, value: int) -> None:
+    """By their own check, before anything is computed from them."""
+    arguments = {**RIGHT[name], argument: RIGHT[name][argument].clone()}
+    arguments[argument][place] = value
+    with EMULATED.taking_turns({}) as operators, pytest.raises(emulated.EmulationError, match="^check: DEVICE_CHECK"):
+        getattr(operators, name)(*arguments.values())
+
+
 # --------------------------------------------------------------------------------------------------- only on the CPU
+
+
+def test_native_operators_use_what_they_have_checked() -> None:
+    """Though another process writes to it meanwhile."""
+    program = Path(__file__).with_name("racing_writer.py")
+    done = subprocess.run([sys.executable, program, "0.4"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
+    assert done.stdout.endswith("reference\n" if WANTS_REFERENCE else "native\n")
+
+
+@pytest.mark.parametrize("grids", [[[2**63 - 1, 0], [1, 3], [0, 2**63 - 1], [2, 2], [2**62, 0]]])
+def test_native_operators_take_any_side_of_a_map_without_cells(grids: list[list[int]]) -> None:
+    """It has no region, and sums with its side must not overflow."""
+    grid_hw, least = torch.tensor(grids), MAPS["grid_hw"]
+    pooled = X, least, CHOICE, WINDOW, POOLS, WEIGHT
+    with NATIVE.taking_turns({}) as operators:
+        for run in (operators, SimpleNamespace(**ops._REFERENCE)):
+            got = run.region_pool(X, grid_hw, *pooled[2:])
+            check_region_pool(got, *pooled)
+            back = torch.randn(7, 3), X, grid_hw, CHOICE, got[2], *pooled[3:]
+            check_region_pool_backward(run.region_pool_backward(*back), *back[:2], least, *back[3:])
+            route = torch.rand(len(grids), 2, 3), torch.rand(2), WINDOW, POOLS
+            got = run.region_route(X, grid_hw, *route)
+            check_region_route(got, X, least, route[0][[1, 3]], *route[1:])
+
+
+ONE = torch.zeros(1, dtype=torch.int64)
+BEYOND_MEMORY: dict[str, tuple[str, tuple[Any, ...]]] = {
+    # Tensors that say they are large and lie in a few bytes.
+    "regions": (
+        "region_pool",
+        (torch.empty(2**62, 0), torch.tensor([[2**31, 2**31]]), ONE.expand(2**62), 1, [1, 1], None),
+    ),
+    "choice": (
+        "region_route",
+        (torch.empty(2**63 - 1, 0), torch.tensor([[2**63 - 1, 1]]), torch.rand(1, 1, 0), torch.rand(1), 1, [1, 1]),
+    ),
+    "scores": ("select_top_p", (torch.rand(1).expand(2**62), torch.tensor([0, 2**62]), 0.5, None)),
+    "row": ("gather_tokens", ([torch.rand(0).as_strided((0, 2**40, 2**40), (0, 0, 0))], ONE - 1)),
+    "no row": ("gather_tokens", ([torch.rand(0).as_strided((0, 2**40, 2**40), (0, 0, 0))], ONE[:0])),
+}
+
+
+@pytest.mark.parametrize("name, arguments", BEYOND_MEMORY.values(), ids=[f"native-{id}" for id in BEYOND_MEMORY])
+def test_sizes_beyond_memory_are_refused(name: str, arguments: tuple[Any, ...]) -> None:
+    with NATIVE.taking_turns({}) as operators, pytest.raises(RuntimeError) as caught:
+        getattr(operators, name)(*arguments)
+    assert WANTS_REFERENCE or str(caught.value).startswith("cannot allocate ")
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -525,6 +597,10 @@ WRONG: dict[str, dict[str, list[Any]]] = {
         ],
     },
 }
+for own_name, own_right in RIGHT.items():  # torch passes None on where a tensor has to be
+    for argument, value in own_right.items():
+        if isinstance(value, torch.Tensor) and argument != "weight":
+            WRONG[own_name][argument].append(None)
 CASES = [(name, argument, value) for name, own in WRONG.items() for argument, values in own.items() for value in values]
 
 
