@@ -39,7 +39,12 @@ def parse_arguments() -> argparse.Namespace:
     add_sampler_options(parser)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=int, help="default: what generation_config.json says, or else 256")
+    parser.add_argument(
+        "--min-new-tokens", type=int, help="default of this and the next two: what generation_config.json says"
+    )
+    parser.add_argument("--repetition-penalty", type=float, help="of what was said or asked already; 1: none")
+    parser.add_argument("--no-repeat-ngram-size", type=int, help="say no so many tokens in a row twice; 0: any")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int)
@@ -105,7 +110,8 @@ def ask(
 
 
 def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_p", "seed", "template")
+    names = ("max_new_tokens", "min_new_tokens", "temperature", "top_p", "seed", "template")
+    names += ("repetition_penalty", "no_repeat_ngram_size")
     return {name: getattr(arguments, name) for name in names}
 
 
