@@ -156,7 +156,7 @@ def _select_top_p(
     return index, count
 
 
-_REFERENCE = {
+_REFERENCE: dict[str, Callable[..., Any]] = {
     "region_pool": _region_pool,
     "region_pool_backward": _region_pool_backward,
     "region_route": _region_route,
