@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves
 
 from . import checks, reference
 from .arguments import shown
@@ -228,11 +227,12 @@ class _ReverseMode(torch.library.Library):
     """What it registers for autograd raises where an argument has a tangent: torch would take the result's for zero."""
 
     def impl(self, op_name: Any, fn: Callable[..., Any], dispatch_key: Any = "", **options: Any) -> None:
-        def reverse_mode(*arguments: Any, **named: Any) -> Any:
-            for value in tree_leaves((arguments, named)):
-                if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
-                    raise NotImplementedError(f"{op_name}: there is no forward-mode derivative through it")
-            return fn(*arguments, **named)
+        def reverse_mode(*arguments: Any) -> Any:
+            for argument in arguments:
+                for value in argument if isinstance(argument, list) else (argument,):
+                    if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+                        raise NotImplementedError(f"{op_name}: there is no forward-mode derivative through it")
+            return fn(*arguments)
 
         super().impl(op_name, reverse_mode, dispatch_key, **options)
 

@@ -179,9 +179,9 @@ def select_top_p(
     """The most important tokens of each item (paper Eq. 9).
 
     Sorts each item's scores in descending order, equal ones by index, and keeps the shortest prefix whose share of the
-    total is more than `gamma`: at least one, and all where no prefix is. A negative score has no share. With `keep`, the
-    first min(keep, N) instead. Returns the kept indices into `scores`, ascending within each item (int64), and their count
-    per item [items].
+    total is more than `gamma`: at least one, and all where no prefix is, as for a NaN. A negative score has no share. With
+    `keep`, the first min(keep, N) instead. Returns the kept indices into `scores`, ascending within each item (int64), and
+    their count per item [items].
 
     So that every backend cuts at the same token, whatever the order in which it adds, the shares are sums of whole
     numbers: each score over the largest, in steps so fine that the sum of all of them is just below 2^53.

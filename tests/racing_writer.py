@@ -1,9 +1,9 @@
-"""Calls every operator while another process writes to its index tensors: between two right contents, or a right and a wrong one.
+"""Calls every operator while another process writes to its index tensors: two right contents in turn, or a wrong one.
 
     python tests/racing_writer.py 0.5        # seconds for each operator
 
-A call may work or raise RuntimeError: what it has checked must be what it uses. It crashes where an operator reads a tensor
-again after the check. tests/test_operators.py runs it.
+A call may work or raise RuntimeError: what it has checked must be what it uses. It crashes where an operator reads a
+tensor again after the check. tests/test_operators.py runs it.
 """
 
 from __future__ import annotations

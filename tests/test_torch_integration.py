@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import minifocus
 from minifocus import ops, reference
@@ -176,6 +180,167 @@ def test_export() -> None:
         inputs = sampler_inputs(seed)
         for one, other in zip(exported.module()(*inputs), Sample()(*inputs), strict=True):
             torch.testing.assert_close(one, other)
+
+
+# --------------------------------------------------------------------------------- derivatives that are not there
+
+
+DERIVED: dict[
+    str, Callable[..., torch.Tensor]
+] = {  # what has a gradient, and importance, as functions of all that is float
+    name: lambda *given, name=name: tensors_of(operator(name)(*filled(name, given)))[0]
+    for name in OPERATORS
+    if name != "select_top_p"
+}
+
+
+def floats_of(name: str) -> list[torch.Tensor]:
+    return [v for v in tree_leaves(sample(name, "contiguous")) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+
+
+def filled(name: str, given: tuple[torch.Tensor, ...]) -> Any:
+    """The operator's arguments, with other tensors of floating-point numbers."""
+    leaves, spec = tree_flatten(sample(name, "contiguous"))
+    others = iter(given)
+    wanted = [next(others) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in leaves]
+    return tree_unflatten(wanted, spec)
+
+
+def tensors_of(result: Any) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else list(result)
+
+
+@pytest.mark.parametrize("name", DERIVED)
+@pytest.mark.parametrize("way", ["func", "dual", "with grad", "compiled"])
+def test_forward_mode_is_refused(name: str, way: str) -> None:
+    """For each argument by itself: torch would say that nothing depends on it."""
+    run, floats = DERIVED[name], floats_of(name)
+    for place, value in enumerate(floats):
+        if way == "compiled" and place:
+            break
+
+        def of_one(value: torch.Tensor, place: int = place) -> torch.Tensor:
+            return run(*floats[:place], value, *floats[place + 1 :])
+
+        with pytest.raises(NotImplementedError, match=f"^{name}: there is no forward-mode derivative"):
+            if way == "func":
+                torch.func.jvp(of_one, (value,), (torch.ones_like(value),))
+            elif way == "compiled":
+                torch.func.jvp(torch.compile(of_one, backend="eager"), (value,), (torch.ones_like(value),))
+            else:
+                with forward_ad.dual_level():
+                    of_one(forward_ad.make_dual(value.requires_grad_(way == "with grad"), torch.ones_like(value)))
+
+
+def test_whole_numbers_have_zero_tangents() -> None:
+    """As torch.argsort's."""
+    scores, cu_visual, *rest = sample("select_top_p", "contiguous")
+    tangent = torch.ones_like(scores)
+    (index, count), tangents = torch.func.jvp(
+        lambda scores: operator("select_top_p")(scores, cu_visual, *rest), (scores,), (tangent,)
+    )
+    expected = operator("select_top_p")(scores, cu_visual, *rest)
+    assert torch.equal(index, expected[0]) and torch.equal(count, expected[1])
+    assert [t.count_nonzero().item() for t in tangents] == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["region_pool", "region_route"])
+def test_second_derivatives_are_refused(name: str) -> None:
+    run, floats = DERIVED[name], floats_of(name)
+    x = floats[0].requires_grad_()
+    (first,) = torch.autograd.grad(run(*floats).square().sum(), x, create_graph=True)  # which itself is there
+    refused = pytest.raises(NotImplementedError, match="^region_pool and region_route: there is no second derivative")
+    with refused:
+        torch.autograd.grad(first.sum(), x)
+    with refused:
+        torch.autograd.functional.hessian(lambda x: run(x, *floats[1:]).square().sum(), x)
+    with refused:  # by the gradient of the gradient
+        torch.autograd.functional.jvp(lambda x: run(x, *floats[1:]), x, torch.ones_like(x))
+    assert torch.autograd.functional.vjp(lambda x: run(x, *floats[1:]), x, torch.ones_like(run(*floats)))[1].any()
+
+
+def test_second_derivatives_of_gather_tokens() -> None:
+    """Its gradient is made of torch's own operators."""
+    column = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([2, -1, 0, 2])
+    assert torch.autograd.gradgradcheck(lambda column: ops.gather_tokens([column], index)[0].sin(), column)
+
+
+def test_importance_has_no_gradient() -> None:
+    q, k, *rest = sample("importance", "contiguous")
+    with pytest.raises(NotImplementedError, match="^importance: there is no gradient through it; detach q and k"):
+        ops.importance(q, k.requires_grad_(), *rest).sum().backward()
+    with torch.no_grad():
+        assert not ops.importance(q, k, *rest).requires_grad
+
+
+def test_the_reference_has_every_derivative() -> None:
+    """It is plain PyTorch."""
+    _, grid_hw, choice, window, _, weight = sample("region_pool", "contiguous")
+    x = torch.randperm(23 * 6).view(23, 6).double().requires_grad_()
+
+    def pooled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return reference.region_pool(x, grid_hw, choice, window, list(POOLS), weight)[0].square()
+
+    inputs = x, weight.double().requires_grad_()
+    assert torch.autograd.gradcheck(pooled, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(pooled, inputs)
+
+
+# --------------------------------------------------------------------------------------------------------- numbers
+
+
+def test_numbers_from_numpy_are_numbers() -> None:
+    x, grid_hw, choice, _, _, weight = sample("region_pool", "contiguous")
+    scores, cu_visual, *_ = sample("select_top_p", "contiguous")
+    arguments = sample("importance", "contiguous")
+    pools = [(np.int64(height), np.uint8(width)) for height, width in POOLS]
+    got = ops.region_pool(x, grid_hw, choice, cast(int, np.int32(2)), cast(Any, pools), weight)
+    assert all(map(torch.equal, got, ops.region_pool(x, grid_hw, choice, 2, list(POOLS), weight)))
+    assert torch.equal(
+        ops.importance(*arguments[:4], cast(float, np.float32(0.5))), ops.importance(*arguments[:4], 0.5)
+    )
+    kept = ops.select_top_p(scores, cu_visual, cast(float, np.float16(0.5)), cast(int, np.int64(2)))
+    assert all(map(torch.equal, kept, ops.select_top_p(scores, cu_visual, 0.5, 2)))
+
+
+WRONG_NUMBERS: list[tuple[str, int, Any]] = [
+    ("region_pool", 3, torch.tensor(2.5)),
+    ("region_pool", 3, torch.tensor(2)),
+    ("region_pool", 3, 2**63),
+    ("region_pool", 3, np.uint64(2**64 - 1)),
+    ("region_pool", 3, np.array([2, 2])),
+    ("region_pool", 4, None),
+    ("region_pool", 4, [2, 2, 1, 1]),
+    ("region_pool", 4, [(2, 2, 1), (1,)]),
+    ("region_pool", 4, [(2**64, 2)]),
+    ("region_pool", 4, [(torch.tensor(2.5), 2)]),
+    ("region_pool", 4, ["22", "11"]),
+    ("region_route", 4, torch.tensor([2])),
+    ("region_route", 5, None),
+    ("importance", 4, 10**400),
+    ("importance", 4, None),
+    ("importance", 4, torch.tensor(0.5)),
+    ("select_top_p", 2, 10**400),
+    ("select_top_p", 2, torch.tensor(0.5)),
+    ("select_top_p", 3, torch.tensor(1.5)),
+    ("select_top_p", 3, 2**63),
+    ("select_top_p", 3, math.nan),
+]
+
+
+@pytest.mark.parametrize("name, place, value", WRONG_NUMBERS, ids=range(len(WRONG_NUMBERS)))
+def test_what_is_no_number_is_refused(name: str, place: int, value: Any) -> None:
+    arguments: list[Any] = list(sample(name, "contiguous"))
+    if name.startswith("region"):
+        arguments[4 if name == "region_pool" else 5] = list(POOLS)
+    getattr(ops, name)(*arguments)
+    arguments[place] = value
+    argument = operator(name)._schema.arguments[place].name
+    with pytest.raises(
+        RuntimeError, match=rf"^{argument}: expected |Expected a value of type .* for argument '{argument}'"
+    ):
+        getattr(ops, name)(*arguments)
 
 
 # ---------------------------------------------------------------------------------------------- choosing the backend
