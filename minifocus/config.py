@@ -49,7 +49,8 @@ _CLIP_L_336 = dict(
 _CLIP_B_32 = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32
 )
-_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+# LLaVA-NeXT's own, which both config.json and the picture processor's file may leave out.
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,7 @@ def _read_feature_layers(top: _Section, vision: VisionConfig) -> tuple[int, ...]
 
 def _read_pinpoints(top: _Section, tile: int) -> tuple[tuple[int, int], ...]:
     value = top.fields.get("image_grid_pinpoints")
-    value = _PINPOINTS if value is None else value
+    value = PINPOINTS if value is None else value
     valid = isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 for p in value)
     if not valid or any(type(side) is not int or side < tile or side % tile for p in value for side in p):
         raise top.error("image_grid_pinpoints", f"a list of [height, width], multiples of the tile size {tile}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from .arguments import shown, whole
+from .config import PINPOINTS
 from .errors import CheckpointError, InputError
 from .files import FILE, kind, named, opened, present, read_json
 from .transparency import Stored, over_white
@@ -211,12 +213,17 @@ class ImageProcessor:
         model_type is "llava" or "llava_next"; image_size and grid_pinpoints are the model's own (config.json). Raises
         CheckpointError, naming file and key, for what this package does not do and for what the model cannot take.
         """
-        fields, anyres, square = _Fields.read(Path(folder), image_size), model_type == "llava_next", (image_size,) * 2
+        anyres, square = model_type == "llava_next", (image_size,) * 2
+        pinpoints = tuple((height, width) for height, width in grid_pinpoints) if anyres else ()
+        expected = [list(pinpoint) for pinpoint in pinpoints]
+        of_the_model = {"size": image_size, "crop_size": image_size, "image_grid_pinpoints": expected}
+        fields = _Fields.read(Path(folder), of_the_model)
         for key in ("do_resize", "do_rescale", "do_normalize"):
             fields.check(key, fields.get(key, True) is True, "true (nothing else is supported)")
-        fields.check("use_square_size", fields.get("use_square_size", False) is False, "false")
+        # Null is transformers' default nowhere: of a flag it is a no, and of a number an error.
+        fields.check("use_square_size", fields.get("use_square_size", False) in (False, None), "false")
         # In LLaVA-NeXT do_pad evens out a batch and touches no pixel; elsewhere it pads the picture to a square.
-        fields.check("do_pad", anyres or fields.get("do_pad", False) is False, "false (no padding to a square)")
+        fields.check("do_pad", anyres or fields.get("do_pad", False) in (False, None), "false (no padding to a square)")
         kind = str(fields.get("image_processor_type", _PROCESSORS[model_type][0]))
         kind = kind.removesuffix("Fast").removesuffix("Pil")
         fields.check("image_processor_type", kind in _PROCESSORS[model_type], " or ".join(_PROCESSORS[model_type]))
@@ -232,11 +239,9 @@ class ImageProcessor:
         mean, std = fields.numbers("image_mean", CLIP_MEAN), fields.numbers("image_std", CLIP_STD)
         fields.check("image_std", min(std) > 0, "positive numbers")
         factor = fields.get("rescale_factor", 1 / 255)
-        fields.check("rescale_factor", type(factor) in (int, float) and 0 < factor < math.inf, "a positive number")
+        fields.check("rescale_factor", _finite(factor) and factor > 0, "a positive number")
 
-        pinpoints = tuple((height, width) for height, width in grid_pinpoints) if anyres else ()
-        expected = [list(pinpoint) for pinpoint in pinpoints]
-        same = not anyres or fields.get("image_grid_pinpoints", expected) == expected
+        same = not anyres or fields.get("image_grid_pinpoints", PINPOINTS) == expected
         fields.check("image_grid_pinpoints", same, f"config.json's {shown(expected)}")
         return cls(anyres, image_size, size, mean, std, factor, resample, pinpoints)
 
@@ -301,7 +306,8 @@ class _Fields:
         self.file, self.fields = file, fields
 
     @classmethod
-    def read(cls, folder: Path, image_size: int) -> _Fields:
+    def read(cls, folder: Path, of_the_model: dict[str, Any]) -> _Fields:
+        """`of_the_model` are the fields of a folder that has no such file."""
         file = folder / "processor_config.json"
         nested = read_json(file).get("image_processor") if present(file) else None
         if nested is not None:
@@ -309,10 +315,10 @@ class _Fields:
                 raise CheckpointError(f"{file}: image_processor: expected an object, got {shown(nested)}")
             return cls(file, nested)
         file = folder / "preprocessor_config.json"
-        return cls(file, read_json(file) if present(file) else {"size": image_size, "crop_size": image_size})
+        return cls(file, read_json(file) if present(file) else dict(of_the_model))
 
     def get(self, key: str, default: Any) -> Any:
-        return default if self.fields.get(key) is None else self.fields[key]
+        return self.fields.get(key, default)
 
     def check(self, key: str, valid: bool, expected: str) -> None:
         if not valid:
@@ -335,9 +341,14 @@ class _Fields:
         """Three finite numbers, or one for all three."""
         value = self.get(key, default)
         numbers = value if isinstance(value, list | tuple) else [value] * 3
-        valid = len(numbers) == 3 and all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+        valid = len(numbers) == 3 and all(map(_finite, numbers))
         self.check(key, valid, "a number or three")
         return float(numbers[0]), float(numbers[1]), float(numbers[2])
+
+
+def _finite(value: object) -> bool:
+    """Whether it is a number of a JSON file that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def unpadded_grid(

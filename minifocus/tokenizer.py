@@ -129,6 +129,10 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, An
     """tokenizer_config.json, and the added tokens by id. Without its own list, two older files complete it."""
     file = folder / "tokenizer_config.json"
     settings = read_json(file) if present(file) else {}
+    if settings.get("split_special_tokens"):
+        raise CheckpointError(
+            f"{file}: split_special_tokens: expected false, got {shown(settings['split_special_tokens'])}"
+        )
     added = {}
     if "added_tokens_decoder" not in settings and present(folder / "special_tokens_map.json"):
         file = folder / "special_tokens_map.json"
@@ -234,6 +238,11 @@ class _SentencePieceBackend:
     def __init__(self, file: Path, settings: dict[str, Any], named: dict[str, str], added: dict[int, dict[str, Any]]):
         from sentencepiece import SentencePieceProcessor
 
+        if settings.get("sp_model_kwargs"):  # which may ask for pieces by chance
+            got = shown(settings["sp_model_kwargs"])
+            raise CheckpointError(
+                f"{file.with_name('tokenizer_config.json')}: sp_model_kwargs: expected none, got {got}"
+            )
         model = read_bytes(file)
         with_prefix = _join(SentencePieceProcessor(model_proto=model).encode("ﬁ  x ", out_type=str))
         # Python has no switch for the model's own "▁". Protobuf merges a repeated message into the first one, so these

@@ -26,6 +26,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, unpad_image
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+from transformers.processing_utils import ImagesKwargs
 
 import minifocus.image
 from minifocus import cards
@@ -202,9 +203,73 @@ def test_newer_file_wins_when_nested(tmp_path):
     assert processor(tmp_path, {"size": 28, "crop_size": 28, "image_mean": 0.4}, "llava", 28).mean == (0.4,) * 3
 
 
-def test_null_is_the_default(tmp_path):
-    fields = {"size": {"shortest_edge": 28, "height": None}, "crop_size": 28, "image_mean": None, "do_pad": None}
+def test_null_inside_a_size_is_no_edge(tmp_path):
+    """As fast processors of transformers 4 wrote it."""
+    fields = {"size": {"shortest_edge": 28, "height": None}, "crop_size": 28, "do_pad": None}
     assert processor(tmp_path, fields, "llava", 28) == ImageProcessor(False, 28, 28)
+
+
+# The keys of transformers' processors, and what each is set to, beside WRONG_FIELDS.
+FIELDS = {
+    "do_convert_rgb": [False],
+    "do_resize": [],
+    "size": [
+        30, {"height": 30, "width": 30}, {"height": 28, "width": 40}, {"max_height": 28, "max_width": 28},
+        {"shortest_edge": 28.0},
+    ],
+    "size_divisor": [4],
+    "default_to_square": [True, False],
+    "crop_size": [30, {"height": 30, "width": 30}],
+    "do_center_crop": [],
+    "resample": [0, 2, 3, 6, 2.0, "BICUBIC"],
+    "do_rescale": [],
+    "rescale_factor": [0.01, 1, "0.1"],
+    "do_normalize": [],
+    "image_mean": [0.5, [0.5, 0.4, 0.3], [0.5]],
+    "image_std": [0.5, [0.5, 0.4, 0.3], [0.5]],
+    "do_pad": [],
+    "pad_size": [{"height": 56, "width": 56}],
+    "image_grid_pinpoints": [pinpoints_of(28, ONE), pinpoints_of(28, FIVE)],
+    "use_square_size": [],
+    "data_format": ["channels_first"],
+    "input_data_format": ["channels_last"],
+    "device": ["cpu"],
+    "return_tensors": ["np"],
+    "disable_grouping": [True],
+    "image_seq_length": [5],
+    "no_such_key": [5],
+}  # fmt: skip
+WRONG_FIELDS = [None, True, False, 0, -1, "word", [], {}, float("nan"), 10**400]
+UNREAD = {"no_such_key", "do_convert_rgb", "default_to_square", "pad_size", "size_divisor", "image_seq_length"}
+ARGUMENTS = {"data_format", "input_data_format", "device", "return_tensors", "disable_grouping"}  # of a call
+
+
+@pytest.mark.parametrize("oracle_class", [CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaNextImageProcessorPil])
+def test_every_key_of_transformers(tmp_path, oracle_class):
+    """With each key, pixels equal those of transformers, or the folder is refused, whatever the key holds."""
+    model_type = "llava_next" if oracle_class is LlavaNextImageProcessorPil else "llava"
+    assert set(oracle_class.valid_kwargs.__annotations__) | set(ImagesKwargs.__annotations__) <= set(FIELDS)
+    image, base = picture(37, 61), {**GOOD, "image_processor_type": oracle_class.__name__}
+    if model_type == "llava_next":
+        base["image_grid_pinpoints"] = pinpoints_of(28, FIVE)
+    followed = set()
+    for key, values in FIELDS.items():
+        for value in [*values, *(WRONG_FIELDS if key not in ARGUMENTS else ())]:
+            fields = {**base, key: value}
+            try:
+                got = processor(tmp_path, fields, model_type, 28)(image)[0]
+            except CheckpointError as error:
+                assert f"{key}: expected" in str(error), (fields, error)
+                continue
+            followed.add(key)
+            if key in UNREAD and value in WRONG_FIELDS:  # transformers minds some of these
+                fields = base
+            assert torch.equal(got, oracle_pixels(oracle_class(**fields), image)), fields
+    assert {"resample", "rescale_factor", "image_mean", "image_std", "do_resize"} <= followed
+    if model_type == "llava_next":
+        del base["image_grid_pinpoints"]  # transformers' own are those of tiles of 336 pixels
+        with pytest.raises(CheckpointError, match="image_grid_pinpoints: expected config.json's .* got no such key"):
+            processor(tmp_path, base, model_type, 28)
 
 
 GOOD = {"size": 28, "crop_size": 28}

@@ -8,6 +8,7 @@ therefore its sentencepiece tokenizer (legacy) and its LlamaTokenizer on the sam
 import io
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -407,6 +408,20 @@ def test_damaged_added_tokens(llama, tmp_path, name, content):
     write(tmp_path, **{name: content})
     with pytest.raises(CheckpointError, match=rf"{name}\.json"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_settings_that_are_not_followed_are_refused(llama, llama3, tmp_path):
+    """transformers would split "<image>" into its letters, or draw the pieces by chance."""
+    sampled, split = {"sp_model_kwargs": {"enable_sampling": True, "alpha": 0.1}}, {"split_special_tokens": True}
+    for source, changes in ((llama3, split), (llama[0][True], split), (llama[0][True], sampled)):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(source, folder)
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        write(folder, tokenizer_config={**settings, **dict.fromkeys(changes)})
+        Tokenizer.from_folder(folder)
+        write(folder, tokenizer_config={**settings, **changes})
+        with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: {next(iter(changes))}: expected"):
+            Tokenizer.from_folder(folder)
 
 
 def test_missing_library_is_named(llama, llama3, monkeypatch):
