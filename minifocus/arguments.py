@@ -39,7 +39,7 @@ def shown(value: object) -> str:
 
 def brief(text: str) -> str:
     """A name, or somebody else's words, as a message repeats it: in full, or the beginning and end of what is too long."""
-    return text if len(text) <= 500 else f"{text[:250]} … {text[-200:]}"
+    return text if len(text) <= 500 else f"{text[:150]} … {text[-45:]}"
 
 
 def whole(name: str, value: object, low: int, high: int = LARGEST) -> int:

@@ -512,7 +512,7 @@ def test_older_rope_scaling_wins_over_rope_parameters(folder: Path) -> None:
         (dict(dtype=torch.int8), "dtype: expected one of"),
         (dict(device="abacus"), "device: 'abacus' is not usable here"),
         (dict(device="cuda:99"), "device: 'cuda:99' is not usable here"),
-        (dict(device=None), "device: 'None' is not usable here"),
+        (dict(device=None), "device: None is not usable here"),
         (dict(folder=None), "folder: expected a path, got None"),
     ],
 )

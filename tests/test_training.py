@@ -999,7 +999,7 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--freeze", "vision,projector,llm,selector"], "learning rates: expected at least one above 0"),
     (["--fresh", "llm"], "--fresh: expected some of projector, selector, got 'llm'"),
     (["--window", 5], "window: "),
-    (["--window", 5, "--fresh", "selector"], "window: expected one of (1, 2, 4, 8, 12), got 5"),
+    (["--window", 5, "--fresh", "selector"], "window: expected one of 1, 2, 4, 8, 12, got 5"),
     (["--branches", 5, "--fresh", "selector"], "branches: expected 3 or 7, got 5"),
     (["--thumbnail", "drop", "--sampler", "text"], "--thumbnail: sampler 'text' has no such option"),
     (["--straight-through", "--sampler", "none"], "--straight-through: sampler 'none' has no such option"),
