@@ -178,6 +178,7 @@ def test_a_run_that_is_done_stays_as_it_is_and_other_arguments_are_refused(whole
         (["--steps", 8], "steps: 6 there, 8 here"),
         (["--bf16"], "bf16: "),
         (["--freeze", "projector"], "freeze: '' there, 'projector' here"),
+        (["--template", "mistral"], "template: None there, 'mistral' here"),
     ):
         done = train("--out", out, *RESUMED, *other)
         assert (done.code, done.out) == (2, "") and done.err.count("\n") == 1, done.err
