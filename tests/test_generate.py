@@ -158,6 +158,15 @@ def test_a_model_in_training_answers_as_at_inference(folder: Path) -> None:
     assert [module.training for module in model.modules()] == modes
 
 
+def test_a_sampler_that_is_set_meanwhile_is_the_next_question_s(folder: Path) -> None:
+    model = load(folder, "vision")
+    expected = model.generate(picture(), "What is it?", max_new_tokens=9)
+    model.vision_tower.register_forward_pre_hook(lambda *_: model.set_sampler("none"))
+    answer = model.generate(picture(), "What is it?", max_new_tokens=9)
+    assert model.before_llm is None and answer.tokens == expected.tokens and answer.token_ids == expected.token_ids
+    assert model.generate(picture(), "What is it?", max_new_tokens=9).tokens.after_vision == expected.tokens.full
+
+
 def test_double_precision_answers_as_single(folder: Path) -> None:
     for sampler, options in SAMPLERS:
         model = load(folder, sampler, **options)
