@@ -1073,3 +1073,20 @@ def test_training_behind_a_method_without_parameters(tmp_path: Path) -> None:
     (line,) = figures(tmp_path / "run")
     assert line["tokens"] == pytest.approx(0.4, abs=0.01)
     assert not (tmp_path / "run/model/selector.safetensors").exists()
+
+
+def test_a_run_of_any_length_begins_at_once(tmp_path: Path) -> None:
+    """Its micro-batches are numbered as they are asked for."""
+
+    class Begun(Exception):
+        pass
+
+    class FirstAlone:
+        def share(self, numbers: Any, workers: int = 0) -> Any:
+            assert list(itertools.islice(iter(numbers), 3)) == [0, 1, 2] and not isinstance(numbers, list)
+            raise Begun
+
+    task = torch.nn.Linear(1, 1)
+    settings = Settings(steps=10**7, batch=2, micro_batch=1)
+    with pytest.raises(Begun):
+        loop.fit(task, [], FirstAlone(), settings, tmp_path, torch.device("cpu"), {})
