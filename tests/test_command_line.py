@@ -71,12 +71,14 @@ sys.path.append({str(ROOT / "examples")!r})
 import command_line
 command_line.begin()
 import os, time
+from concurrent.futures import ThreadPoolExecutor
 
 @command_line.guarded
 def main():
     parser = command_line.Parser("×" * 9000 + " and … 🙂")
-    parser.add_argument("--what", choices=("many", "text", "wait", "stuck", "exit"))
+    parser.add_argument("--what", choices=("many", "text", "wait", "stuck", "stuck in threads", "exit"))
     what = parser.parse_args().what
+    command = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"]
     if what == "many":
         for number in range(100000):
             print("line", number)
@@ -89,7 +91,11 @@ def main():
         finally:
             print("in order")
     elif what == "stuck":
-        command_line.call([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"])
+        command_line.call(command)
+    elif what == "stuck in threads":
+        with command_line.working(ThreadPoolExecutor(1)) as pool:
+            for running in [pool.submit(command_line.call, command) for _ in range(5)]:
+                running.result()
     elif what == "exit":
         os.write(1, b"number ")
         print("last", os.open(os.devnull, os.O_RDONLY))
@@ -164,17 +170,18 @@ def test_ctrl_c(tmp_path: Path) -> None:
     """During the imports, in the work, and while a program that it started is waited for, which ends too."""
     importing = PROGRAM.replace("import os, time\n", "import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
     assert interrupted(importing, tmp_path) == (130, b"importing\n", b"")
-    for what, out in (("wait", b"ready\nin order\n"), ("stuck", None)):
+    for what, out in (("wait", b"ready\nin order\n"), ("stuck", None), ("stuck in threads", None)):
         program = PROGRAM.replace("parser.parse_args()", f"parser.parse_args(['--what', {what!r}])")
         begun = time.monotonic()
         code, said, err = interrupted(program, tmp_path)
         assert (code, err) == (130, b"") and time.monotonic() - begun < 20
         if out is not None:
             assert said == out
-    with pytest.raises(ProcessLookupError):
-        for _ in range(100):
-            os.kill(int(said), 0)
-            time.sleep(0.05)
+            continue
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.kill(int(said), 0)
+                time.sleep(0.05)
 
 
 def test_what_argparse_says_is_one_short_line(tmp_path: Path) -> None:
