@@ -24,8 +24,8 @@ install: .venv/operators
 	touch $@
 
 # C++ and CUDA that changed since. The script's own head says what it needs and takes.
-.venv/operators: .venv/installed scripts/build_operators.py $(shell find csrc -type f)
-	$(BIN)/python scripts/build_operators.py
+.venv/operators: .venv/installed $(shell find csrc -type f -not -path '*/__pycache__/*')
+	$(BIN)/python -m csrc.build
 	touch $@
 
 lint: install
@@ -41,7 +41,7 @@ weights: install
 # CUDA. Beside a CPU torch all that imports it fails (timm, transformers); nothing here needs torchvision or timm.
 LMMS := .venv/lmms-eval/bin/python
 test_lmms_eval: .venv/lmms-eval/installed
-	$(LMMS) -m pytest tests/test_lmms_eval.py
+	$(LMMS) -m pytest tests/tools/test_lmms_eval.py
 
 .venv/lmms-eval/installed: constraints.txt
 	$(PYTHON) -m venv .venv/lmms-eval
@@ -51,4 +51,4 @@ test_lmms_eval: .venv/lmms-eval/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info minifocus/_build.txt minifocus/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist *.egg-info minifocus/ops/_build.txt minifocus/ops/*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -56,8 +56,8 @@ from record import ROOT, environment
 
 import minifocus
 from minifocus import cards
-from minifocus.image import open_image
-from minifocus.writing import replace
+from minifocus.files.writing import replace
+from minifocus.inputs.image import open_image
 
 BUDGETS = (0.75, 0.5, 0.39, 0.25, 0.12)
 TOLERANCE = 0.005  # of a budget that is searched for, in shares of the uncompressed tokens
@@ -89,9 +89,7 @@ FIXED = {"vision": {}, "avgpool": {"window": 2}, "maxpool": {"window": 2}}  # th
 VARIANTS = {"similarity (flipped)": ("similarity", {"flip": True})}
 # The others have a ratio, which is the budget.
 KNOWN = [
-    name
-    for name in minifocus.samplers.names()
-    if name not in SEARCHED and "ratio" in minifocus.samplers.options_of(name)
+    name for name in minifocus.methods.names() if name not in SEARCHED and "ratio" in minifocus.methods.options_of(name)
 ]
 METHODS = {*KNOWN, *SEARCHED, *FIXED, *VARIANTS}
 TINY = ROOT / "weights/tiny"

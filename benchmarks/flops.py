@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from minifocus.config import Config
+from minifocus.loading.config import Config
 
 
 def decoder_flops(config: Config, layer_tokens: Sequence[int]) -> int:

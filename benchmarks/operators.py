@@ -6,7 +6,7 @@
 
 Each case is one operator on random numbers, `minifocus` beside its peers:
 
-    reference   minifocus/reference.py, in eager PyTorch
+    reference   minifocus/ops/reference.py, in eager PyTorch
     indexing    column[index] of every column, for gather_tokens
     compiled    torch.compile of what the operator computes, for one item (on a GPU, where it can be timed fairly)
     copy        torch's copy of a tensor into a new one that reads and writes as many bytes together as the operator must.
@@ -43,7 +43,8 @@ from command_line import expect_file, expect_numbers, write_text
 from memory import extra_memory
 from record import environment
 
-from minifocus import ops, reference
+from minifocus import ops
+from minifocus.ops import reference
 from minifocus.samplers.vision_guided import pools_for
 from minifocus.training.loop import keep_freed_memory
 

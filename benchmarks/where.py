@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import minifocus
 from minifocus import cards
-from minifocus.card_places import GRID, locate
+from minifocus.cards.places import GRID, locate
 from minifocus.generate import PictureTrace
 
 ROOT = Path(__file__).resolve().parent.parent

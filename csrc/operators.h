@@ -3,7 +3,7 @@
 // The CPU half (cpu/) and the CUDA half (cuda/) implement the same functions on these structs; torch_glue.h checks
 // the arguments, allocates the outputs and fills the structs in. Arrays are contiguous; every pointer is on the
 // half's own device unless it says "host". Ragged batches are packed along the first axis with cu_seqlens-style
-// offsets: item b holds rows offsets[b] to offsets[b + 1]. The meaning of each operator is minifocus/reference.py's.
+// offsets: item b holds rows offsets[b] to offsets[b + 1]. The meaning of each operator is minifocus/ops/reference.py's.
 #pragma once
 #include <cstdint>
 

@@ -8,7 +8,7 @@
 //   static int64_t region_offsets(const RegionArgs&);      CPU only: the number of tokens, before they are allocated
 //   static int64_t region_workspace(regions), importance_workspace(text, visual, heads);     bytes
 // A wrong argument gives a RuntimeError that names it, what was expected and what came, in the words of
-// minifocus/checks.py.
+// minifocus/ops/checks.py.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

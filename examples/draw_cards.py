@@ -25,10 +25,10 @@ from tqdm import tqdm
 import minifocus
 from minifocus import cards
 from minifocus.arguments import shown
-from minifocus.conversations import Turn
-from minifocus.locks import NAME as LOCK
-from minifocus.locks import hold
-from minifocus.writing import clear, replace
+from minifocus.files.locks import NAME as LOCK
+from minifocus.files.locks import hold
+from minifocus.files.writing import clear, replace
+from minifocus.inputs.conversations import Turn
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 import minifocus
 from minifocus import cards
-from minifocus.conversations import asked_alone, read_conversations
 from minifocus.generate import Images
-from minifocus.prompt import TEMPLATES
+from minifocus.inputs.conversations import asked_alone, read_conversations
+from minifocus.inputs.prompt import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=str(ROOT / "weights/tiny"), help="folder in Hugging Face's layout")
     parser.add_argument("--template", choices=list(TEMPLATES), help="default: the model's")
     add_sampler_options(parser)
-    parser.add_argument("--data", help="a file in LLaVA's JSON format, see minifocus/conversations.py")
+    parser.add_argument("--data", help="a file in LLaVA's JSON format, see minifocus/inputs/conversations.py")
     parser.add_argument("--images", help="the folder that --data names pictures from; default: its own")
     parser.add_argument("--images-anywhere", action="store_true", help="take pictures that --data names elsewhere, too")
     parser.add_argument("--split", choices=list(cards.SPLITS), help="of the miniature; default: test")

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 import minifocus
 from minifocus.generate import Options
-from minifocus.image import open_image
-from minifocus.prompt import TEMPLATES
+from minifocus.inputs.image import open_image
+from minifocus.inputs.prompt import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
 

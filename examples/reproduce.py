@@ -27,7 +27,7 @@ from typing import Any
 from command_line import Refused, expect_numbers, working, write_text
 from tqdm import tqdm
 
-from minifocus.locks import hold
+from minifocus.files.locks import hold
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("reproduction", "benchmarks", "weights")]

@@ -13,7 +13,7 @@ from minifocus.arguments import shown
 
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampler")
-    group.add_argument("--sampler", default="focus", choices=minifocus.samplers.names())
+    group.add_argument("--sampler", default="focus", choices=minifocus.methods.names())
     group.add_argument("--gamma", type=float, help="text-guided: share of the importance to keep (0.85)")
     group.add_argument("--ratio", type=float, help="training-free methods: share of the tokens to keep")
     group.add_argument("--keep", type=int, help="keep this many tokens per picture instead")

@@ -15,7 +15,7 @@ register_profiles()  # 300 examples, always the same; MINIFOCUS_HYPOTHESIS=long:
 
 
 def my_importance(q, k, cu_text, cu_visual, scale):
-    """minifocus.reference.importance in another way: all products of an item in one einsum, grouped by key head."""
+    """minifocus.ops.reference.importance in another way: all products of an item in one einsum, grouped by key head."""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     grouped = q.to(wide).unflatten(1, (k.shape[1], -1))  # [text, key heads, query heads of each, D]
     scores = torch.zeros(len(k), dtype=wide)

@@ -34,17 +34,17 @@ from sampler_options import add_option, read_options
 import minifocus
 from minifocus import cards
 from minifocus.arguments import shown
-from minifocus.conversations import asked_alone, read_conversations
-from minifocus.files import FILE, FOLDER, NOTHING, kind
+from minifocus.files.reading import FILE, FOLDER, NOTHING, kind
+from minifocus.inputs.conversations import asked_alone, read_conversations
+from minifocus.inputs.prompt import TEMPLATES
+from minifocus.methods import SELECTOR_FILE
 from minifocus.model import usable_device
-from minifocus.prompt import TEMPLATES
-from minifocus.samplers import SELECTOR_FILE
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
-from minifocus.training.curve import draw_curve
 from minifocus.training.examples import Batches, CardScenes, Source
-from minifocus.training.identity import digest_of_model
 from minifocus.training.loop import LOG, MOST, MOST_EXAMPLES, Process, Settings, fit, keep_freed_memory, make_optimizers
+from minifocus.training.model_digest import digest_of_model
 from minifocus.training.objective import AnswerObjective, Objective
+from minifocus.training.plot_log import draw_curve
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("vision", "projector", "llm", "selector")
@@ -108,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead")
 
     samplers = parser.add_argument_group("samplers")
-    samplers.add_argument("--sampler", choices=minifocus.samplers.names(), help="default: focus (align: none)")
+    samplers.add_argument("--sampler", choices=minifocus.methods.names(), help="default: focus (align: none)")
     add_option(samplers)
     samplers.add_argument("--window", type=int, help="a new selector's: 1, 2, 4, 8 or 12")
     samplers.add_argument("--branches", type=int, help="a new selector's: 3 or 7")

@@ -1,9 +1,19 @@
 """FocusLLaVA in plain PyTorch: a compact LLaVA / LLaVA-NeXT with vision-guided and text-guided token sampling."""
 
-from . import samplers
+from . import methods, samplers
 from .errors import CheckpointError, InputError
 from .generate import Answer, TokenCounts
 from .model import Llava, load
 from .version import __version__
 
-__all__ = ["Answer", "CheckpointError", "InputError", "Llava", "TokenCounts", "__version__", "load", "samplers"]
+__all__ = [
+    "Answer",
+    "CheckpointError",
+    "InputError",
+    "Llava",
+    "TokenCounts",
+    "__version__",
+    "load",
+    "methods",
+    "samplers",
+]

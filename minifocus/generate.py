@@ -16,14 +16,13 @@ from torch import nn
 from . import arguments
 from .constraints import Constraints
 from .errors import CheckpointError, InputError
-from .generation_config import GenerationConfig
-from .image import open_image
+from .inputs.image import open_image
+from .inputs.prompt import build_prompt, check_name, encode_prompt
+from .inputs.tokenizer import StreamDecoder, Tokenizer
 from .llama import LayerCache
-from .prompt import build_prompt, check_name, encode_prompt
+from .loading.generation_config import GenerationConfig
 from .rows import Rows
-from .samplers import VisualTokens
-from .samplers.hooks import Layout
-from .tokenizer import StreamDecoder, Tokenizer
+from .samplers.hooks import Layout, VisualTokens
 
 if TYPE_CHECKING:
     from .model import Llava, Prefill
@@ -99,7 +98,7 @@ class Options:
                     generation_config.json says of sampling does not count
     top_p           sample only from the likeliest tokens that together have this probability
     seed            of the sampling; each row draws from its own generator, so that a batch gives what single calls give
-    template        a name in `minifocus.prompt.TEMPLATES`; None: the model's own
+    template        a name in `minifocus.inputs.prompt.TEMPLATES`; None: the model's own
     repetition_penalty, no_repeat_ngram_size, bad_words_ids, suppress_tokens, begin_suppress_tokens, min_new_tokens
                     see `minifocus.constraints.Constraints`; None: what generation_config.json says
     """

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .activations import ACTIVATIONS
-from .config import RopeConfig, TextConfig
+from .loading.config import RopeConfig, TextConfig
 from .rows import Rows
 
 

@@ -13,22 +13,21 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from . import arguments, samplers
+from . import arguments, methods
 from . import generate as generation
-from .chat_template import read_chat_template
-from .config import DTYPES, Config, load_config
 from .errors import CheckpointError, InputError
-from .files import FILE, FOLDER, kind, named, present, read_bytes
-from .image import ImageProcessor, num_visual_tokens, select_best_resolution, stitch
+from .files.reading import FILE, FOLDER, kind, named, present, read_bytes
+from .inputs.chat_template import read_chat_template
+from .inputs.image import ImageProcessor, num_visual_tokens, select_best_resolution, stitch
+from .inputs.prompt import Template, detect_template
+from .inputs.tokenizer import Tokenizer
 from .llama import DecoderLayer, LayerCache, Llama
-from .model_folder import SELECTOR, Origin, finish_save, replacing, stamps
-from .projector import Projector
-from .prompt import Template, detect_template
+from .loading.config import DTYPES, Config, load_config
+from .loading.model_folder import SELECTOR, Origin, finish_save, replacing, stamps
+from .loading.weights import Progress, check_storable, load_model, save_model, shapes_of, without_values
 from .rows import Rows, stack_rows
-from .samplers import PictureFeatures, Selection, VisualTokens
-from .tokenizer import Tokenizer
-from .vision import Block, VisionTower
-from .weights import Progress, check_storable, load_model, save_model, shapes_of, without_values
+from .samplers.hooks import BeforeLLM, InsideLLM, PictureFeatures, Samplers, Selection, VisualTokens, uncompressed
+from .vision import Block, Projector, VisionTower
 
 _log = logging.getLogger("minifocus")
 
@@ -75,8 +74,8 @@ class Llava(nn.Module):
         if config.anyres:
             self.image_newline = nn.Parameter(torch.empty(config.text.hidden_size))
         self.language_model = Llama(config.text)
-        self.before_llm: samplers.BeforeLLM | None = None
-        self.inside_llm: samplers.InsideLLM | None = None
+        self.before_llm: BeforeLLM | None = None
+        self.inside_llm: InsideLLM | None = None
         self.image_processor: ImageProcessor | None = None
         self.tokenizer: Tokenizer | None = None
         self.template: Template = "vicuna"
@@ -116,7 +115,7 @@ class Llava(nn.Module):
         self,
         tiles: Sequence[torch.Tensor],
         sizes: Sequence[tuple[int, int]],
-        before_llm: samplers.BeforeLLM | None = None,
+        before_llm: BeforeLLM | None = None,
     ) -> list[PictureFeatures]:
         """Tiles of each picture [T_i, 3, S, S] and its (h, w) → its projected feature maps (paper §3.1).
 
@@ -171,7 +170,7 @@ class Llava(nn.Module):
         pictures: Sequence[PictureFeatures],
         attention_mask: torch.Tensor | None = None,
         instruction_mask: torch.Tensor | None = None,
-        before_llm: samplers.BeforeLLM | None = None,
+        before_llm: BeforeLLM | None = None,
     ) -> tuple[Rows, list[list[VisualTokens]]]:
         """Put each picture's tokens, shortened by `before_llm` where there is one, in place of its placeholders.
 
@@ -203,7 +202,7 @@ class Llava(nn.Module):
             while used < len(places):
                 picture, begin = self._next_picture(remaining, places[used:], row, len(own))
                 words = embeddings[instruction]
-                visual = samplers.uncompressed(picture) if before_llm is None else before_llm(picture, words)
+                visual = uncompressed(picture) if before_llm is None else before_llm(picture, words)
                 text = slice(done, begin)
                 pieces.append(_text_piece(embeddings[text], columns[text], instruction[text]))
                 pieces.append(_visual_piece(visual, columns[begin + visual.source], len(own)))
@@ -378,12 +377,12 @@ class Llava(nn.Module):
 
     def set_sampler(self, name: str, **options: Any) -> None:
         """Sample by another method from now on: `name` and `options` as for `load`. Raises InputError, CheckpointError."""
-        method = samplers.build(name, self.config, self.folder, options)
+        method = methods.build(name, self.config, self.folder, options)
         if name in ("focus", "vision") and options.get("selector") is None and not self.origin.holds_weights():
             raise CheckpointError(f"{self.folder / SELECTOR}: is another model's: the weights beside it have changed")
         self._use(method)
 
-    def _use(self, method: samplers.Samplers) -> None:
+    def _use(self, method: Samplers) -> None:
         self.before_llm = None if method.before is None else method.before.to(self.device).eval()
         self.inside_llm = method.inside
 
@@ -407,7 +406,7 @@ class Llava(nn.Module):
             with replacing(target) as fresh:
                 save_model(state, self.origin.companions, fresh, self.config.tie_word_embeddings, check_finite)
                 own = target.resolve() == self.folder.resolve()
-                if not samplers.save(self.before_llm, fresh) and own and self.origin.holds_weights():
+                if not methods.save(self.before_llm, fresh) and own and self.origin.holds_weights():
                     selector = target / SELECTOR
                     if kind(selector) == FILE:
                         (fresh / SELECTOR).write_bytes(read_bytes(selector))
@@ -494,7 +493,7 @@ def load(
     """Load a LLaVA-1.5 or LLaVA-NeXT folder in Hugging Face's layout.
 
     sampler       "focus" (both of FocusLLaVA's), "vision", "text", "none", or one of the field's training-free methods
-                  (`minifocus.samplers.names()`); `options` are the sampler's own, such as gamma, layer, selector, ratio
+                  (`minifocus.methods.names()`); `options` are the sampler's own, such as gamma, layer, selector, ratio
     dtype         "float32", "bfloat16", "float16" or the torch dtype; None: the checkpoint's
     check_finite  refuse weights with NaN or infinity (one pass over them)
     progress      called with (bytes read, bytes in all)
@@ -514,7 +513,7 @@ def load(
     finish_save(folder)
     origin = Origin.read(folder)
     config = load_config(folder)
-    method = samplers.build(sampler, config, folder, options)
+    method = methods.build(sampler, config, folder, options)
     processor = ImageProcessor.from_folder(
         folder, model_type=config.model_type, image_size=config.vision.image_size, grid_pinpoints=config.grid_pinpoints
     )

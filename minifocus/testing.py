@@ -33,8 +33,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from . import checks, reference
-from .reference import DROP, Pool
+from .ops import checks, reference
+from .ops.reference import DROP, Pool
 from .samplers.vision_guided import WINDOWS, pools_for
 
 EXAMPLES = 300

@@ -19,7 +19,8 @@ import importlib.util
 import torch
 
 import minifocus
-from minifocus import ops, reference
+from minifocus import ops
+from minifocus.ops import reference
 
 
 @command_line.guarded

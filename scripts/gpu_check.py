@@ -81,10 +81,10 @@ def steps(capability: tuple[int, int], out: Path, scratch: Path) -> list[tuple[s
     train = [python, "examples/train.py", "--device", "cuda", "--bf16", "--steps", "20", "--log-every", "1", "--out"]
     build = {"MINIFOCUS_BUILD": "all", "TORCH_CUDA_ARCH_LIST": architecture}
     every: list[tuple[str, list[str], dict[str, str], int]] = [
-        ("build", [python, "scripts/build_operators.py"], build, 120),
+        ("build", [python, "csrc/build.py"], build, 120),
         # By themselves: an error of the device fails whatever comes after it in the same process.
-        ("tests", [*pytest, "tests/test_gpu.py"], {}, 60),
-        ("properties", [*pytest, "tests/test_operators.py"], {}, 120),
+        ("tests", [*pytest, "tests/ops/test_gpu.py"], {}, 60),
+        ("properties", [*pytest, "tests/ops/test_operators.py"], {}, 120),
         ("benchmark", [*benchmark, str(out / RESULTS["benchmark"])], {}, 90),
         (
             "benchmark_tensor_cores",
@@ -144,7 +144,7 @@ def main() -> int:
         print("gpu_check: torch sees no GPU on this machine, so nothing was run", file=sys.stderr)
         return 3
     os.environ.pop("MINIFOCUS_BACKEND", None)  # the operators that it may ask for are yet to be built
-    from minifocus.locks import hold
+    from minifocus.files.locks import hold
 
     with hold(out):
         return check(out)

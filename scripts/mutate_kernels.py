@@ -4,7 +4,7 @@
     python scripts/mutate_kernels.py --only region.cu      # the mutants of one file
 
 Two kinds of mutants: every barrier and memory-ordering call deleted, and the lines of BREAKS changed. Each is made in a copy
-of the sources, and the emulated tests of the operators that it concerns are run on it (tests/test_operators.py), until the
+of the sources, and the emulated tests of the operators that it concerns are run on it (tests/ops/test_operators.py), until the
 first failure. A mutant that survives is a line that does not matter, or a gap in the tests.
 
 Exit status: 0 every mutant was noticed, 1 one survived, 2 usage or a mutant that does not apply any more.
@@ -128,7 +128,7 @@ def try_out(mutant: tuple[str, str, str, int, str], copies: Queue[Path]) -> dict
         "-x",
         "-p",
         "no:cacheprovider",
-        "tests/test_operators.py",
+        "tests/ops/test_operators.py",
         "-k",
         chosen,
     ]

@@ -3,7 +3,7 @@
     python scripts/ptxas_report.py [--out benchmarks/results/ptxas.json]
 
 Needs nvcc, but no GPU and no torch. A kernel that spills, or that has a stack frame, keeps in memory what belongs in
-registers; tests/test_ptxas.py allows neither, and holds the recorded file to the sources.
+registers; tests/tools/test_ptxas.py allows neither, and holds the recorded file to the sources.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 import command_line
 
@@ -26,8 +27,9 @@ from itertools import product
 from subprocess import PIPE
 from typing import Any
 
-from build_operators import NVCC_OPTIONS, ROOT, find_compiler, find_nvcc, version
 from command_line import call, expect_file, working, write_text
+
+from csrc.build import NVCC_OPTIONS, ROOT, find_compiler, find_nvcc, version
 
 ARCHITECTURES = ("sm_80", "sm_90")
 NUMBERS = {

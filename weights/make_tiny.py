@@ -33,8 +33,8 @@ import time
 
 from command_line import Failed, expect_numbers, write_text
 
-from minifocus.locks import hold
-from minifocus.training.curve import draw_curve
+from minifocus.files.locks import hold
+from minifocus.training.plot_log import draw_curve
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 12  # conversations per step

@@ -19,9 +19,9 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from minifocus import cards
-from minifocus.card_places import GRID, PATCH
-from minifocus.image import CLIP_MEAN, CLIP_STD
-from minifocus.locks import hold
+from minifocus.cards.places import GRID, PATCH
+from minifocus.files.locks import hold
+from minifocus.inputs.image import CLIP_MEAN, CLIP_STD
 
 TOKENIZER_SEED = 40_000_000  # place in the training split of the scenes whose text it learns
 

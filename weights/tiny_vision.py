@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minifocus import cards
-from minifocus.card_places import GRID, PATCH, View, patch_cover, scene_geometry
-from minifocus.config import Config, load_config
-from minifocus.image import CLIP_MEAN, CLIP_STD
+from minifocus.cards.places import GRID, PATCH, View, patch_cover, scene_geometry
+from minifocus.inputs.image import CLIP_MEAN, CLIP_STD
+from minifocus.loading.config import Config, load_config
 from minifocus.training.loop import MOST, Process, Settings, fit, keep_freed_memory, make_optimizers
 from minifocus.vision import VisionTower
 

@@ -31,16 +31,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from minifocus import cards
-from minifocus.card_places import GRID, Places, locate
-from minifocus.config import load_config
-from minifocus.conversations import Conversation, Turn
-from minifocus.image import ImageProcessor
+from minifocus.cards.places import GRID, Places, locate
+from minifocus.inputs.conversations import Conversation, Turn
+from minifocus.inputs.image import ImageProcessor
+from minifocus.inputs.tokenizer import Tokenizer
 from minifocus.llama import DecoderLayer, rotate
+from minifocus.loading.config import load_config
+from minifocus.loading.model_folder import Origin
 from minifocus.model import Llava
-from minifocus.model_folder import Origin
 from minifocus.rows import Rows
-from minifocus.samplers import BeforeLLM, PictureFeatures, VisualTokens, uncompressed
-from minifocus.tokenizer import Tokenizer
+from minifocus.samplers.hooks import BeforeLLM, PictureFeatures, VisualTokens, uncompressed
 from minifocus.training.examples import Batch, Batches, collate, encode
 from minifocus.training.loop import MOST, Process, Settings, fit, keep_freed_memory, make_optimizers
 from minifocus.training.packed import Guidance, forward

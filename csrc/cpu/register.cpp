@@ -1,5 +1,5 @@
 // Declares the operators of torch.ops.minifocus and registers the CPU half, through LibTorch's stable ABI: the library
-// that this builds works with every Python >= 3.10 and torch >= 2.10. Fake kernels and autograd: minifocus/ops.py.
+// that this builds works with every Python >= 3.10 and torch >= 2.10. Fake kernels and autograd: minifocus/ops/backend.py.
 #include "../torch_glue.h"
 #include "operators.h"
 

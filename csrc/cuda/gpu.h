@@ -1,5 +1,5 @@
 // The one header that a kernel file includes besides launchers.h: real CUDA under nvcc, else the emulator, so that the
-// same .cu file also runs on a computer without a GPU (../emulator/cuda_on_cpu.h says what that shows and what not).
+// same .cu file also runs on a computer without a GPU (tests/emulator/cuda_on_cpu.h says what that shows and what not).
 //
 //   DYN_SHARED(float, tile);              dynamic shared memory, 16-byte aligned; a kernel has one
 //   gpu::launch(kernel, grid, block, shared_bytes, stream, arguments...)     instead of <<<...>>>, which is not C++
@@ -14,7 +14,7 @@
 
 #ifndef __CUDACC__
 
-#include "../emulator/cuda_on_cpu.h"
+#include "cuda_on_cpu.h"
 
 #else
 

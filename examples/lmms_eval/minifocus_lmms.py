@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import minifocus
-from minifocus.prompt import build_prompt
+from minifocus.inputs.prompt import build_prompt
 
 # image_aspect_ratio speaks to LLaVA's own code; here the checkpoint's preprocessor_config.json decides.
 _GENERATION = {"until", "max_new_tokens", "temperature", "top_p", "do_sample", "num_beams", "image_aspect_ratio"}
@@ -56,7 +56,7 @@ class Minifocus(lmms):
     sampler     "focus", "vision", "text" or "none"; `options` are its own: gamma, layer, keep, selector, ...
     device      where to run; by default what accelerate finds. Under `accelerate launch` each process has its own
     dtype       "float32", "bfloat16" or "float16"; by default the checkpoint's
-    template    of minifocus.prompt.TEMPLATES; by default the folder's own chat template
+    template    of minifocus.inputs.prompt.TEMPLATES; by default the folder's own chat template
     batch_size  questions at once, where generation is greedy; sampling takes one at a time
 
     Raises InputError for a bad argument and CheckpointError for a bad folder.

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 
 from .. import arguments
-from ..config import TextConfig
 from ..llama import DecoderLayer, rope_tables, rotate
+from ..loading.config import TextConfig
+from ..methods.decoder_attention import pictures_of
 from ..ops import importance, select_top_p
 from ..rows import Rows
 from .hooks import Selection
-from .inside import pictures_of
 
 
 @dataclass(frozen=True)

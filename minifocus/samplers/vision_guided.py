@@ -21,11 +21,11 @@ from torch import nn
 
 from .. import arguments
 from ..arguments import shown
-from ..checks import wide
 from ..errors import CheckpointError, InputError
-from ..files import open_safetensors
+from ..files.reading import open_safetensors
 from ..ops import region_pool, region_route
-from ..reference import DROP, Pool, num_regions, split_regions
+from ..ops.checks import wide
+from ..ops.reference import DROP, Pool, num_regions, split_regions
 from .hooks import BeforeLLM, PictureFeatures, VisualTokens
 
 WINDOWS = (1, 2, 4, 8, 12)

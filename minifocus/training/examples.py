@@ -16,15 +16,15 @@ import torch
 
 from .. import cards
 from ..arguments import settle, shown
-from ..conversations import Conversation, Turn
 from ..errors import CheckpointError, InputError
 from ..generate import stop_token_ids
-from ..image import open_image
-from ..prompt import IMAGE, build_conversation, encode_prompt
+from ..inputs.conversations import Conversation, Turn
+from ..inputs.image import open_image
+from ..inputs.prompt import IMAGE, build_conversation, encode_prompt
 
 if TYPE_CHECKING:
+    from ..inputs.tokenizer import Tokenizer
     from ..model import Llava
-    from ..tokenizer import Tokenizer
 
 NO_LABEL = -100
 # So many unusable conversations in a row are no accident of the data.

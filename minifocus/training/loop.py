@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from ..arguments import LARGEST, number, shown, whole
 from ..errors import InputError
-from ..files import present, regular
-from ..locks import hold
-from ..writing import clear, replace
+from ..files.locks import hold
+from ..files.reading import present, regular
+from ..files.writing import clear, replace
 from .muon import Muon
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"

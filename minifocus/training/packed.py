@@ -18,7 +18,7 @@ import torch
 from ..llama import DecoderLayer
 from ..ops import select_top_p
 from ..rows import Rows, causal_mask
-from ..samplers import BeforeLLM, InsideLLM, PictureFeatures, VisualTokens, uncompressed
+from ..samplers.hooks import BeforeLLM, InsideLLM, PictureFeatures, VisualTokens, uncompressed
 from ..samplers.text_guided import TextGuidedSampler
 from .examples import NO_LABEL, Batch
 

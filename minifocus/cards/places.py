@@ -1,0 +1,87 @@
+"""Where the things of a drawn scene are among the patches that a model of 112-pixel tiles sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .. import cards
+from ..inputs.image import select_best_resolution, unpadded_grid
+
+PATCH = 14
+GRID = cards.TILE // PATCH
+
+
+@dataclass(frozen=True)
+class View:
+    """What one 112-pixel tile shows of a scene: the scene's pixel p is at p · scale + offset in the tile, as (x, y)."""
+
+    scale: tuple[float, float]
+    offset: tuple[float, float]
+    whole: bool  # the thumbnail: everything is in it, and text is too small to read
+
+    def boxes(self, boxes: list[cards.Box]) -> np.ndarray:
+        """Boxes of the scene → float [n, 4] in this view."""
+        return np.array(boxes, float).reshape(-1, 4) * np.tile(self.scale, 2) + np.tile(self.offset, 2)
+
+
+def patch_cover(boxes: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """Share of each of rows x cols patches that each box [n, 4] of a view covers: float [n, rows, cols]."""
+
+    def shared(low: np.ndarray, high: np.ndarray, count: int) -> np.ndarray:
+        edges = np.arange(count) * PATCH
+        return (np.minimum(high[:, None], edges + PATCH) - np.maximum(low[:, None], edges)).clip(0)
+
+    tall, wide = shared(boxes[:, 1], boxes[:, 3], rows), shared(boxes[:, 0], boxes[:, 2], cols)
+    return tall[:, :, None] * wide[:, None, :] / PATCH**2
+
+
+def scene_geometry(size: tuple[int, int]) -> tuple[View, tuple[int, int]]:
+    """A picture of (h, w) → where its pixels are on the canvas that is cut into tiles, and the canvas' (h, w)."""
+    height, width = size
+    canvas = select_best_resolution(size, cards.PINPOINTS)
+    scale = min(canvas[0] / height, canvas[1] / width)
+    offset = ((canvas[1] - width * scale) / 2, (canvas[0] - height * scale) / 2)
+    return View((scale, scale), offset, whole=False), canvas
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a scene's things are in its sequence of N uncompressed tokens: the thumbnail's, then the map's row by row.
+
+    things      [scene's objects, N] bool, the patches that show each
+    newline     [N] bool, the tokens that end the map's rows
+    digits      [scene's objects, 3] int64, the token with the middle of each digit of its number (0: none)
+    grid        (rows, columns) of the map
+    """
+
+    things: np.ndarray
+    newline: np.ndarray
+    digits: np.ndarray
+    grid: tuple[int, int]
+
+    @property
+    def foreground(self) -> np.ndarray:
+        """[N] bool, the patches that show some thing."""
+        return np.asarray(self.things.any(axis=0))
+
+
+def locate(scene: cards.Scene) -> Places:
+    width, height = scene.image.size
+    boxes = [thing.box for thing in scene.objects]
+    thumbnail = patch_cover(View((cards.TILE / width, cards.TILE / height), (0, 0), True).boxes(boxes), GRID, GRID)
+    view, canvas = scene_geometry((height, width))
+    top, left, rows, cols = unpadded_grid((height, width), canvas, cards.TILE, GRID)
+    whole = patch_cover(view.boxes(boxes), canvas[0] // PATCH, canvas[1] // PATCH)
+    cells = np.pad(whole[:, top : top + rows, left : left + cols], ((0, 0), (0, 0), (0, 1)))
+    shares = [thumbnail.reshape(len(boxes), GRID * GRID), cells.reshape(len(boxes), rows * (cols + 1))]
+    things = np.concatenate(shares, axis=1) > 0.05
+    place = np.arange(things.shape[1]) - GRID * GRID
+    newline = (place >= 0) & (place % (cols + 1) == cols)
+    digits = np.zeros((len(boxes), 3), np.int64)
+    for k, thing in enumerate(scene.objects):
+        for i, (x0, y0, x1, y1) in enumerate(view.boxes(list(thing.glyphs)) if thing.number is not None else ()):
+            row, col = int((y0 + y1) / 2 // PATCH) - top, int((x0 + x1) / 2 // PATCH) - left
+            digits[k, i] = GRID * GRID + row * (cols + 1) + col
+    return Places(things, newline, digits, (rows, cols))

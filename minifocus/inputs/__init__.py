@@ -1,0 +1,1 @@
+"""What comes in: pictures, prompts and conversations, and what a model makes tiles and tokens of."""

@@ -1,0 +1,215 @@
+"""The chat template of a model's folder: the text that its checkpoint was trained with, written in Jinja's language.
+
+It is found where transformers finds it, and rendered as transformers renders it, in another process: see
+`minifocus.inputs.template_renderer`. Neither that process nor jinja2 is asked for before a template is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..arguments import shown
+from ..errors import CheckpointError, InputError
+from ..files.reading import FOLDER, kind, present, read_bytes, read_json
+
+_LONGEST = 2**20  # bytes of a template, which has a few thousand
+
+# As transformers takes them: {"role": "user" or "assistant", "content": text or a list of parts}, a part being
+# {"type": "text", "text": ...} or {"type": "image", ...}.
+Message = dict[str, Any]
+Special = tuple[tuple[str, str], ...]
+
+
+class TemplateFails(CheckpointError):
+    """A template that could be read fails over these messages; it may not over others."""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """
+    place    the file that it came from, with the key where it is a part of that
+    source   in Jinja's language
+    special  what it knows as bos_token, eos_token, ...: the tokenizer's
+    fault    why it cannot be used: whoever names another template need not care
+    """
+
+    place: str
+    source: str
+    special: Special
+    fault: str = ""
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        """What transformers' apply_chat_template(messages) gives.
+
+        Raises InputError where the template itself refuses the messages, else CheckpointError where it is none, fails, or
+        takes more time or memory than any needs.
+        """
+        if self.fault:
+            raise CheckpointError(f"{self.place}: {self.fault}")
+        variables = {
+            "messages": list(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **dict(self.special),
+        }
+        reply = _renderer.ask({"source": self.source, "variables": variables})
+        if reply is None:
+            raise CheckpointError(f"{self.place}: the chat template takes more time or memory than any needs")
+        if "text" in reply:
+            return str(reply["text"])
+        words = reply["words"]
+        if reply["fault"] == "refused":
+            raise InputError(f"prompt: the chat template of {self.place} refuses it: {words}")
+        if reply["fault"] == "syntax":
+            raise CheckpointError(f"{self.place}: line {reply['line']}: not a chat template that can be read: {words}")
+        raise TemplateFails(f"{self.place}: the chat template fails: {words}")
+
+
+def read_chat_template(folder: Path, special: Special) -> ChatTemplate | None:
+    """The folder's template, None where it has none. Of several with names, it is the one called "default".
+
+    The order is that of transformers' processors, and then of its tokenizers: processor_config.json, chat_template.json,
+    chat_template.jinja, additional_chat_templates/default.jinja, tokenizer_config.json. Raises CheckpointError for a file
+    that cannot be read as what it is.
+    """
+    for name in ("processor_config.json", "chat_template.json"):
+        file = folder / name
+        if present(file):
+            fields = read_json(file)
+            if name == "chat_template.json":
+                if "chat_template" not in fields:
+                    raise CheckpointError(f"{file}: expected the key chat_template, found {shown(sorted(fields))}")
+                if _named_files(folder):
+                    raise CheckpointError(
+                        f"{file}: expected chat_template.jinja beside additional_chat_templates, as transformers does"
+                    )
+            if found := _of_field(file, fields.get("chat_template"), special):
+                return found
+    named = _named_files(folder)
+    for template in (folder / "chat_template.jinja", *named.values()):
+        is_default = template.name in ("chat_template.jinja", "default.jinja")
+        if is_default and present(template) and (text := _read(template)):
+            return ChatTemplate(str(template), text, special)
+    if named:
+        return ChatTemplate(str(folder / "additional_chat_templates"), "", special, _no_default(named))
+    file = folder / "tokenizer_config.json"
+    return _of_field(file, read_json(file).get("chat_template"), special) if present(file) else None
+
+
+def _of_field(file: Path, value: object, special: Special) -> ChatTemplate | None:
+    """A template that is a JSON value: text, {name: text}, or a list of {"name": name, "template": text}."""
+    place = f"{file}: chat_template"
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        value = {one.get("name"): one.get("template") for one in value}
+    if isinstance(value, dict):
+        if not value or not all(isinstance(part, str) for pair in value.items() for part in pair):
+            raise CheckpointError(f"{place}: expected templates with their names, got {shown(value)}")
+        if "default" not in value:
+            return ChatTemplate(place, "", special, _no_default(value))
+        value = value["default"]
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"{place}: expected a chat template as text, got {shown(value)}")
+    return ChatTemplate(place, value, special) if value else None
+
+
+def _no_default(names: Any) -> str:
+    return f"expected a chat template named 'default', found {shown(sorted(names))}"
+
+
+def _named_files(folder: Path) -> dict[str, Path]:
+    extra = folder / "additional_chat_templates"
+    if kind(extra) != FOLDER:
+        return {}
+    try:
+        return {file.stem: file for file in extra.iterdir() if file.suffix == ".jinja"}
+    except OSError as error:
+        raise CheckpointError(f"{extra}: cannot be read: {error.strerror}") from error
+
+
+def _read(file: Path) -> str:
+    try:
+        text = read_bytes(file, most=_LONGEST).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file}: not readable as text in UTF-8: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+class _Renderer:
+    """The other process. There is one for all templates; after one that it did not survive, the next gets a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """The reply to a request; None where the process ended over it."""
+        line = json.dumps(request).encode() + b"\n"
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+            assert self._process.stdin is not None and self._process.stdout is not None
+            try:
+                self._process.stdin.write(line)
+                self._process.stdin.flush()
+                reply = self._process.stdout.readline()
+            except BrokenPipeError:
+                reply = b""
+            except BaseException:  # of an interrupted request, the reply would be taken for the next one's
+                self._end()
+                raise
+            if not reply.endswith(b"\n"):
+                self._end()
+                return None
+        found: dict[str, Any] = json.loads(reply)
+        return found
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        if find_spec("jinja2") is None:
+            raise CheckpointError("the package jinja2, which renders a folder's chat template, is not installed")
+        if getattr(sys, "frozen", False) or not sys.executable:  # a program of its own would be started again
+            raise CheckpointError(
+                "a folder's chat template is rendered by a Python interpreter, and this process has none to start: "
+                "expected template= with the name of one that is built in"
+            )
+        program = Path(__file__).with_name("template_renderer.py")
+        folders = [entry for entry in sys.path if os.path.isabs(entry)]  # noqa: PTH117 (entries are text)
+        try:
+            return subprocess.Popen(
+                [sys.executable, "-I", "-S", str(program), *folders],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"the process that renders chat templates cannot be started: {error}") from error
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def close(self) -> None:
+        with self._lock:
+            self._end()
+
+    def forget(self) -> None:
+        """In a fork: the process is its parent's, which may have had the lock."""
+        self.__init__()  # type: ignore[misc]
+
+
+_renderer = _Renderer()
+atexit.register(_renderer.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renderer.forget)

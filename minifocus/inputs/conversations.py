@@ -1,0 +1,260 @@
+"""Questions and answers about pictures in LLaVA's JSON format, read strictly.
+
+A file is a JSON list of records, or, where its name ends in .jsonl, one record per line:
+
+    {"id": "7", "image": "a.png",                 (or a list of names, or "images"; none for a conversation about no picture)
+     "conversations": [{"from": "human", "value": "<image>\\nWhat does the sign say?"}, {"from": "gpt", "value": "stop"}],
+     "families": ["read"]}                        (optional, not LLaVA's: the family of each question)
+
+The two sides take turns, and there is one `<image>` in the questions for each picture. The only one of a question goes to
+its front, as in LLaVA's own training: in many of its records it stands at the end, where no word of the question would come
+after the picture. A question without an answer at the end is left out. What else is not so is refused with the file, the
+record and the key: also a picture, film or sound under another key or another placeholder, of which the conversation would
+lose what it is about, and system words, tools or an answer's weight. Other keys are of no concern here.
+
+Pictures are named from their folder and lie inside it, unless the caller asks for others. A link in it may lead anywhere.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import ntpath
+import os
+import reprlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import InputError
+from ..files.reading import FILE, FOLDER, NOTHING, kind, named, opened
+from .foreign_media import foreign_key, foreign_place
+from .prompt import IMAGE
+
+# How many records a message about all that cannot be used has room for.
+LISTED = 5
+
+_log = logging.getLogger("minifocus")
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A question with its `<image>` places, the answer to it, and its family if it has one."""
+
+    question: str
+    answer: str
+    family: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns about `images`, which are in the order of the `<image>` places. `id` need not be unique: LLaVA's are not."""
+
+    id: str
+    images: tuple[Path | Image.Image, ...]
+    turns: tuple[Turn, ...]
+
+
+def read_conversations(
+    file: str | PathLike[str],
+    image_folder: str | PathLike[str] | None = None,
+    skip_unusable: bool = False,
+    *,
+    images_anywhere: bool = False,
+) -> list[Conversation]:
+    """All records of a file, in its order. Pictures are named relative to `image_folder`: by default the file's own.
+
+    A record without an id gets its number, from 0. A first turn of "gpt" answers nothing and is left out, as LLaVA's own
+    training does; a "system" turn is refused. Pictures are looked for, but not opened: whoever opens one
+    (`minifocus.inputs.image.open_image`) checks it. A name that leads out of the folder (absolute, or by "..") is refused, unless
+    `images_anywhere` says that the file's author may name every picture of this machine.
+
+    Raises InputError for records that do not follow the format or name a picture that is not there: how many, and the
+    first few of them. With `skip_unusable` they are left out and a warning says the same.
+    """
+    path = Path(file)
+    if image_folder is not None and kind(image_folder) != FOLDER:
+        raise InputError(f"{named(image_folder)}: expected a folder with pictures, found {kind(image_folder)}")
+    folder = path.parent if image_folder is None else Path(image_folder)
+    conversations: list[Conversation] = []
+    unusable: list[str] = []
+    count = 0
+    for count, (place, record) in enumerate(_records(path), 1):
+        try:
+            conversations.append(_conversation(record, count - 1, folder, images_anywhere))
+        except InputError as error:
+            unusable.append(f"{place}: {error}")
+    if not count:
+        raise InputError(f"{named(path)}: expected at least one record, got none")
+    if unusable:
+        more = f" (and {len(unusable) - LISTED} more)" if len(unusable) > LISTED else ""
+        listed = "; ".join(unusable[:LISTED]) + more
+        if not skip_unusable or not conversations:
+            raise InputError(f"{named(path)}: {listed}")
+        _log.warning("%s: %d of %d records are left out: %s", named(path), len(unusable), count, listed)
+    return conversations
+
+
+def asked_alone(
+    conversation: Conversation,
+) -> Iterator[tuple[tuple[Path | Image.Image, ...], str, str, str | None]]:
+    """Each turn as if it were the only one, about all of the pictures: (images, question, answer, family).
+
+    The question keeps its `<image>` places if they are all of the conversation's. Otherwise it loses them, and
+    `build_prompt` puts all of the pictures in front of it: so a later turn is asked about what the first one showed.
+    """
+    for turn in conversation.turns:
+        question = turn.question
+        if question.count(IMAGE) != len(conversation.images):
+            question = question.replace(IMAGE, "").strip()
+        yield conversation.images, question, turn.answer, turn.family
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """The file's records, unchecked, each with its place. Lines count from 1 as in editors, records from 0 as in JSON."""
+    found = kind(path)
+    if found != FILE:
+        raise InputError(f"{named(path)}: expected a JSON file, found {found}")
+    with opened(path, InputError) as stream:
+        try:
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig").read()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{named(path)}: not readable as text: {error}") from error
+    if path.suffix.lower() == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a JSON string may hold a U+2028
+            if line.strip():
+                yield f"line {number}", _parse(line, f"{named(path)}: line {number}")
+        return
+    records = _parse(text, named(path))
+    if not isinstance(records, list):
+        raise InputError(f"{named(path)}: expected a list of records, got {reprlib.repr(records)}")
+    for number, record in enumerate(records):
+        yield f"record {number}", record
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not readable as JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that is there twice, json would silently drop the first."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"a key is there twice in {reprlib.repr(pairs)}")
+    return fields
+
+
+def _conversation(record: Any, number: int, folder: Path, images_anywhere: bool) -> Conversation:
+    """Check one record. Errors begin with the key."""
+    if not isinstance(record, dict):
+        raise InputError(f"expected an object, got {reprlib.repr(record)}")
+    name = record.get("id")
+    if name is not None and type(name) not in (str, int):
+        raise _error("id", "text or a whole number", name)
+    key = "images" if record.get("image") is None else "image"
+    images = record.get(key)
+    images = [] if images is None else [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise _error(key, "a picture's name or a list of them", record[key])
+    turns = _turns(record)
+    _refuse_what_is_not_used(record, turns, key, bool(images))
+    places = sum(turn.question.count(IMAGE) for turn in turns)
+    if places != len(images):
+        raise _error("conversations", f"one {IMAGE} for each of {len(images)} pictures", places)
+    files = tuple(_picture(folder, image, images_anywhere) for image in images)
+    return Conversation(str(number if name is None else name), files, turns)
+
+
+def _refuse_what_is_not_used(record: dict[str, Any], turns: tuple[Turn, ...], read: str, pictures: bool) -> None:
+    """What would be left out of a conversation without a word, and changes what it teaches. `read` has its pictures."""
+    said = {f"conversations[{i}].": turn for i, turn in enumerate(record["conversations"]) if isinstance(turn, dict)}
+    for where, fields in {"": {key: value for key, value in record.items() if key != read}, **said}.items():
+        key = foreign_key(fields, pictures)
+        if key is not None:
+            raise _error(where + key, 'no picture, film or sound that is not under "image"', fields[key])
+    for turn in turns:
+        place = foreign_place(turn.question, pictures)
+        if place is not None:
+            raise _error("conversations", f"no placeholder but {IMAGE}", place)
+    for key in ("system", "tools"):
+        if record.get(key):
+            raise _error(key, "none, as the model's template says what stands before the first question", record[key])
+    for where, fields in said.items():
+        for key in ("loss", "weight", "train", "training"):
+            if fields.get("from") == "gpt" and fields.get(key) not in (None, 1):
+                raise _error(where + key, "1, as every answer counts alike", fields[key])
+
+
+def _picture(folder: Path, name: str, anywhere: bool) -> Path:
+    """The file that a record names."""
+    if "://" in name[:16] or name[:5].lower() == "data:":
+        raise _error("image", "the name of a file, and not a URL", name)
+    # As Windows reads it, which takes both kinds of slash: a name leads out on every system or on none.
+    drive, way = ntpath.splitdrive(name)
+    if not anywhere and (drive or way.startswith(("/", "\\")) or ntpath.normpath(way).split("\\")[0] == ".."):
+        raise _error("image", f"a name inside of {named(folder)} (images_anywhere takes others)", name)
+    file = folder / (name if anywhere else os.path.normpath(name))  # not by way of a link's own ..
+    found = kind(file)
+    if found == FILE:
+        return file
+    raise InputError(
+        f"image: {named(file)}: {'no such file' if found == NOTHING else f'expected a file, found {found}'}"
+    )
+
+
+def _turns(record: dict[str, Any]) -> tuple[Turn, ...]:
+    said = record.get("conversations")
+    if not isinstance(said, list):
+        raise _error("conversations", "a list of what human and gpt say in turn", said)
+    skip = 1 if said and isinstance(said[0], dict) and said[0].get("from") == "gpt" else 0
+    values = [
+        _value(f"conversations[{i}]", said[i], "gpt" if (i - skip) % 2 else "human") for i in range(skip, len(said))
+    ]
+    if len(values) < 2:
+        raise InputError(f"conversations: expected questions with an answer to each, got {len(values)} turns")
+    questions, answers = [_picture_first(question) for question in values[: len(values) // 2 * 2 : 2]], values[1::2]
+    families = record.get("families")
+    if families is None:
+        families = [None] * len(questions)
+    elif not isinstance(families, list) or not all(isinstance(family, str) and family for family in families):
+        raise _error("families", "a list of names", families)
+    if len(families) != len(questions):
+        raise _error("families", f"one for each of {len(questions)} questions", families)
+    return tuple(Turn(*turn) for turn in zip(questions, answers, families, strict=True))
+
+
+def _picture_first(question: str) -> str:
+    """Where a question has one picture, its place is in front, on a line of its own; several stay where they are."""
+    if question.count(IMAGE) != 1 or question.startswith(IMAGE):
+        return question
+    return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}"
+
+
+def _value(key: str, said: Any, side: str) -> str:
+    """What `side` says: text with words, and with `<image>` places in a question only."""
+    if not isinstance(said, dict):
+        raise _error(key, 'an object with "from" and "value"', said)
+    if said.get("from") != side:
+        raise _error(f"{key}.from", repr(side), said.get("from"))
+    value = said.get("value")
+    if not isinstance(value, str) or not value.replace(IMAGE, "").strip():
+        raise _error(f"{key}.value", "text", value)
+    if side == "gpt" and IMAGE in value:
+        raise _error(f"{key}.value", f"an answer without {IMAGE}", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, a tokenizer cannot read it
+        raise _error(f"{key}.value", "whole characters", value) from None
+    return value
+
+
+def _error(key: str, expected: str, got: Any) -> InputError:
+    return InputError(f"{key}: expected {expected}, got {reprlib.repr(got)}")

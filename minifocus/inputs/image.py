@@ -1,0 +1,396 @@
+"""Picture → tiles, and the geometry of the feature map that the tiles become. Sizes are (height, width) throughout.
+
+LLaVA-1.5 takes the centre of the picture as one tile. LLaVA-NeXT takes a thumbnail of the whole picture and, row by
+row, the tiles of the grid resolution ("pinpoint") that fits it best. Both equal transformers' Pillow processors bit for
+bit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from ..arguments import shown, whole
+from ..errors import CheckpointError, InputError
+from ..files.reading import FILE, kind, named, opened, present, read_json
+from ..loading.config import PINPOINTS
+from .transparency import Stored, over_white
+
+MAX_PIXELS = 89_478_485  # 1 GiB / 12: Pillow's own warning limit, held here as an error and by this package itself
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# A closed list: other plugins do more than decode. EPS runs Ghostscript, ICO and ICNS hide a second size inside.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
+_AS_CONTENT = "; a file's content goes in as PIL.Image.open(io.BytesIO(content))"
+_PROCESSORS = {"llava": ("CLIPImageProcessor", "LlavaImageProcessor"), "llava_next": ("LlavaNextImageProcessor",)}
+_ORIENTATION = {  # EXIF tag 0x0112 → what a viewer does
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(source: str | os.PathLike[str] | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A file or a Pillow image as RGB, as a viewer shows it: upright, first frame, transparency over white.
+
+    The size is checked before anything is decoded. Raises InputError, naming the file, for a missing or unreadable
+    file, a picture without pixels and one of more than `max_pixels`.
+    """
+    limit = whole("max_pixels", max_pixels, 1)
+    if isinstance(source, Image.Image):
+        file = getattr(source, "filename", None)
+        return _read(
+            source, named(file) if file and isinstance(file, str | bytes | os.PathLike) else "the picture", limit
+        )
+    if not isinstance(source, str | bytes | os.PathLike):
+        raise InputError(f"a picture must be a path or a PIL.Image, got {type(source).__name__}{_AS_CONTENT}")
+    path = os.fsdecode(source)
+    found = kind(path)
+    if found != FILE:
+        hint = ""
+        if "://" in path[:16]:
+            hint = "; a picture is not fetched from a URL"
+        elif path[:5].lower() == "data:" or "\0" in path or len(path) > 255:
+            hint = _AS_CONTENT
+        raise InputError(f"{named(path)}: expected a picture file, found {found}{hint}")
+    with opened(path, InputError) as stream:
+        return _read(stream, named(path), limit)
+
+
+def _read(source: Image.Image | BinaryIO, name: str, max_pixels: int) -> Image.Image:
+    try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source, name, max_pixels)
+        Image.init()  # registers every decoder, so that the list holds those of this Pillow
+        with Image.open(source, formats=[known for known in _FORMATS if known in Image.OPEN]) as image:
+            return _to_rgb(image, name, max_pixels)
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        formats = ", ".join(_FORMATS)
+        raise InputError(f"{name}: not a picture that can be read: expected one of {formats}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{name}: over the limit of {max_pixels} pixels: {error}") from error
+    except Exception as error:  # Pillow's decoders raise nearly every class there is on damaged data
+        raise InputError(f"{name}: not a picture that can be read: {str(error)[:300]}") from error
+
+
+def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    width, height = image.size
+    if width * height > max_pixels:
+        pixels = f"{height}x{width} = {width * height} pixels"
+        raise InputError(f"{name}: {pixels} (height x width) are over the limit of {max_pixels}")
+    if width * height == 0:
+        raise InputError(f"{name}: a picture without pixels ({height}x{width})")
+    stored = Stored.of(image)
+    image.load()
+    try:
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # a viewer shows the picture even when its metadata is damaged
+        orientation = None
+    opaque = stored.opaque(image, name)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_eight_bits(image, name)
+    image = over_white(image, opaque)
+    image = image.transpose(_ORIENTATION[orientation]) if orientation in _ORIENTATION else image
+    image.info = {}  # the orientation is spent
+    return image
+
+
+def _to_eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """A deep grey picture as 8-bit grey, rescaled where Pillow would clip.
+
+    16-bit values span 0…65535, other whole numbers 0…255 or 0…65535, floats 0…1 or 0…255. Values outside that have no known
+    white: their own range is used.
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not math.isfinite(high - low):
+        raise InputError(f"{name}: the picture holds NaN or infinite values")
+    # Of 32-bit integers Pillow makes also what it reads of 16 bits: all such PPMs, and, in older versions, such PNGs.
+    deep = image.mode != "I" or image.format in ("PNG", "PPM")
+    for white in (1.0, 255.0) if image.mode == "F" else (65535.0,) if deep else (255.0, 65535.0):
+        if low >= 0 and high <= white:
+            low, high = 0.0, white
+            break
+    values -= low
+    values *= 255.0 / ((high - low) or 1.0)
+    return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
+
+
+def select_best_resolution(size: tuple[int, int], pinpoints: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The pinpoint that keeps most of the picture's pixels; then the one that wastes least; then the first."""
+    height, width = size
+    pinpoints = list(pinpoints)
+    if height < 1 or width < 1 or not pinpoints:
+        raise InputError(
+            f"expected a picture of at least 1x1 and a grid pinpoint, got {height}x{width} and {shown(pinpoints)}"
+        )
+
+    def fit(pinpoint: tuple[int, int]) -> tuple[int, int]:
+        scale = min(pinpoint[1] / width, pinpoint[0] / height)
+        effective = min(int(width * scale) * int(height * scale), width * height)
+        return effective, effective - pinpoint[0] * pinpoint[1]
+
+    best = max(pinpoints, key=fit)
+    return best[0], best[1]
+
+
+def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+    height, width = size
+    if width > image.width and width * image.height > MAX_PIXELS:
+        # Pillow before 13 widens every row before it drops any. For a sliver millions of rows tall, drop first.
+        image = image.resize((image.width, height), resample)
+    return image.resize((width, height), resample)
+
+
+def _resize_and_crop(image: Image.Image, size: tuple[int, int], side: int, resample: int) -> Image.Image:
+    """The central side x side square of `image` resized to `size`; black where the resized picture is smaller."""
+    height, width = size
+    top, left = (height - side) // 2, (width - side) // 2
+    y0, y1 = max(top, 0), min(top + side, height)
+    x0, x1 = max(left, 0), min(left + side, width)
+    if height * width <= MAX_PIXELS:
+        region = _resize(image, size, resample).crop((x0, y0, x1, y1))
+    else:  # only what is kept is computed
+        first_y, last_y, *box_y = _source(image.height, height, y0, y1)
+        first_x, last_x, *box_x = _source(image.width, width, x0, x1)
+        part = image.crop((first_x, first_y, last_x, last_y))
+        region = part.resize((x1 - x0, y1 - y0), resample, (box_x[0], box_y[0], box_x[1], box_y[1]))
+    return region.crop((left - x0, top - y0, left - x0 + side, top - y0 + side))
+
+
+def _source(length: int, resized: int, start: int, stop: int) -> tuple[int, int, float, float]:
+    """The pixels [first, last) of an axis that make [start, stop) of the resized one, and that one's ends from `first`.
+
+    They include the filter's reach (3 for Lanczos). Pillow holds the ends in float32, so they must be small numbers.
+    """
+    step = length / resized
+    reach = 3 * max(step, 1) + 1
+    first, last = max(int(start * step - reach), 0), min(math.ceil(stop * step + reach), length)
+    return first, last, start * step - first, min(stop * step - first, last - first)
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """What a folder's processor file asks for. `size` is the shortest edge after resizing, or (height, width)."""
+
+    anyres: bool
+    image_size: int
+    size: int | tuple[int, int]
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+    rescale_factor: float = 1 / 255
+    resample: int = Image.Resampling.BICUBIC
+    grid_pinpoints: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        model_type: str,
+        image_size: int,
+        grid_pinpoints: Iterable[tuple[int, int]] = (),
+    ) -> ImageProcessor:
+        """From `image_processor` in processor_config.json, else preprocessor_config.json, else the model's defaults.
+
+        model_type is "llava" or "llava_next"; image_size and grid_pinpoints are the model's own (config.json). Raises
+        CheckpointError, naming file and key, for what this package does not do and for what the model cannot take.
+        """
+        anyres, square = model_type == "llava_next", (image_size,) * 2
+        pinpoints = tuple((height, width) for height, width in grid_pinpoints) if anyres else ()
+        expected = [list(pinpoint) for pinpoint in pinpoints]
+        of_the_model = {"size": image_size, "crop_size": image_size, "image_grid_pinpoints": expected}
+        fields = _Fields.read(Path(folder), of_the_model)
+        for key in ("do_resize", "do_rescale", "do_normalize"):
+            fields.check(key, fields.get(key, True) is True, "true (nothing else is supported)")
+        # Null is transformers' default nowhere: of a flag it is a no, and of a number an error.
+        fields.check("use_square_size", fields.get("use_square_size", False) in (False, None), "false")
+        # In LLaVA-NeXT do_pad evens out a batch and touches no pixel; elsewhere it pads the picture to a square.
+        fields.check("do_pad", anyres or fields.get("do_pad", False) in (False, None), "false (no padding to a square)")
+        kind = str(fields.get("image_processor_type", _PROCESSORS[model_type][0]))
+        kind = kind.removesuffix("Fast").removesuffix("Pil")
+        fields.check("image_processor_type", kind in _PROCESSORS[model_type], " or ".join(_PROCESSORS[model_type]))
+
+        size, tile = fields.edges("size"), f"{image_size}, the tile of the vision tower"
+        fields.check("size", not anyres or size in (image_size, square), tile)
+        if anyres or fields.get("do_center_crop", True) is True:
+            fields.check("crop_size", fields.edges("crop_size") in (image_size, square), tile)
+        else:
+            fields.check("do_center_crop", size == square, f"true, unless size is {image_size}x{image_size}")
+        resample = fields.get("resample", int(Image.Resampling.BICUBIC))
+        fields.check("resample", type(resample) is int and 0 <= resample <= 5, "a Pillow filter from 0 to 5")
+        mean, std = fields.numbers("image_mean", CLIP_MEAN), fields.numbers("image_std", CLIP_STD)
+        fields.check("image_std", min(std) > 0, "positive numbers")
+        factor = fields.get("rescale_factor", 1 / 255)
+        fields.check("rescale_factor", _finite(factor) and factor > 0, "a positive number")
+
+        same = not anyres or fields.get("image_grid_pinpoints", PINPOINTS) == expected
+        fields.check("image_grid_pinpoints", same, f"config.json's {shown(expected)}")
+        return cls(anyres, image_size, size, mean, std, factor, resample, pinpoints)
+
+    def __call__(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
+        """An RGB image → pixel_values float32 [T, 3, S, S] and its (height, width).
+
+        T is 1 for LLaVA-1.5 and 1 + tiles for LLaVA-NeXT, the thumbnail first. Raises InputError for another mode.
+        """
+        if image.mode != "RGB":
+            raise InputError(f"expected an RGB picture, as open_image returns it, got mode {image.mode}")
+        side, size = self.image_size, (image.height, image.width)
+        if self.anyres:
+            best = select_best_resolution(size, self.grid_pinpoints)
+            thumbnail = np.asarray(_resize(image, (side, side), self.resample)).transpose(2, 0, 1)
+            pixels = np.concatenate([thumbnail[None], self._tiles(image, best)])
+        else:
+            tile = _resize_and_crop(image, self._resized(size), side, self.resample)
+            pixels = np.asarray(tile).transpose(2, 0, 1)[None]
+        # A byte has 256 values: normalise those, in the order and precision of transformers, and look the pixels up.
+        levels = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
+        values = np.empty(pixels.shape, dtype=np.float32)
+        for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
+            values[:, channel] = ((levels - np.float32(mean)) / np.float32(std))[pixels[:, channel]]
+        return torch.from_numpy(values), size
+
+    def seen(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of what the model sees of a picture of (h, w); beyond its edges where it is padded."""
+        if self.anyres:
+            return 0, 0, size[1], size[0]
+        ends = []
+        for length, resized in zip(size, self._resized(size), strict=True):
+            first = (resized - self.image_size) // 2
+            scale = length / resized
+            ends.append((math.floor(first * scale), math.ceil((first + self.image_size) * scale)))
+        (top, bottom), (left, right) = ends
+        return left, top, right, bottom
+
+    def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """LLaVA-1.5: what a picture of (h, w) is resized to, before its centre is cut out."""
+        if isinstance(self.size, tuple):
+            return self.size
+        return int(self.size * size[0] / min(size)), int(self.size * size[1] / min(size))
+
+    def _tiles(self, image: Image.Image, best: tuple[int, int]) -> np.ndarray[Any, Any]:
+        """uint8 [T, 3, S, S]: the picture scaled into `best`, centred on black, cut into tiles row by row."""
+        (height, width), side = best, self.image_size
+        scale_y, scale_x = height / image.height, width / image.width
+        if scale_x < scale_y:
+            inner = (min(math.ceil(image.height * scale_x), height), width)
+        else:
+            inner = (height, min(math.ceil(image.width * scale_y), width))
+        canvas = Image.new("RGB", (width, height))
+        canvas.paste(_resize(image, inner, self.resample), ((width - inner[1]) // 2, (height - inner[0]) // 2))
+        grid = np.asarray(canvas).reshape(height // side, side, width // side, side, 3)
+        return grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side)
+
+
+class _Fields:
+    """The processor file of a folder, read key by key; errors name the file and the key."""
+
+    def __init__(self, file: Path, fields: dict[str, Any]):
+        self.file, self.fields = file, fields
+
+    @classmethod
+    def read(cls, folder: Path, of_the_model: dict[str, Any]) -> _Fields:
+        """`of_the_model` are the fields of a folder that has no such file."""
+        file = folder / "processor_config.json"
+        nested = read_json(file).get("image_processor") if present(file) else None
+        if nested is not None:
+            if not isinstance(nested, dict):
+                raise CheckpointError(f"{file}: image_processor: expected an object, got {shown(nested)}")
+            return cls(file, nested)
+        file = folder / "preprocessor_config.json"
+        return cls(file, read_json(file) if present(file) else dict(of_the_model))
+
+    def get(self, key: str, default: Any) -> Any:
+        return self.fields.get(key, default)
+
+    def check(self, key: str, valid: bool, expected: str) -> None:
+        if not valid:
+            got = shown(self.fields[key]) if key in self.fields else "no such key"
+            raise CheckpointError(f"{self.file}: {key}: expected {expected}, got {got}")
+
+    def edges(self, key: str) -> int | tuple[int, int]:
+        """One number is the shortest edge, two are (height, width); 224 is transformers' default for every model."""
+        value = self.get(key, 224)
+        if isinstance(value, dict):
+            value = {name: edge for name, edge in value.items() if edge is not None}
+            names = ["shortest_edge"] if len(value) == 1 else ["height", "width"]
+            value = [value.get(name) for name in names] if len(value) == len(names) else []
+        edges = value if isinstance(value, list) else [value]
+        valid = 1 <= len(edges) <= 2 and all(type(edge) is int and 1 <= edge <= 2**16 for edge in edges)
+        self.check(key, valid, "shortest_edge, or height and width")
+        return edges[0] if len(edges) == 1 else (edges[0], edges[1])
+
+    def numbers(self, key: str, default: Any) -> tuple[float, float, float]:
+        """Three finite numbers, or one for all three."""
+        value = self.get(key, default)
+        numbers = value if isinstance(value, list | tuple) else [value] * 3
+        valid = len(numbers) == 3 and all(map(_finite, numbers))
+        self.check(key, valid, "a number or three")
+        return float(numbers[0]), float(numbers[1]), float(numbers[2])
+
+
+def _finite(value: object) -> bool:
+    """Whether it is a number of a JSON file that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def unpadded_grid(
+    size: tuple[int, int], best: tuple[int, int], image_size: int, patches_per_side: int
+) -> tuple[int, int, int, int]:
+    """(top, left, rows, cols): the part of the stitched feature map that shows the picture and not its padding.
+
+    The map of resolution `best` has best / image_size * patches_per_side cells a side. A very flat picture has 0 rows.
+    """
+    height, width = size
+    rows, cols = (edge // image_size * patches_per_side for edge in best)
+    if width / height > cols / rows:
+        top = (rows - int(round(height * (cols / width), 7))) // 2
+        return top, 0, rows - 2 * top, cols
+    left = (cols - int(round(width * (rows / height), 7))) // 2
+    return 0, left, rows, cols - 2 * left
+
+
+def num_visual_tokens(
+    size: tuple[int, int], pinpoints: Iterable[tuple[int, int]], image_size: int, patch_size: int
+) -> int:
+    """How many `<image>` places a LLaVA-NeXT picture takes: thumbnail, map, and one newline after each map row."""
+    side = image_size // patch_size
+    _, _, rows, cols = unpadded_grid(size, select_best_resolution(size, pinpoints), image_size, side)
+    return side * side + rows * (cols + 1)
+
+
+def stitch(
+    features: torch.Tensor, size: tuple[int, int], pinpoints: Iterable[tuple[int, int]], image_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features [1 + T, g * g, C] of a picture's views → thumbnail [g * g, C] and unpadded map [rows, cols, C].
+
+    The map has no newline column: the model adds it. Raises InputError when T does not fit the picture's size.
+    """
+    best = select_best_resolution(size, pinpoints)
+    tile_rows, tile_cols = best[0] // image_size, best[1] // image_size
+    views, cells, channels = features.shape
+    side = math.isqrt(cells)
+    if side * side != cells or views != 1 + tile_rows * tile_cols:
+        expected = f"1 + {tile_rows} * {tile_cols} views of a square number of features"
+        raise InputError(f"a {size[0]}x{size[1]} picture has {expected}, got {views} views of {cells}")
+    grid = features[1:].reshape(tile_rows, tile_cols, side, side, channels)
+    whole = grid.transpose(1, 2).reshape(tile_rows * side, tile_cols * side, channels)
+    top, left, rows, cols = unpadded_grid(size, best, image_size, side)
+    return features[0], whole[top : top + rows, left : left + cols]

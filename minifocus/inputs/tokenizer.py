@@ -1,0 +1,323 @@
+"""Text ↔ token ids, with the libraries that define them: `tokenizers` for tokenizer.json, else `sentencepiece`.
+
+Both are imported only when a folder asks for them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..arguments import brief, shown
+from ..errors import CheckpointError, InputError
+from ..files.reading import present, read_bytes, read_json
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Token ids and, for each, the span of characters it stands for: (0, 0) where the tokenizer added the token."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class Tokenizer:
+    """What AutoTokenizer makes of the same folder, except that a BOS token is never put before another one."""
+
+    def __init__(self, backend: _TokenizersBackend | _SentencePieceBackend, named: dict[str, str]):
+        """`named` holds the contents of bos_token, eos_token and pad_token where the folder has them."""
+        self._backend = backend
+        self.special_tokens = {key: named[key] for key in _NAMED if key in named}  # what chat templates know of
+        self.vocab_size = backend.size()
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = (
+            self.token_id(named[key]) if key in named else None for key in ("bos_token", "eos_token", "pad_token")
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """Load tokenizer.json, or tokenizer.model where there is none. Raises CheckpointError, naming the file."""
+        file = Path(folder) / "tokenizer.json"
+        make: Any = _TokenizersBackend
+        if not present(file):
+            file, make = Path(folder) / "tokenizer.model", _SentencePieceBackend
+        if not present(file):
+            raise CheckpointError(f"{folder}: expected tokenizer.json or tokenizer.model, found neither")
+        settings, added = _read_settings(Path(folder))
+        contents = {key: _content(settings.get(key)) for key in (*_NAMED, *settings) if key.endswith("_token")}
+        named = {key: content for key, content in contents.items() if content}
+        try:
+            return cls(make(file, settings, named, added), named)
+        except CheckpointError:
+            raise
+        except ImportError as error:
+            raise CheckpointError(f"{file}: the package {error.name}, which reads it, is not installed") from error
+        except Exception as error:  # the libraries raise bare Exception and RuntimeError
+            raise CheckpointError(f"{file}: not a tokenizer that can be read: {brief(str(error))}") from error
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a whole token such as "<image>"; None when the vocabulary has no such token."""
+        return self._backend.token_id(token)
+
+    def token(self, token_id: int) -> str | None:
+        """A token as the vocabulary has it; None for an id that stands for none."""
+        return self._backend.piece(token_id) if 0 <= token_id < self.vocab_size else None
+
+    def encode(self, text: str, special: bool = True) -> Encoding:
+        """Special tokens written out in the text become those tokens. Raises InputError for what is not text.
+
+        Without `special`, the tokenizer adds none of its own at either end.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"expected text to tokenize, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"the text has half of a surrogate pair at character {error.start}") from error
+        ids, offsets = self._backend.encode(text, special)
+        if len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id and offsets[0] == (0, 0):
+            ids, offsets = ids[1:], offsets[1:]
+        return Encoding(ids, offsets)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Ids → text. Ids that stand for no token (a padded vocabulary has some) are left out."""
+        return self._backend.decode([token_id for token_id in ids if self._is_text(token_id, skip_special_tokens)])
+
+    def _is_text(self, token_id: int, skip_special_tokens: bool) -> bool:
+        known = 0 <= token_id < self.vocab_size and self._backend.piece(token_id) is not None
+        return known and not (skip_special_tokens and token_id in self._backend.special)
+
+
+class StreamDecoder:
+    """Text while it is generated: the pieces from `push` and the last one from `flush` join to `decode(all ids)`."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []  # what is not out yet, after the token before it: a first token loses its space
+        self._out = ""  # how much of the text of _ids is out
+
+    def push(self, token_id: int) -> str:
+        """The text that has become final with this token; "" while a character may still be incomplete."""
+        if not self._tokenizer._is_text(token_id, self._skip):
+            return ""
+        self._ids.append(token_id)
+        # A run of byte tokens is decoded as one: until it has ended, one bad byte can turn all of it into U+FFFD.
+        if _BYTE.fullmatch(self._tokenizer._backend.piece(token_id) or ""):
+            return ""
+        text = self._tokenizer.decode(self._ids, self._skip)
+        if text.endswith("\ufffd"):
+            return ""
+        final = text[len(self._out) :]
+        self._ids, self._out = [token_id], self._tokenizer.decode([token_id], self._skip)
+        return final
+
+    def flush(self) -> str:
+        """The rest, when no more tokens will come; the decoder is then as new."""
+        final = self._tokenizer.decode(self._ids, self._skip)[len(self._out) :]
+        self._ids, self._out = [], ""
+        return final
+
+
+def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+    """tokenizer_config.json, and the added tokens by id. Without its own list, two older files complete it."""
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file) if present(file) else {}
+    if settings.get("split_special_tokens"):
+        raise CheckpointError(
+            f"{file}: split_special_tokens: expected false, got {shown(settings['split_special_tokens'])}"
+        )
+    added = {}
+    if "added_tokens_decoder" not in settings and present(folder / "special_tokens_map.json"):
+        file = folder / "special_tokens_map.json"
+        settings.update(read_json(file))
+    try:
+        special = {_content(value) for value in settings.values()} | set(_extra(settings))
+        if "added_tokens_decoder" in settings:
+            entries = settings["added_tokens_decoder"]
+        else:
+            file = folder / "added_tokens.json"
+            tokens = read_json(file).items() if present(file) else ()
+            entries = {token_id: {"content": token, "special": token in special} for token, token_id in tokens}
+        for token_id, token in entries.items():
+            flags = {flag: bool(token.get(flag)) for flag in ("lstrip", "rstrip", "single_word", "special")}
+            flags["normalized"] = bool(token.get("normalized", not flags["special"]))
+            if not token["content"] or int(token_id) < 0:
+                raise ValueError(f"no content or a negative id: {shown(token)}")
+            added[int(token_id)] = {"content": str(token["content"]), **flags}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: added or special tokens of an unknown form: {error!r}") from error
+    return settings, added
+
+
+def _content(value: Any) -> str | None:
+    """A token is written as a string or as an object with its content."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _extra(settings: dict[str, Any]) -> list[str]:
+    """Special tokens without a role, under their new or their old name."""
+    tokens = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if not isinstance(tokens, list | dict):
+        raise TypeError(f"expected a list of special tokens, got {shown(tokens)}")
+    contents = map(_content, tokens.values() if isinstance(tokens, dict) else tokens)
+    return [content for content in contents if content]
+
+
+def _join(pieces: Iterable[str]) -> str:
+    """Pieces put together; a run of byte tokens that is not UTF-8 becomes one U+FFFD for each of them."""
+    text, run = "", b""
+    for piece in (*pieces, ""):
+        if _BYTE.fullmatch(piece):
+            run += bytes.fromhex(piece[3:5])
+            continue
+        if run:
+            try:
+                text += run.decode()
+            except UnicodeDecodeError:
+                text += "\ufffd" * len(run)
+            run = b""
+        text += piece
+    return text
+
+
+class _TokenizersBackend:
+    """tokenizer.json, with the tokens that only the other files know of. Its own post-processor decides about BOS."""
+
+    def __init__(self, file: Path, settings: dict[str, Any], named: dict[str, str], added: dict[int, dict[str, Any]]):
+        from tokenizers import AddedToken
+        from tokenizers import Tokenizer as Library
+
+        self._library = Library.from_buffer(read_bytes(file))
+        self._library.no_truncation()
+        self._library.no_padding()
+        present = self._library.get_added_tokens_decoder()
+        if "added_tokens_decoder" not in settings:  # then tokenizer.json knows its tokens better than the older files
+            added = {token_id: token for token_id, token in added.items() if token_id not in present}
+        known = {repr(token) for token in present.values()}
+        tokens = [AddedToken(**added[token_id]) for token_id in sorted(added)]
+        tokens = [token for token in tokens if repr(token) not in known]
+        contents = {token.content for token in [*tokens, *present.values()]}
+        missing = dict.fromkeys(content for content in [*named.values(), *_extra(settings)] if content not in contents)
+        self._library.add_tokens(tokens + [AddedToken(content, special=True) for content in missing])
+        self.special = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
+
+    def encode(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self._library.encode(text, add_special_tokens=special)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: list[int]) -> str:
+        return self._library.decode(ids, skip_special_tokens=False)
+
+    def piece(self, token_id: int) -> str | None:
+        return self._library.id_to_token(token_id)
+
+    def token_id(self, token: str) -> int | None:
+        return self._library.token_to_id(token)
+
+    def size(self) -> int:
+        return max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+
+
+class _SentencePieceBackend:
+    """tokenizer.model of Llama's kind: no normalisation, spaces as "▁", unknown characters as bytes.
+
+    The text is split at added tokens. `legacy` in tokenizer_config.json (true when absent, as when the flag was new)
+    puts a "▁" before every stretch of text in between; otherwise only the start of the whole text gets one.
+    """
+
+    def __init__(self, file: Path, settings: dict[str, Any], named: dict[str, str], added: dict[int, dict[str, Any]]):
+        from sentencepiece import SentencePieceProcessor
+
+        if settings.get("sp_model_kwargs"):  # which may ask for pieces by chance
+            got = shown(settings["sp_model_kwargs"])
+            raise CheckpointError(
+                f"{file.with_name('tokenizer_config.json')}: sp_model_kwargs: expected none, got {got}"
+            )
+        model = read_bytes(file)
+        with_prefix = _join(SentencePieceProcessor(model_proto=model).encode("ﬁ  x ", out_type=str))
+        # Python has no switch for the model's own "▁". Protobuf merges a repeated message into the first one, so these
+        # four bytes set normalizer_spec.add_dummy_prefix (field 3 of field 3) to false.
+        self._model = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+        if _join(self._model.encode("ﬁ  x ", out_type=str)) != "ﬁ▁▁x▁":
+            raise CheckpointError(
+                f"{file}: expected a model that does not normalise text; this one needs a tokenizer.json"
+            )
+        add_prefix = with_prefix.startswith("▁") and settings.get("add_prefix_space") is not False
+        self._prefix = "▁" if add_prefix else ""
+        self._every_segment = settings.get("legacy") is not False
+
+        for key in ("bos", "eos", "unk"):
+            token_id = getattr(self._model, key + "_id")()
+            if token_id >= 0:
+                named.setdefault(key + "_token", self._model.id_to_piece(token_id))
+        self._ids = {token["content"]: token_id for token_id, token in sorted(added.items())}
+        specials = [*named.values(), *_extra(settings)]
+        for content in specials:
+            token_id = self._model.piece_to_id(content)
+            if self._model.id_to_piece(token_id) != content:  # a token that no file gives an id comes after all others
+                token_id = max([self._model.get_piece_size() - 1, *self._ids.values()]) + 1
+            self._ids.setdefault(content, token_id)
+        self.special = {self._ids[content] for content in specials}
+        self.special |= {token_id for token_id, token in added.items() if token["special"]}
+        self._added = {token_id: content for content, token_id in self._ids.items()}
+        self._bos = self._ids.get(named.get("bos_token", "")) if settings.get("add_bos_token", True) else None
+        self._eos = self._ids.get(named.get("eos_token", "")) if settings.get("add_eos_token", False) else None
+
+        self._order = sorted(self._ids, key=len, reverse=True)  # the longest token wins
+        left = {token["content"] for token in added.values() if token["lstrip"]}
+        right = {token["content"] for token in added.values() if token["rstrip"]}
+        patterns = [r"\s*" * (t in left) + re.escape(t) + r"\s*" * (t in right) for t in self._order]
+        self._split = re.compile("|".join(f"({pattern})" for pattern in patterns) or r"(?!)")
+
+    def encode(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        ids = [self._bos] if special and self._bos is not None else []
+        offsets, start = [(0, 0)] * len(ids), 0
+        for match in self._split.finditer(text):
+            self._encode_segment(text[start : match.start()], start, ids, offsets)
+            ids.append(self._ids[self._order[(match.lastindex or 0) - 1]])
+            offsets.append(match.span())
+            start = match.end()
+        self._encode_segment(text[start:], start, ids, offsets)
+        end = [self._eos] if special and self._eos is not None else []
+        return ids + end, offsets + [(0, 0)] * len(end)
+
+    def _encode_segment(self, segment: str, start: int, ids: list[int], offsets: list[tuple[int, int]]) -> None:
+        first = start == 0 and not segment.startswith((" ", "▁"))
+        prefix = self._prefix if segment and (self._every_segment or first) else ""
+        text = prefix + segment
+        ids += self._model.encode(text)
+        at, end, bytes_left = 0, 0, 0
+        for piece in self._model.encode(text, out_type=str):
+            if not _BYTE.fullmatch(piece):
+                at, end = end, end + len(piece)
+            elif bytes_left:
+                bytes_left -= 1
+            else:  # all bytes of a character stand for that character
+                at, end, bytes_left = end, end + 1, len(text[end].encode()) - 1
+            offsets.append((start + max(at - len(prefix), 0), start + max(end - len(prefix), 0)))
+
+    def decode(self, ids: list[int]) -> str:
+        text = _join((self.piece(token_id) or "").replace("▁", " ") for token_id in ids)
+        return text[1:] if self._prefix and text.startswith(" ") else text
+
+    def piece(self, token_id: int) -> str | None:
+        if token_id in self._added:
+            return self._added[token_id]
+        return self._model.id_to_piece(token_id) if token_id < self._model.get_piece_size() else None
+
+    def token_id(self, token: str) -> int | None:
+        found = self._ids.get(token, self._model.piece_to_id(token))
+        return found if self.piece(found) == token else None
+
+    def size(self) -> int:
+        return max(self._model.get_piece_size() - 1, *self._added) + 1

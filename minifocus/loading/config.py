@@ -1,0 +1,357 @@
+"""config.json of a LLaVA-1.5 or LLaVA-NeXT folder, read strictly.
+
+Absent fields take the defaults that transformers gives them, which differ between an absent and a partial
+`vision_config`; null is one of them only where it is for transformers. Anything that this package would compute
+differently from what transformers makes of the file is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..activations import ACTIVATIONS
+from ..arguments import shown
+from ..errors import CheckpointError
+from ..files.reading import read_json
+from .generation_config import GenerationConfig, read_generation_config
+
+MODEL_TYPES = ("llava", "llava_next")
+TEXT_MODEL_TYPES = ("llama", "mistral")
+ROPE_TYPES = ("default", "linear", "llama3")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Of any size in the file, and of what some multiply to: keeps a product of two, in bytes, within 64 bits.
+_LARGEST = 2**26
+
+# Keys by which transformers leads elsewhere, or gives layers settings of their own. "" is the file's top.
+_UNSUPPORTED = {
+    "": ("attribute_map", "configuration_files", "is_causal", "per_layer_config", "transformers_weights"),
+    "text_config.": ("attention_chunk_size", "attribute_map", "kv_sharing_modes", "per_layer_config"),
+    "vision_config.": ("attribute_map", "per_layer_config"),
+}
+
+_LLAMA: dict[str, Any] = dict(intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048)
+_MISTRAL: dict[str, Any] = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)
+_CLIP_L_336 = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+)
+_CLIP_B_32 = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32
+)
+# LLaVA-NeXT's own, which both config.json and the picture processor's file may leave out.
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A CLIP vision transformer. `image_size` is one tile's side, in pixels."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: str
+    layer_norm_eps: float
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding; the last four fields belong to `linear` (factor) and `llama3` (all)."""
+
+    rope_type: str
+    rope_theta: float
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A Llama-shaped decoder (Llama, Vicuna, Mistral)."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    max_position_embeddings: int
+    attention_bias: bool
+    mlp_bias: bool
+    rope: RopeConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole model. `feature_layers` indexes [pre_layrnorm output, block 0's output, …] as transformers does."""
+
+    model_type: str
+    vision: VisionConfig
+    text: TextConfig
+    image_token_id: int
+    feature_layers: tuple[int, ...]
+    keep_cls: bool
+    projector_act: str
+    projector_bias: bool
+    tie_word_embeddings: bool
+    grid_pinpoints: tuple[tuple[int, int], ...]
+    dtype: torch.dtype | None
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer."""
+        return self.generation.eos_token_ids
+
+    @property
+    def anyres(self) -> bool:
+        """True for LLaVA-NeXT: a thumbnail and the tiles of the best-fitting resolution."""
+        return self.model_type == "llava_next"
+
+
+class _Section:
+    """One JSON object of the file, read field by field; errors name the file and the key's path."""
+
+    def __init__(self, file: Path, path: str, fields: dict[str, Any]):
+        self.file, self.path, self.fields = file, path, fields
+
+    def error(self, key: str, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self.file}: {self.path}{key}: expected {expected}, got {shown(self.fields.get(key))}")
+
+    def section(self, key: str) -> _Section:
+        value = self.fields.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(key, "an object")
+        return _Section(self.file, f"{self.path}{key}.", value or {})
+
+    def given(self, key: str) -> bool:
+        """Whether the key is there with a value: transformers takes null there for an absent key."""
+        return self.fields.get(key) is not None
+
+    def integer(self, key: str, default: int | None, minimum: int = 1) -> int:
+        value = self.fields.get(key, default)
+        if type(value) is not int or not minimum <= value <= _LARGEST:
+            raise self.error(key, f"a whole number from {minimum} to {_LARGEST}")
+        return value
+
+    def number(self, key: str, default: float | None) -> float:
+        value: Any = self.fields.get(key, default)
+        # The largest float is above all: a whole number may be one that no float can hold.
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+            raise self.error(key, "a positive number")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self.fields.get(key, default)
+        if type(value) is not bool:
+            raise self.error(key, "true or false")
+        return value
+
+    def choice(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
+        value = self.fields.get(key, default)
+        if value not in allowed:
+            raise self.error(key, "one of " + ", ".join(allowed))
+        return value
+
+    def refuse_unsupported(self) -> None:
+        if self.given("quantization_config"):
+            raise self.error("quantization_config", "none: quantised weights are not supported")
+        for key in _UNSUPPORTED[self.path]:
+            if self.given(key) or (key in ("attribute_map", "configuration_files") and key in self.fields):
+                raise self.error(key, "no such key: it is not supported")
+
+
+def _read_vision(top: _Section) -> VisionConfig:
+    section = top.section("vision_config")
+    section.refuse_unsupported()
+    section.choice("model_type", "clip_vision_model", ("clip_vision_model",))
+    if section.integer("num_channels", 3) != 3:
+        raise section.error("num_channels", "3")
+    if section.boolean("is_causal", False):
+        raise section.error("is_causal", "false")
+    # transformers starts from ViT-L/14-336 when the section is absent, and from CLIP's own defaults when it is partial.
+    defaults = _CLIP_B_32 if top.given("vision_config") else _CLIP_L_336
+    sizes = {key: section.integer(key, value) for key, value in defaults.items()}
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise section.error("hidden_size", f"a multiple of num_attention_heads ({sizes['num_attention_heads']})")
+    if sizes["image_size"] < sizes["patch_size"]:
+        raise section.error("image_size", f"at least one patch ({sizes['patch_size']})")
+    for key, most in (("patch_size", _LARGEST), ("image_size", _LARGEST * sizes["patch_size"] ** 2)):
+        if sizes[key] ** 2 > most:
+            raise section.error(key, f"at most {math.isqrt(most)}")
+    return VisionConfig(
+        **sizes,
+        hidden_act=section.choice("hidden_act", "quick_gelu", tuple(ACTIVATIONS)),
+        layer_norm_eps=section.number("layer_norm_eps", 1e-5),
+    )
+
+
+def _read_rope(section: _Section, max_position_embeddings: int) -> RopeConfig:
+    # A rope_scaling (the older name) that says anything replaces rope_parameters; what is inside either beats the same
+    # key beside it, except for llama3's original length.
+    older, newer = section.section("rope_scaling"), section.section("rope_parameters")
+    rope = older if older.fields else newer
+    if "type" in rope.fields and "rope_type" not in rope.fields:
+        rope.fields = {**rope.fields, "rope_type": rope.fields["type"]}
+    rope_type = rope.choice("rope_type", "default", ROPE_TYPES)
+    partial = rope if "partial_rotary_factor" in rope.fields else section
+    if (partial is rope or section.given("partial_rotary_factor")) and partial.number(
+        "partial_rotary_factor", None
+    ) != 1:
+        raise partial.error("partial_rotary_factor", "1 (partial rotation is not supported)")
+    theta = (rope if "rope_theta" in rope.fields else section).number("rope_theta", 10000.0)
+    if rope_type == "default":
+        return RopeConfig(rope_type, theta)
+    factor = rope.number("factor", None)
+    if rope_type == "linear":
+        return RopeConfig(rope_type, theta, factor)
+    low, high = rope.number("low_freq_factor", None), rope.number("high_freq_factor", None)
+    if high <= low:
+        raise rope.error("high_freq_factor", f"more than low_freq_factor ({low})")
+    key = "original_max_position_embeddings"
+    original = (section if key in section.fields else rope).integer(key, max_position_embeddings)
+    return RopeConfig(rope_type, theta, factor, low, high, original)
+
+
+def _read_text(top: _Section) -> TextConfig:
+    section = top.section("text_config")
+    section.refuse_unsupported()
+    model_type = section.choice("model_type", "llama", TEXT_MODEL_TYPES)
+    defaults = _MISTRAL if model_type == "mistral" else _LLAMA
+    layers = section.integer("num_hidden_layers", 32)
+    if section.given("layer_types") and section.fields["layer_types"] != ["full_attention"] * layers:
+        raise section.error("layer_types", f"'full_attention' for each of num_hidden_layers ({layers})")
+    if not section.boolean("is_causal", True):
+        raise section.error("is_causal", "true")
+    hidden_size = section.integer("hidden_size", 4096)
+    heads = section.integer("num_attention_heads", 32)
+    if model_type == "llama" and hidden_size % heads:  # which transformers refuses, whatever head_dim says
+        raise section.error("hidden_size", f"a multiple of num_attention_heads ({heads})")
+    kv_key = "num_key_value_heads"
+    kv_heads = section.integer(kv_key, defaults[kv_key]) if defaults[kv_key] or section.given(kv_key) else heads
+    if heads % kv_heads:
+        raise section.error(kv_key, f"a divisor of num_attention_heads ({heads})")
+    head_dim = section.integer("head_dim", None) if section.given("head_dim") else hidden_size // heads
+    if head_dim % 2 or not head_dim:
+        raise section.error("head_dim", "an even number, as rotary embedding needs")
+    if head_dim * heads > _LARGEST:
+        raise section.error("head_dim", f"at most {_LARGEST} channels in all of the num_attention_heads ({heads})")
+    positions = section.integer("max_position_embeddings", defaults["max_position_embeddings"])
+    context = positions
+    # A window, which mistral has unless it says null, changes nothing until a sequence outgrows it: so long may one be.
+    if section.given("sliding_window") or ("sliding_window" not in section.fields and model_type == "mistral"):
+        context = min(positions, section.integer("sliding_window", 4096))
+    return TextConfig(
+        model_type=model_type,
+        vocab_size=section.integer("vocab_size", 32000),
+        hidden_size=hidden_size,
+        intermediate_size=section.integer("intermediate_size", defaults["intermediate_size"]),
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        hidden_act=section.choice("hidden_act", "silu", tuple(ACTIVATIONS)),
+        rms_norm_eps=section.number("rms_norm_eps", 1e-6),
+        max_position_embeddings=context,
+        # transformers' Mistral has no biases, whatever its file says.
+        attention_bias=section.boolean("attention_bias", False) and model_type == "llama",
+        mlp_bias=section.boolean("mlp_bias", False) and model_type == "llama",
+        rope=_read_rope(section, positions),
+    )
+
+
+def _read_feature_layers(top: _Section, vision: VisionConfig) -> tuple[int, ...]:
+    value = top.fields.get("vision_feature_layer", -2)
+    layers = value if isinstance(value, list) else [value]
+    states = vision.num_hidden_layers + 1
+    if not layers or any(type(layer) is not int or not -states <= layer < states for layer in layers):
+        raise top.error("vision_feature_layer", f"whole numbers from {-states} to {states - 1}")
+    if len(layers) * vision.hidden_size > _LARGEST:
+        raise top.error("vision_feature_layer", f"at most {_LARGEST} channels in all")
+    return tuple(layer % states for layer in layers)
+
+
+def _read_pinpoints(top: _Section, tile: int) -> tuple[tuple[int, int], ...]:
+    value = top.fields.get("image_grid_pinpoints")
+    value = PINPOINTS if value is None else value
+    valid = isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 for p in value)
+    if not valid or any(type(side) is not int or side < tile or side % tile for p in value for side in p):
+        raise top.error("image_grid_pinpoints", f"a list of [height, width], multiples of the tile size {tile}")
+    if any(height * width > _LARGEST for height, width in value):
+        raise top.error("image_grid_pinpoints", f"at most {_LARGEST} pixels each")
+    return tuple((height, width) for height, width in value)
+
+
+def _read_dtype(top: _Section) -> torch.dtype | None:
+    key = "dtype" if top.given("dtype") else "torch_dtype"
+    return DTYPES[top.choice(key, "", tuple(DTYPES))] if top.given(key) else None
+
+
+def load_config(folder: Path) -> Config:
+    """Read `folder`/config.json, and generation_config.json where there is one.
+
+    Raises CheckpointError, naming file and key, for anything missing, malformed or not supported.
+    """
+    file = folder / "config.json"
+    top = _Section(file, "", read_json(file))
+    if top.fields.get("model_type") not in MODEL_TYPES:
+        raise top.error("model_type", "one of " + ", ".join(MODEL_TYPES) + " (a LLaVA folder in Hugging Face's format)")
+    if "mm_vision_tower" in top.fields and "text_config" not in top.fields:
+        raise CheckpointError(
+            f"{file}: is of the original LLaVA repository (mm_vision_tower): expected a folder in Hugging Face's format, "
+            "such as llava-hf has of the same checkpoints"
+        )
+    top.refuse_unsupported()
+    model_type = top.fields["model_type"]
+    vision, text = _read_vision(top), _read_text(top)
+    strategy = top.choice("vision_feature_select_strategy", "default", ("default", "full"))
+    if strategy == "full" and model_type == "llava_next":
+        raise top.error(
+            "vision_feature_select_strategy", "'default': LLaVA-NeXT's tiles cannot be joined with a CLS token"
+        )
+    token_key, image_token_id = "image_token_index", top.integer("image_token_index", 32000, minimum=0)
+    if "image_token_id" in top.fields:  # the newer name, which wins
+        token_key, image_token_id = "image_token_id", top.integer("image_token_id", None, minimum=0)
+    if image_token_id >= text.vocab_size:
+        raise top.error(token_key, f"less than text_config.vocab_size ({text.vocab_size})")
+    tied, decoder_tied = (s.boolean("tie_word_embeddings", False) for s in (top, top.section("text_config")))
+    tied = tied or (decoder_tied and model_type == "llava")  # LLaVA-NeXT's decoder is not asked
+
+    generation = read_generation_config(folder, top.fields, top.section("text_config").fields)
+    return Config(
+        model_type=model_type,
+        vision=vision,
+        text=text,
+        image_token_id=image_token_id,
+        feature_layers=_read_feature_layers(top, vision),
+        keep_cls=strategy == "full",
+        projector_act=top.choice("projector_hidden_act", "gelu", tuple(ACTIVATIONS)),
+        projector_bias=top.boolean("multimodal_projector_bias", True),
+        tie_word_embeddings=tied,
+        grid_pinpoints=_read_pinpoints(top, vision.image_size) if model_type == "llava_next" else (),
+        dtype=_read_dtype(top),
+        generation=generation,
+    )

@@ -1,0 +1,110 @@
+"""generation_config.json: how a folder wants its answers decoded. What is not followed is named in the log."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .. import arguments
+from ..arguments import shown
+from ..constraints import Constraints
+from ..errors import CheckpointError, InputError
+from ..files.reading import present, read_json
+
+_CONSTRAINTS = tuple(one.name for one in fields(Constraints))
+_LENGTHS = ("max_new_tokens", "max_length", "min_length")
+_SAMPLING = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+)
+_EXACT_CACHES = (
+    *("dynamic", "offloaded", "static", "offloaded_static", "paged"),
+    *("sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
+)
+# Keys that change transformers' answers and that nothing here follows: the values that ask for nothing, and what is lost.
+_LOST: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((1,), "beam search"),
+    "num_beam_groups": ((1,), "diverse beam search"),
+    "penalty_alpha": ((0,), "contrastive search"),
+    "dola_layers": ((), "contrast between layers (DoLa)"),
+    "guidance_scale": ((1,), "classifier-free guidance"),
+    "sequence_bias": ((), "biases on runs of tokens"),
+    "constraints": (([],), "words that have to be said"),
+    "force_words_ids": (([],), "words that have to be said"),
+    "encoder_repetition_penalty": ((1,), "the penalty on what the prompt does not hold"),
+    "encoder_no_repeat_ngram_size": ((0,), "the ban on runs of the prompt's tokens"),
+    "forced_bos_token_id": ((), "a first token that is always the same"),
+    "forced_eos_token_id": ((), "a last token that is always the same"),
+    "exponential_decay_length_penalty": ((), "a growing pull towards the answer's end"),
+    "remove_invalid_values": ((False,), "the replacement of logits that are not finite"),
+    "stop_strings": (([],), "strings that end an answer"),
+    "max_time": ((), "a limit on time"),
+    "watermarking_config": ((), "a watermark"),
+    "token_healing": ((False,), "token healing"),
+    "num_return_sequences": ((1,), "several answers to a question"),
+    "cache_implementation": (_EXACT_CACHES, "a quantised cache"),
+}
+
+_log = logging.getLogger("minifocus")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """
+    constraints     see `Constraints`; its `min_new_tokens` is 0 where the folder has none
+    min_length      in tokens of prompt and answer, where there is no min_new_tokens
+    max_new_tokens  of an answer; None: by `max_length`
+    max_length      in tokens of prompt and answer; None: by whoever asks
+    eos_token_ids   that end an answer
+    """
+
+    constraints: Constraints = field(default_factory=Constraints)
+    min_length: int = 0
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+def read_generation_config(folder: Path, top: dict[str, Any], text: dict[str, Any]) -> GenerationConfig:
+    """Of `folder`/generation_config.json; without one, of config.json's own fields `top` and its text_config's `text`.
+
+    The stop tokens come from the first of the three that has some. Raises CheckpointError, naming file and key.
+    """
+    file = folder / "generation_config.json"
+    own = read_json(file) if present(file) else None
+    # Older versions of transformers wrote their defaults into text_config, a max_length of 20 among them.
+    legacy = {**{key: value for key, value in text.items() if key != "max_length"}, **_given(top)}
+    found = _given(legacy if own is None else own)
+    named = folder / "config.json" if own is None else file
+    try:
+        constraints = Constraints(**{key: found[key] for key in _CONSTRAINTS if key in found})
+        lengths = {key: arguments.whole(key, found[key], key != "min_length") for key in _LENGTHS if key in found}
+    except InputError as error:
+        raise CheckpointError(f"{named}: {error}") from None
+    if "min_new_tokens" in found:
+        lengths.pop("min_length", None)
+    _say_what_is_lost(named, found)
+    sources = ((file, own or {}), (folder / "config.json", top), (folder / "config.json", text))
+    eos = next((_token_ids(f, s["eos_token_id"]) for f, s in sources if s.get("eos_token_id") is not None), ())
+    return GenerationConfig(constraints=constraints, eos_token_ids=eos, **lengths)
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def _say_what_is_lost(file: Path, found: dict[str, Any]) -> None:
+    if found.get("do_sample", False) is not False:
+        asked = ", ".join(f"{key} {shown(found[key])}" for key in _SAMPLING if key in found)
+        _log.warning("%s: asks for %s: answers are greedy, unless generate() is given a temperature", file, asked)
+    for key, (nothing, lost) in _LOST.items():
+        if key in found and found[key] not in nothing:
+            _log.warning("%s: %s %s is not followed: answers are without %s", file, key, shown(found[key]), lost)
+
+
+def _token_ids(file: Path, value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [value]
+    if any(type(token) is not int for token in ids):
+        raise CheckpointError(f"{file}: eos_token_id: expected a token number or a list of them, got {shown(value)}")
+    return tuple(ids)

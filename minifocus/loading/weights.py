@@ -1,0 +1,392 @@
+"""Strict loading of safetensors: every key accounted for, every shape and dtype checked, before a model exists; saving.
+
+Checkpoints of the same model come with five sets of names (`RENAMES`); contents are taken from the shards themselves,
+of which the index only gives the list.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..arguments import brief, shown
+from ..errors import CheckpointError, InputError
+from ..files.reading import open_safetensors, present, read_json, regular
+from .config import Config
+from .model_folder import CONFIG
+
+# Names on disk → this package's, which are those of a fresh `save_pretrained` of transformers 5. First match wins.
+RENAMES = [
+    ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),  # the original LLaVA repository
+    ("model.vision_tower.vision_model.", "vision_tower."),  # transformers 4.52 to 4.57, in memory
+    ("model.vision_tower.", "vision_tower."),  # transformers 5, in memory
+    ("vision_tower.vision_model.", "vision_tower."),  # transformers 4, most of the hub
+    ("model.mm_projector.0.", "multi_modal_projector.linear_1."),
+    ("model.mm_projector.2.", "multi_modal_projector.linear_2."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+    ("model.image_newline", "image_newline"),
+    ("model.language_model.", "language_model.model."),
+    ("model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+]
+IGNORED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")  # buffers that older versions wrote
+HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint: where it is and what it is."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def canonical_name(key: str) -> str:
+    for prefix, replacement in RENAMES:
+        if key.startswith(prefix):
+            return replacement + key[len(prefix) :]
+    return key
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The checkpoint's files: model.safetensors, or what model.safetensors.index.json lists.
+
+    A listed name is that of a file in the folder. The file may be a link, wherever that leads, as in a hub cache: whoever
+    put it there owns the folder. A name that itself leads out of the folder is refused.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if present(single):
+        return [regular(single)]
+    if not present(index):
+        others = sorted(p.name for p in folder.glob("*.bin"))
+        hint = f" ({', '.join(others[:3])}: convert it to safetensors first)" if others else ""
+        raise CheckpointError(f"{folder}: found neither {single.name} nor {index.name}{hint}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index}: weight_map: expected an object from tensor names to files, got {shown(weight_map)}"
+        )
+    files = []
+    for name in sorted({_file_name(value, index) for value in weight_map.values()}):
+        if not present(folder / name):
+            raise CheckpointError(f"{folder / name}: listed in {index.name} but not there")
+        files.append(regular(folder / name))
+    return files
+
+
+def _file_name(value: object, index: Path) -> str:
+    """The plain file name that a weight_map lists; with a separator of any system, or one of the special names, it is none."""
+    if not isinstance(value, str) or value in ("", ".", "..") or any(c in value for c in "/\\:\0"):
+        raise CheckpointError(
+            f"{index}: weight_map: expected names of files in {index.parent}, got {shown(value)}, which is none"
+        )
+    return value
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint by this package's name for it; no tensor data is read."""
+    found: dict[str, StoredTensor] = {}
+    for file in shard_files(folder):
+        with open_safetensors(file) as stored:
+            for key in stored.keys():  # noqa: SIM118 (not a mapping)
+                if IGNORED.search(key):
+                    continue
+                piece = stored.get_slice(key)
+                tensor = StoredTensor(file, key, tuple(piece.get_shape()), str(piece.get_dtype()))
+                name = canonical_name(key)
+                if name in found:
+                    other = found[name]
+                    raise CheckpointError(
+                        f"{file}: {brief(key)}: the same tensor as {brief(other.key)} in {other.file.name}"
+                    )
+                found[name] = tensor
+    return found
+
+
+def check_layer_counts(found: dict[str, StoredTensor], config: Config, folder: Path) -> None:
+    """Compare depths before a model is built, so that a wrong number cannot ask for a billion layers."""
+    for prefix, key, expected in (
+        ("language_model.model.layers.", "text_config.num_hidden_layers", config.text.num_hidden_layers),
+        ("vision_tower.encoder.layers.", "vision_config.num_hidden_layers", config.vision.num_hidden_layers),
+    ):
+        numbers = {name[len(prefix) :].partition(".")[0] for name in found if name.startswith(prefix)}
+        if len(numbers) != expected:
+            raise CheckpointError(
+                f"{folder / 'config.json'}: {key}: {expected} layers, but the weights hold {len(numbers)} ({prefix}*)"
+            )
+
+
+def check_names_and_shapes(found: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], folder: Path) -> None:
+    """One error for all missing, unexpected, misshapen and wrongly typed tensors."""
+    problems = _mismatches({found[n].key if n not in expected else n: found[n].shape for n in found}, expected)
+    mistyped = [f"{n} ({v.dtype})" for n, v in sorted(found.items()) if n in expected and v.dtype not in STORED_DTYPES]
+    if mistyped:
+        problems.append(f"not of dtype {', '.join(STORED_DTYPES)} (quantised?): {_listing(mistyped)}")
+    if problems:
+        raise CheckpointError(f"{folder}: the weights do not fit config.json\n  " + "\n  ".join(problems))
+
+
+def _mismatches(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
+    problems = []
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        problems.append(f"missing: {_listing(missing)}")
+    unexpected = sorted(found.keys() - expected.keys())
+    if unexpected:
+        problems.append(f"unexpected: {_listing(unexpected)}")
+    misshapen = [
+        f"{n}: expected {expected[n]}, found {shown(found[n])}"
+        for n in sorted(expected.keys() & found.keys())
+        if expected[n] != found[n]
+    ]
+    if misshapen:
+        problems.append(f"wrong shape: {_listing(misshapen)}")
+    return problems
+
+
+def _listing(names: list[str], limit: int = 20) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(brief, names[:limit])) + more
+
+
+def read_tensors(
+    found: dict[str, StoredTensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    check_finite: bool,
+    progress: Progress | None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor with its name, on `device` and in `dtype`; NaN and infinity are refused unless told otherwise."""
+    total = sum(_num_bytes(tensor) for tensor in found.values())
+    done = 0
+    for file in sorted({tensor.file for tensor in found.values()}):
+        with open_safetensors(file) as stored:
+            for name, tensor in found.items():
+                if tensor.file != file:
+                    continue
+                value = stored.get_tensor(tensor.key).to(device=device, dtype=dtype)
+                if check_finite and not _finite(value):
+                    raise CheckpointError(f"{file}: {brief(tensor.key)}: holds NaN or infinite values (as {dtype})")
+                done += _num_bytes(tensor)
+                if progress is not None:
+                    progress(done, total)
+                yield name, value
+
+
+def _num_bytes(tensor: StoredTensor) -> int:
+    count = 1
+    for side in tensor.shape:
+        count *= side
+    return count * (4 if tensor.dtype == "F32" else 2)
+
+
+def _finite(value: torch.Tensor) -> bool:
+    """A sum is finite only if all its terms are, and is the fastest pass over memory; one that overflowed is checked.
+
+    In parts: on the CPU, a sum in float32 begins with a copy in float32, which of 128,000 embeddings takes 2 GB.
+    """
+    parts = value.flatten().split(2**22)
+    return all(bool(part.sum(dtype=torch.float32).isfinite()) or bool(part.isfinite().all()) for part in parts)
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Modules made inside get no random values: on the meta device those cost more than a second of imports alone.
+
+    It holds for the thread that enters it: others, which may be loading or making modules too, are not touched.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def without_values(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model that `build` makes, on the meta device."""
+    with torch.device("meta"), _WithoutInitialisation():
+        return build()
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def load_model(
+    build: Callable[[], nn.Module],
+    config: Config,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    check_finite: bool = True,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """The model that `build` makes (on the meta device), with the folder's weights.
+
+    `dtype` None takes config.json's, or else that of the stored embeddings. Raises CheckpointError with every mismatch in
+    one message; nothing half-loaded is ever returned.
+    """
+    found = read_headers(folder)
+    check_layer_counts(found, config, folder)
+    model = without_values(build)
+    expected = shapes_of(model)
+    tied = config.tie_word_embeddings
+    if tied and HEAD not in found:
+        del expected[HEAD]
+    check_names_and_shapes(found, expected, folder)
+
+    dtype = dtype or config.dtype or STORED_DTYPES[found[EMBEDDINGS].dtype]
+    state = dict(read_tensors(found, device, dtype, check_finite, progress))
+    if tied:
+        head = state.setdefault(HEAD, state[EMBEDDINGS])
+        if head is not state[EMBEDDINGS] and not torch.equal(head, state[EMBEDDINGS]):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: tie_word_embeddings is true, but {found[HEAD].key} differs from the embeddings"
+            )
+    model.load_state_dict(state, strict=True, assign=True)
+    if tied:
+        model.get_submodule("language_model.lm_head").weight = model.get_parameter(EMBEDDINGS)
+    return model.eval()
+
+
+def check_storable(state: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """Refuse with one InputError what `load_model` would not take again, or what cannot be read to be written."""
+    problems = _mismatches({n: tuple(v.shape) for n, v in state.items()}, expected)
+    dtypes = (*STORED_DTYPES.values(), torch.float64)
+    unstored = [
+        f"{name} ({value.dtype}, {value.layout}, on {value.device})"
+        for name, value in state.items()
+        if value.dtype not in dtypes or value.layout != torch.strided or value.is_meta
+    ]
+    if unstored:
+        problems.append(f"not dense values of dtype {', '.join(STORED_DTYPES)}: {_listing(unstored)}")
+    if problems:
+        raise InputError(
+            "the model does not fit its config.json, so that no folder would load\n  " + "\n  ".join(problems)
+        )
+
+
+def save_model(
+    state: dict[str, torch.Tensor],
+    companions: Mapping[str, bytes | CheckpointError],
+    folder: Path,
+    tied: bool,
+    check_finite: bool,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a model into an empty folder in Hugging Face's layout: `state`, by this package's names, and its other files.
+
+    The names are those of a fresh `save_pretrained`, so transformers loads it as well. Each tensor is stored in its own
+    dtype, float64 as float32 where that loses nothing; config.json names the embeddings'. A tied head is left out; one that
+    is tied no more is written, and config.json says so. More than `shard_bytes` become several files with an index. Raises
+    CheckpointError for a companion that could not be read, InputError for values that `load_model` would refuse, OSError
+    and SafetensorError where `folder` cannot be written.
+    """
+    for name, content in companions.items():
+        if isinstance(content, CheckpointError):
+            raise content
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    config = read_json(folder / CONFIG)
+    dtype = _narrow(state[EMBEDDINGS].dtype)
+    changed = _set_dtype(config, str(dtype).removeprefix("torch."))
+    if tied and not _same_values(state[HEAD], state[EMBEDDINGS]):
+        tied = False
+        for section in (config, config.get("text_config") or {}):
+            if "tie_word_embeddings" in section or section is config:
+                section["tie_word_embeddings"], changed = False, True
+    if changed:
+        _write_json(folder / CONFIG, config)
+
+    names = [name for name in state if not (tied and name == HEAD)]
+    shards: list[list[str]] = [[]]
+    size = total = 0
+    for name in names:
+        num_bytes = state[name].numel() * _narrow(state[name].dtype).itemsize
+        if size and size + num_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size, total = size + num_bytes, total + num_bytes
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    else:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {name: _stored(name, state[name]) for name in shard}
+        if check_finite:
+            for name, value in tensors.items():
+                if not _finite(value.to(dtype)):
+                    raise InputError(
+                        f"{name}: holds NaN or infinite values (as {dtype}), which `load` refuses: expected finite ones, or "
+                        "check_finite=False"
+                    )
+        save_file(_apart(tensors), folder / file, metadata={"format": "pt"})
+    for file in files:
+        (folder / file).chmod((folder / CONFIG).stat().st_mode)  # the library makes files for the user alone
+
+
+def _write_json(file: Path, fields: dict[str, Any]) -> None:
+    file.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _narrow(dtype: torch.dtype) -> torch.dtype:
+    """What is stored of a dtype: of float64, which `load_model` does not take, float32."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _stored(name: str, value: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is stored: on the CPU, dense, in `_narrow`'s dtype."""
+    stored = value.detach().to("cpu", _narrow(value.dtype)).contiguous()
+    if stored.dtype != value.dtype and not _same_values(stored.to(value.dtype), value.detach().cpu()):
+        raise InputError(
+            f"{name}: holds float64 values that are none of float32, the widest dtype of a checkpoint: expected "
+            "model.float(), which rounds them, before save"
+        )
+    return stored
+
+
+def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors hold the same, NaN included."""
+    if a is b or a.shape != b.shape or a.dtype != b.dtype:
+        return a is b
+    b = b.to(a.device)
+    return torch.equal(a, b) or torch.allclose(a, b, 0, 0, equal_nan=True)
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same, with a copy of what shares memory with another, which safetensors does not write."""
+    found, end = dict(tensors), 0
+    for name, value in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if value.data_ptr() < end:
+            found[name] = value.clone()
+        end = max(end, value.data_ptr() + value.nbytes)
+    return found
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
+    """Have a config.json name `dtype` wherever it names one; whether that changed anything."""
+    changed = False
+    for section in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
+        for key in ("dtype", "torch_dtype"):
+            if section.get(key) not in (None, dtype):
+                section[key], changed = dtype, True
+    return changed

@@ -1,0 +1,171 @@
+"""What the methods share that keep some of a picture's tokens as they are: how many stay, and where they compete.
+
+Thumbnail tokens and map cells compete; newlines (and LLaVA-1.5's class token, where it is kept) always stay, and count.
+Tokens keep their order, and newlines their places, so that what is left reads like a picture with holes.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .. import arguments
+from ..errors import InputError
+from ..samplers.hooks import BeforeLLM, PictureFeatures, VisualTokens, uncompressed
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    ratio  share of a picture's visual tokens that stay, newlines among them, above 0 and at most 1
+    keep   keep this many tokens besides newlines instead; None: by `ratio`
+    """
+
+    ratio: float = 0.39
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        keep = None if self.keep is None else arguments.whole("keep", self.keep, 1)
+        arguments.settle(self, ratio=arguments.share("ratio", self.ratio), keep=keep)
+
+    def of(self, competing: int, fixed: int) -> int:
+        """How many of `competing` tokens stay beside `fixed` ones that always do: at least 1 where there are any."""
+        wanted = self.keep if self.keep is not None else math.floor(self.ratio * (competing + fixed) + 0.5) - fixed
+        return min(max(wanted, 1), competing)
+
+
+@dataclass(frozen=True)
+class PruningOptions(Budget):
+    """
+    per    where tokens compete for it: "picture" (all with all), "map" (the thumbnail and the map keep equal shares) or
+           "tile" (so does every tile of the map)
+    """
+
+    per: Literal["picture", "map", "tile"] = "map"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        arguments.settle(self, per=arguments.choice("per", self.per, ("picture", "map", "tile")))
+
+
+def spread(total: int, room: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """`total` shared out in proportion to `weights`, to no one more than its `room`; what is cut off goes to the others.
+
+    Whole numbers by largest remainder, the first among equals. The result sums to `total` or to all the room there is.
+    """
+    shares, left = [0.0] * len(room), float(min(total, sum(room)))
+    active = [i for i, r in enumerate(room) if r > 0]
+    while active:
+        whole = sum(weights[i] for i in active)
+        quota = {i: left * (weights[i] / whole if whole > 0 else 1 / len(active)) for i in active}
+        full = [i for i in active if quota[i] >= room[i]]
+        for i in full or active:
+            shares[i] = float(room[i]) if full else quota[i]
+        left -= sum(room[i] for i in full)
+        active = [i for i in active if i not in full] if full else []
+    counts = [math.floor(share + 1e-9) for share in shares]
+    by_remainder = sorted(range(len(room)), key=lambda i: (counts[i] - shares[i], i))
+    missing = min(total, sum(room)) - sum(counts)
+    for i in [i for i in by_remainder if counts[i] < room[i]][:missing]:
+        counts[i] += 1
+    return counts
+
+
+def top(scores: torch.Tensor, groups: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """bool [n], the counts[g] largest scores of each group g (`groups` [n] int64); of equal ones the first."""
+    kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    for group, count in enumerate(counts):
+        own = (groups == group).nonzero().squeeze(1)
+        kept[own[scores[own].argsort(descending=True, stable=True)[:count]]] = True
+    return kept
+
+
+def views(picture: PictureFeatures) -> torch.Tensor:
+    """[n] int64, the view each competing token is from: 0 is the thumbnail (LLaVA-1.5: the only one), tiles follow."""
+    layout, device = picture.layout, picture.map.device
+    tile = picture.tile
+    if tile is None:
+        tile = torch.full((layout.height, layout.width), int(layout.newlines), device=device)
+    thumbnail = torch.zeros(layout.leading if layout.newlines else 0, dtype=torch.int64, device=device)
+    return torch.cat([thumbnail, tile.flatten()])
+
+
+def looked_at(picture: PictureFeatures) -> tuple[torch.Tensor, torch.Tensor]:
+    """`picture.cues`; InputError where the picture was encoded without the sampler that wants them."""
+    if picture.cues is None:
+        raise InputError(
+            "before_llm: expected pictures that were encoded with this sampler, got one encoded without it"
+        )
+    return picture.cues
+
+
+def cues(picture: PictureFeatures) -> torch.Tensor:
+    """[n, K], what was taken from the tower for each competing token."""
+    whole, small = (cue.flatten(0, 1) for cue in looked_at(picture))
+    return torch.cat([small, whole]) if picture.layout.newlines else whole
+
+
+class Pruner(BeforeLLM):
+    """Keeps a budget of a picture's tokens, which a method chooses; each tile has its own share of it."""
+
+    def __init__(self, options: Budget):
+        super().__init__()
+        self.options = options
+
+    def budget(self, competing: int, fixed: int) -> int:
+        """How many of `competing` tokens stay, beside `fixed` ones that always do."""
+        return self.options.of(competing, fixed)
+
+    def groups(self, picture: PictureFeatures) -> torch.Tensor:
+        """[n] int64, among whom a token competes."""
+        view = views(picture)
+        per = self.options.per if isinstance(self.options, PruningOptions) else "tile"
+        if per == "picture":
+            return torch.zeros_like(view)
+        return view.clamp(max=1) if per == "map" else view
+
+    def allocate(self, picture: PictureFeatures, groups: torch.Tensor, total: int) -> list[int]:
+        """How many tokens stay of each group; in proportion to their sizes."""
+        room = groups.bincount().tolist()
+        return spread(total, room, room)
+
+    @abstractmethod
+    def choose(self, picture: PictureFeatures, total: int) -> torch.Tensor:
+        """bool [n], which `total` of the competing tokens stay: the thumbnail's, then the map's in raster order."""
+
+    def merge(self, picture: PictureFeatures, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """What the kept ones of the competing tokens [n, C] become: themselves."""
+        return tokens[kept]
+
+    def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
+        whole, layout = uncompressed(picture), picture.layout
+        competing = ~whole.newline
+        if not layout.newlines:
+            competing[: layout.leading] = False  # the class token
+        count = int(competing.sum())
+        if not count:
+            return whole
+        total = self.budget(count, len(competing) - count)
+        stays = self.choose(picture, total)
+        kept = ~competing
+        kept[competing] = stays
+        tokens = whole.tokens.clone()
+        tokens[competing & kept] = self.merge(picture, whole.tokens[competing], stays).to(tokens.dtype)
+        return VisualTokens(tokens[kept], whole.source[kept], whole.newline[kept], whole.extent[kept], layout)
+
+
+class RankingPruner(Pruner):
+    """Keeps the tokens with the largest scores."""
+
+    @abstractmethod
+    def scores(self, picture: PictureFeatures) -> torch.Tensor:
+        """[n] float, one for each competing token."""
+
+    def choose(self, picture: PictureFeatures, total: int) -> torch.Tensor:
+        groups = self.groups(picture)
+        return top(self.scores(picture), groups, self.allocate(picture, groups, total))

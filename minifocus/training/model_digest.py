@@ -1,0 +1,66 @@
+"""Which model a run began from, by what is in its folder: equal content is the same model, however it is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..errors import CheckpointError
+from ..files.reading import read_bytes
+from ..loading.model_folder import SELECTOR, WEIGHTS, own_files
+from ..loading.weights import read_headers
+
+
+def digest_of_model(folder: Path, blocks: int = 1024, size: int = 4096) -> str:
+    """Of a model folder's own files: JSON by its values, tensors by their names, dtypes, shapes and values.
+
+    Of the values, as many blocks of bytes are read, evenly spread, and each tensor's first and last. Neither the formatting
+    of JSON counts, nor in which files and order tensors are stored, nor other files that lie there. Raises CheckpointError.
+    """
+    digest = hashlib.sha256()
+    with ExitStack() as stack:
+        opened: dict[Path, Any] = {}
+
+        def open_once(file: Path) -> Any:
+            if file not in opened:
+                opened[file] = stack.enter_context(safe_open(file, framework="pt"))
+            return opened[file]
+
+        try:
+            # Mapped: of a tensor, only what is looked at is read.
+            tensors = {name: open_once(t.file).get_tensor(t.key) for name, t in read_headers(folder).items()}
+            for name in own_files(folder):
+                if name == SELECTOR:
+                    selector = open_once(folder / name)
+                    tensors |= {f"selector {key}": selector.get_tensor(key) for key in selector.keys()}  # noqa: SIM118
+                    content = json.dumps(selector.metadata(), sort_keys=True).encode()
+                elif WEIGHTS.fullmatch(name):
+                    continue
+                else:
+                    content = _values(name, read_bytes(folder / name))
+                digest.update(f"{name} {len(content)} ".encode() + content)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder}: cannot be read: {error}") from error
+        stride = max(size, -(-sum(value.nbytes for value in tensors.values()) // blocks))
+        for name, value in sorted(tensors.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            values = value.flatten().view(torch.uint8)
+            for place in (*range(0, len(values), stride), max(0, len(values) - size)):
+                digest.update(values[place : place + size].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _values(name: str, content: bytes) -> bytes:
+    """A file's content; of JSON, what it says."""
+    if name.endswith(".json"):
+        try:
+            return json.dumps(json.loads(content), sort_keys=True).encode()
+        except (ValueError, RecursionError):  # a file that nobody reads
+            pass
+    return content
