@@ -25,7 +25,7 @@ from tqdm import tqdm
 import minifocus
 from minifocus import cards
 from minifocus.cards.places import GRID, locate
-from minifocus.generate import PictureTrace
+from minifocus.trace import PictureTrace
 
 ROOT = Path(__file__).resolve().parent.parent
 

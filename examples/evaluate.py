@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import minifocus
 from minifocus import cards
-from minifocus.generate import Images
 from minifocus.inputs.conversations import asked_alone, read_conversations
+from minifocus.inputs.processor import Images
 from minifocus.inputs.prompt import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,7 +23,7 @@ from sampler_options import add_sampler_options, sampler_options
 from tqdm import tqdm
 
 import minifocus
-from minifocus.generate import Options
+from minifocus.generation_options import Options
 from minifocus.inputs.image import open_image
 from minifocus.inputs.prompt import TEMPLATES
 

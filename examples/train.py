@@ -37,8 +37,8 @@ from minifocus.arguments import shown
 from minifocus.files.reading import FILE, FOLDER, NOTHING, kind
 from minifocus.inputs.conversations import asked_alone, read_conversations
 from minifocus.inputs.prompt import TEMPLATES
-from minifocus.methods import SELECTOR_FILE
-from minifocus.model import usable_device
+from minifocus.load import usable_device
+from minifocus.loading.model_folder import SELECTOR
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
 from minifocus.training.examples import Batches, CardScenes, Source
 from minifocus.training.loop import LOG, MOST, MOST_EXAMPLES, Process, Settings, fit, keep_freed_memory, make_optimizers
@@ -217,7 +217,7 @@ def load_model(arguments: argparse.Namespace, fresh: set[str], device: torch.dev
     own = {name: value for name, value in given.items() if value is not None}
     if arguments.straight_through:
         own["straight_through"] = True
-    has_selector = kind(Path(arguments.model) / SELECTOR_FILE) == FILE and "selector" not in fresh
+    has_selector = kind(Path(arguments.model) / SELECTOR) == FILE and "selector" not in fresh
     learned = sampler in ("focus", "vision")
     if not learned and own:
         option = next(iter(own)).replace("_", "-")
@@ -339,7 +339,7 @@ def train(arguments: argparse.Namespace) -> None:
         arguments.alpha = objective.alpha
         arguments.selector_bias = 1.0 if arguments.selector_bias is None else arguments.selector_bias
         batches = Batches(
-            model,
+            model.processor,
             source,
             settings.micro_batch,
             arguments.seed,

@@ -2,8 +2,8 @@
 
 from . import methods, samplers
 from .errors import CheckpointError, InputError
-from .generate import Answer, TokenCounts
-from .model import Llava, load
+from .load import Llava, load
+from .trace import Answer, TokenCounts
 from .version import __version__
 
 __all__ = [

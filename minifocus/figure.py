@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .generate import Answer, PictureTrace
 from .inputs.image import ImageProcessor
+from .trace import Answer, PictureTrace
 
 PANEL = 448  # pixels, the longer side of a panel
 MARGIN = 16

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 
 from .ops import gather_tokens
 
-_PADDING = {"source": -1, "picture": -1, "cell": -1}  # where it is not 0
+_PADDING = {"source": -1, "picture": -1}  # where it is not 0
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,8 @@ class Rows:
     source       [B, S]     int64, the column of `input_ids` that the token stands for (a pooled visual token:
                             the placeholder of its window's first cell); -1 for padding
     picture      [B, S]     int64, which picture of its row a visual token belongs to; -1 for text
-    cell         [B, S, 2]  int64, (row, column) of a visual token on its map, or on the thumbnail; -1 for all others
-    entered      [B, S]     int64, how many tokens besides `newline` of a visual token's picture entered the decoder; 0
-                            for text
     newline      [B, S]     bool, the tokens of a picture that no sampler scores: those that end a row of its feature map,
-                            and LLaVA-1.5's class token where it is kept
+                            and LLaVA-1.5's class token where it is kept (`Layout.unscored`)
     instruction  [B, S]     bool, the tokens of the user's question
     """
 
@@ -34,8 +32,6 @@ class Rows:
     positions: torch.Tensor
     source: torch.Tensor
     picture: torch.Tensor
-    cell: torch.Tensor
-    entered: torch.Tensor
     newline: torch.Tensor
     instruction: torch.Tensor
 
@@ -55,12 +51,22 @@ class Rows:
         gathered = gather_tokens(columns, (first + order).where(valid, -1).flatten())
         moved = {name: column.unflatten(0, valid.shape) for name, column in zip(names, gathered, strict=True)}
         for name, value in _PADDING.items():
-            column = moved[name]
-            moved[name] = column.where(valid.view(*valid.shape, *[1] * (column.dim() - 2)), value)
+            moved[name] = moved[name].where(valid, value)
         return Rows(valid=valid, **moved)
 
     def with_hidden(self, hidden: torch.Tensor) -> Rows:
         return replace(self, hidden=hidden)
+
+    def pictures(self) -> list[tuple[int, torch.Tensor]]:
+        """(row, columns of its tokens) of every picture; those that `newline` marks are not among them."""
+        scored = (self.picture >= 0) & ~self.newline & self.valid
+        found = []
+        for row in range(len(self.valid)):
+            for picture in self.picture[row].unique().tolist():
+                tokens = (scored[row] & (self.picture[row] == picture)).nonzero().squeeze(1)
+                if picture >= 0 and len(tokens):
+                    found.append((row, tokens))
+        return found
 
     def attention_mask(self) -> torch.Tensor | None:
         """Who may look at whom, bool [B, 1, S, S]; None when plain causal attention says it all."""
@@ -75,6 +81,13 @@ def causal_mask(visible: torch.Tensor) -> torch.Tensor:
     causal = torch.ones(size, size, dtype=torch.bool, device=visible.device).tril()
     itself = torch.eye(size, dtype=torch.bool, device=visible.device)  # or softmax over nothing would give NaN
     return (causal & visible) | itself
+
+
+def one_row(pieces: Sequence[tuple[torch.Tensor, ...]]) -> Rows:
+    """Pieces of a sequence, each (hidden [n, C], source, picture, newline, instruction [n]) → Rows with B = 1."""
+    hidden, source, picture, newline, instruction = (torch.cat(column)[None] for column in zip(*pieces, strict=True))
+    positions = torch.arange(source.shape[1], device=source.device)[None]
+    return Rows(hidden, torch.ones_like(newline), positions, source, picture, newline, instruction)
 
 
 def stack_rows(rows: list[Rows]) -> Rows:

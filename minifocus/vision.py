@@ -5,7 +5,7 @@ Parameter names are Hugging Face's (including `pre_layrnorm`, sic), so that a ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Tiles → patch features of the configured layers (LLaVA: the last but one), joined along channels."""
+    """Tiles → hidden states → patch features of the configured layers (LLaVA: the last but one), joined along channels."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -95,24 +95,22 @@ class VisionTower(nn.Module):
         # Part of every CLIP checkpoint, and never applied to the features that LLaVA takes.
         self.post_layernorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
 
-    def forward(
-        self, pixel_values: torch.Tensor, before_block: Callable[[int, Block, torch.Tensor], None] | None = None
-    ) -> torch.Tensor:
-        """pixel_values [N, 3, S, S] → [N, grid² (+ 1 with `keep_cls`), C × feature layers].
+    def forward(self, pixel_values: torch.Tensor, also: Iterable[int] = ()) -> dict[int, torch.Tensor]:
+        """pixel_values [N, 3, S, S] → the inputs [N, 1 + grid², C] of blocks, by the block's number from 0.
 
-        Blocks above the highest layer asked for are not run. `before_block` is called with every block's number (from 0),
-        the block and its input [N, 1 + grid², C]: also for the first block that is not run, where there is one.
+        They are those of the feature layers and of the blocks `also`. Blocks from the highest feature layer on are not run.
         """
+        wanted, last = {*self.feature_layers, *also}, max(self.feature_layers)
         x = self.pre_layrnorm(self.embeddings(pixel_values))
         states = {0: x}
-        for index, block in enumerate(self.encoder.layers[: max(self.feature_layers) + 1]):
-            if before_block is not None:
-                before_block(index, block, x)  # type: ignore[arg-type]
-            if index == max(self.feature_layers):
-                break
-            x = block(x)
-            if index + 1 in self.feature_layers:
+        for index in range(last):
+            x = self.encoder.layers[index](x)
+            if index + 1 in wanted:
                 states[index + 1] = x
+        return states
+
+    def features(self, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """Of what `forward` gives, what the projector reads: [N, grid² (+ 1 with `keep_cls`), C × feature layers]."""
         features = torch.cat([states[layer] for layer in self.feature_layers], dim=-1)
         return features if self.keep_cls else features[:, 1:]
 

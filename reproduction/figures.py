@@ -17,7 +17,7 @@ from speed import load, time_models
 
 from minifocus import cards
 from minifocus.figure import draw_answers
-from minifocus.generate import PictureTrace
+from minifocus.trace import PictureTrace
 
 FIRST_SCENE = 700_000  # place in the test split of the pictures that are shown: not among those of tables and times
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from minifocus.inputs.model_inputs import split_pixels
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers import (
@@ -220,12 +222,12 @@ def add_chat_tokenizer(folder: Path) -> None:
     file.write_text(json.dumps(tokenizer))
 
 
-def rows_before_layer(model: Any, inputs: Any, instruction: torch.Tensor | None, index: int) -> Any:
-    """The batch as it stands before a decoder layer, by running the layers before it."""
+def rows_before_layer(model: Any, inputs: Any, instruction: torch.Tensor | None, index: int) -> tuple[Any, Any]:
+    """The batch as it stands before a decoder layer, by running the layers before it; and each row's pictures."""
     captured = []
-    tiles, sizes = model._split_pixels(inputs.pixel_values, inputs.image_sizes)
+    tiles, sizes = split_pixels(model.config, inputs.pixel_values, inputs.image_sizes)
     features = model.encode_pictures(tiles, sizes, model.before_llm)
-    rows, _ = model.embed(inputs.input_ids, features, inputs.attention_mask, instruction, model.before_llm)
+    rows, pictures = model.embed(inputs.input_ids, features, inputs.attention_mask, instruction, model.before_llm)
 
     def before(layer_index: int, layer: Any, rows: Any) -> Any:
         if layer_index == index:
@@ -233,4 +235,4 @@ def rows_before_layer(model: Any, inputs: Any, instruction: torch.Tensor | None,
         return rows
 
     model.language_model.model.prefill(rows, None, before)
-    return captured[0]
+    return captured[0], pictures

@@ -164,7 +164,7 @@ class VisionPretraining(nn.Module):
     def forward(self, tiles: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 [N, 112, 112, 3] → logits [N, 64, classes] by head; the CLS token's ("cls") are [N, names]."""
         pixels = (tiles.float() / 255 - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
-        features = self.tower(pixels.permute(0, 3, 1, 2))
+        features = self.tower.features(self.tower(pixels.permute(0, 3, 1, 2)))
         logits = {head: self.heads[head](features[:, 1:]) for head in (*HEADS, "present")}
         # As CLIP does: the CLS token is read through post_layernorm, which the patches never pass.
         return logits | {"cls": self.heads["cls"](self.tower.post_layernorm(features[:, 0]))}

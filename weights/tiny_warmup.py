@@ -33,14 +33,14 @@ from torch import nn
 from minifocus import cards
 from minifocus.cards.places import GRID, Places, locate
 from minifocus.inputs.conversations import Conversation, Turn
-from minifocus.inputs.image import ImageProcessor
+from minifocus.inputs.processor import Processor
 from minifocus.inputs.tokenizer import Tokenizer
 from minifocus.llama import DecoderLayer, rotate
+from minifocus.load import Llava
 from minifocus.loading.config import load_config
 from minifocus.loading.model_folder import Origin
-from minifocus.model import Llava
 from minifocus.rows import Rows
-from minifocus.samplers.hooks import BeforeLLM, PictureFeatures, VisualTokens, uncompressed
+from minifocus.samplers.hooks import BeforeLLM, Context, PictureFeatures, VisualTokens, uncompressed
 from minifocus.training.examples import Batch, Batches, collate, encode
 from minifocus.training.loop import MOST, Process, Settings, fit, keep_freed_memory, make_optimizers
 from minifocus.training.packed import Guidance, forward
@@ -131,12 +131,11 @@ def learned_early(question: cards.Question) -> bool:
 class GuidedBatches(Batches):
     """Fresh scenes; of their questions first those that take longest to learn."""
 
-    def __init__(self, model: Llava, size: int, seed: int):
-        super().__init__(model, range(cards.SPLIT_SIZE), size, seed, independent=True)  # type: ignore[arg-type]
+    def __init__(self, processor: Processor, size: int, seed: int):
+        super().__init__(processor, range(cards.SPLIT_SIZE), size, seed, independent=True)  # type: ignore[arg-type]
 
     def __getitem__(self, number: int) -> GuidedBatch:  # type: ignore[override]
-        tokenizer, image_token = self.model.tokenizer, self.model.config.image_token_id
-        assert tokenizer is not None
+        tokenizer, image_token = self.processor.text_tokenizer, self.processor.config.image_token_id
         examples, places, kept, wanted = [], [], [], []
         first = number * self.size
         for position in range(first, first + self.size):
@@ -145,7 +144,9 @@ class GuidedBatches(Batches):
             asked = [scene.questions[i] for i in rng.permutation(len(scene.questions))]
             asked = sorted(asked, key=learned_early)[:MAX_TURNS]
             turns = tuple(Turn(q.question, q.answer, q.family) for q in asked)
-            examples.append(encode(self.model, Conversation(str(position), (scene.image,), turns), independent=True))
+            examples.append(
+                encode(self.processor, Conversation(str(position), (scene.image,), turns), independent=True)
+            )
             places.append(locate(scene))
             chance = rng.random(len(places[-1].newline))
             kept.append(torch.from_numpy(places[-1].foreground | places[-1].newline | (chance < EMPTY_KEPT)))
@@ -162,9 +163,7 @@ class MostlyForeground(BeforeLLM):
 
     def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
         whole, kept = uncompressed(picture), self.kept.pop(0)
-        return VisualTokens(
-            whole.tokens[kept], whole.source[kept], whole.newline[kept], whole.extent[kept], whole.layout
-        )
+        return VisualTokens(whole.tokens[kept], whole.source[kept], whole.extent[kept], whole.layout)
 
 
 class GazeLoss:
@@ -178,7 +177,7 @@ class GazeLoss:
         self.losses: list[torch.Tensor] = []
         self.current: GuidedBatch | None = None
 
-    def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> None:
+    def __call__(self, index: int, layer: DecoderLayer, rows: Rows, context: Context) -> None:
         if index not in GAZE_LAYERS or self.current is None:
             return
         attention, h = layer.self_attn, layer.input_layernorm(rows.hidden)
@@ -243,13 +242,10 @@ def new_model(folder: Path, tower: Path, seed: int) -> Llava:
     """The model of `folder`'s config.json with the pretrained tower and everything else new."""
     torch.manual_seed(seed)
     config = load_config(folder)
-    model = Llava(config)
+    model = Llava(config, Processor.from_folder(folder, config), Origin.read(folder))
     model.vision_tower.load_state_dict(load_file(tower))
-    model.tokenizer, model.origin, model.template = Tokenizer.from_folder(folder), Origin.read(folder), "vicuna"
-    model.image_processor = ImageProcessor.from_folder(
-        folder, model_type=config.model_type, image_size=cards.TILE, grid_pinpoints=config.grid_pinpoints
-    )
-    projector = model.multi_modal_projector
+    model.template = "vicuna"
+    tower, projector = model.vision_tower, model.multi_modal_projector
     with torch.no_grad():
         # Words as large as visual tokens, and an undecided head: otherwise the first plateau is long.
         model.language_model.model.embed_tokens.weight.normal_(std=1.0)
@@ -257,7 +253,7 @@ def new_model(folder: Path, tower: Path, seed: int) -> Llava:
         model.image_newline.normal_()
         # The first visual tokens of size 1, whatever the size of the features.
         features = [
-            model.vision_tower(model.image_processor(cards.draw(FIRST_SCENE - 1 - i).image)[0]).flatten(0, 1)
+            tower.features(tower(model.image_processor(cards.draw(FIRST_SCENE - 1 - i).image)[0])).flatten(0, 1)
             for i in range(50)
         ]
         projector.linear_1.weight.mul_(1.7 / projector.linear_1(torch.cat(features)).std())
@@ -295,7 +291,7 @@ def main() -> None:
     )
     optimizers = make_optimizers(task, lambda name: 0.0 if "vision_tower" in name else arguments.lr, settings)
     identity: dict[str, Any] = {"lr": arguments.lr, "seed": arguments.seed}
-    batches = GuidedBatches(model, settings.micro_batch, arguments.seed)
+    batches = GuidedBatches(model.processor, settings.micro_batch, arguments.seed)
     with process.alone(arguments.out):
         fit(task, optimizers, batches, settings, arguments.out, device, identity, title="warm-up")
         if process.rank == 0:

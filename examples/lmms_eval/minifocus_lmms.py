@@ -85,7 +85,7 @@ class Minifocus(lmms):
         try:
             self.model = minifocus.load(str(pretrained), sampler, device or self.accelerator.device, dtype, **options)
             self.template = template
-            build_prompt("?", 0, template or self.model.prompt_template())  # refuses one that cannot be used
+            build_prompt("?", 0, template or self.model.processor.prompt_template())  # refuses one that cannot be used
         except minifocus.InputError as error:
             own = "pretrained, sampler, device, dtype, template, batch_size"
             raise minifocus.InputError(f"model_args ({own} and the sampler's): {error}") from None

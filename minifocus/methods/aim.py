@@ -25,8 +25,8 @@ from ..llama import DecoderLayer
 from ..loading.config import Config, TextConfig
 from ..ops.checks import wide
 from ..rows import Rows
-from ..samplers.hooks import BeforeLLM, PictureFeatures, Selection, VisualTokens, uncompressed
-from .decoder_attention import keep_where, largest, queries_and_keys
+from ..samplers.hooks import BeforeLLM, Context, PictureFeatures, Selection, VisualTokens, uncompressed
+from .decoder_attention import keep_where, largest, num_entered, queries_and_keys, visual_tokens_of
 from .pruning import Budget
 
 QUERY_BLOCK = 128  # tokens whose attention is in memory at a time
@@ -62,9 +62,7 @@ class Merging(BeforeLLM):
 
     def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
         whole = uncompressed(picture)
-        competing = ~whole.newline
-        if not picture.layout.newlines:
-            competing[: picture.layout.leading] = False  # the class token
+        competing = ~whole.layout.unscored(whole.source)
         count = int(competing.sum())
         if not count:
             return whole
@@ -74,7 +72,7 @@ class Merging(BeforeLLM):
         kept[competing.nonzero().squeeze(1)[places]] = True
         tokens = whole.tokens.clone()
         tokens[kept & competing] = merged.to(tokens.dtype)
-        return VisualTokens(tokens[kept], whole.source[kept], whole.newline[kept], whole.extent[kept], picture.layout)
+        return VisualTokens(tokens[kept], whole.source[kept], whole.extent[kept], whole.layout)
 
 
 def merge(tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,19 +112,19 @@ class Dropping:
             raise InputError(f"end: expected a layer after begin, {self.begin}, got {self.end}")
         self.rounds, self.config = options.rounds, config
 
-    def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
-        if not self.begin <= index < min(self.end, self.depth - 1):
+    def __call__(self, index: int, layer: DecoderLayer, rows: Rows, context: Context) -> Selection | None:
+        if not self.begin < index <= min(self.end, self.depth - 1) or context.previous is None:
             return None
-        scores = page_rank(layer, rows, self.config, self.rounds)
-        left = self.end - index - 1  # of end - begin equal steps
+        scores = page_rank(*context.previous, self.config, self.rounds)
+        left = self.end - index  # of end - begin equal steps
 
         def choose(row: int, tokens: torch.Tensor) -> torch.Tensor:
-            count = int(rows.entered[row, tokens[0]]) * left // (self.end - self.begin)
+            count = num_entered(visual_tokens_of(context, rows, row, int(tokens[0]))) * left // (self.end - self.begin)
             return largest(scores[row, tokens], count)
 
         chosen = keep_where(rows, choose, scores)
         # Where no token of a picture is left, its newlines separate nothing.
-        return replace(chosen, kept=chosen.kept & (rows.picture < 0) if left == 0 else chosen.kept, after=True)
+        return replace(chosen, kept=chosen.kept & (rows.picture < 0)) if left == 0 else chosen
 
 
 def page_rank(layer: DecoderLayer, rows: Rows, config: TextConfig, rounds: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ VTC-CLS ("vtc-cls"; Wang et al. 2024): the attention of several last blocks, sum
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,9 +17,9 @@ import torch
 from .. import arguments
 from ..loading.config import Config
 from ..samplers.hooks import PictureFeatures
-from ..vision import Block
+from ..vision import VisionTower
 from .pruning import PruningOptions, RankingPruner, cues
-from .tower_attention import check_block, class_attention, last_block
+from .tower_attention import block_and_input, check_block, class_attention, last_block
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class FasterVLM(RankingPruner):
     def __init__(self, options: FasterVLMOptions, config: Config):
         super().__init__(options)
         last = check_block(config, options.block, last_block(config))
-        self.blocks = range(last, last + 1)
+        self.tower_blocks = range(last, last + 1)
 
-    def look(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor | None:
-        return class_attention(block, x) if index in self.blocks else None
+    def look(self, tower: VisionTower, states: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+        return [class_attention(*block_and_input(tower, states, block)) for block in self.tower_blocks]
 
     def scores(self, picture: PictureFeatures) -> torch.Tensor:
         return cues(picture).sum(dim=-1)
@@ -58,4 +59,4 @@ class VTCCLS(FasterVLM):
         RankingPruner.__init__(self, options)
         last = check_block(config, None, last_block(config))
         count = (last + 2) // 2 if options.blocks is None else arguments.whole("blocks", options.blocks, 1, last + 1)
-        self.blocks = range(last + 1 - count, last + 1)
+        self.tower_blocks = range(last + 1 - count, last + 1)

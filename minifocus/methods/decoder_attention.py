@@ -17,19 +17,17 @@ from ..llama import DecoderLayer, rope_tables, rotate
 from ..loading.config import TextConfig
 from ..ops.checks import wide
 from ..rows import Rows
-from ..samplers.hooks import Selection
+from ..samplers.hooks import Context, Selection, VisualTokens
 
 
-def pictures_of(rows: Rows) -> list[tuple[int, torch.Tensor]]:
-    """(row, columns of its tokens) of every picture; those that `rows.newline` marks are not among them."""
-    scored = (rows.picture >= 0) & ~rows.newline & rows.valid
-    found = []
-    for row in range(len(rows.valid)):
-        for picture in rows.picture[row].unique().tolist():
-            tokens = (scored[row] & (rows.picture[row] == picture)).nonzero().squeeze(1)
-            if picture >= 0 and len(tokens):
-                found.append((row, tokens))
-    return found
+def visual_tokens_of(context: Context, rows: Rows, row: int, column: int) -> VisualTokens:
+    """The picture that a visual token belongs to, as it entered the decoder."""
+    return context.pictures[row][int(rows.picture[row, column])]
+
+
+def num_entered(visual: VisualTokens) -> int:
+    """How many of a picture's tokens entered the decoder, those that no sampler scores not among them."""
+    return int((~visual.layout.unscored(visual.source)).sum())
 
 
 def newlines_of(rows: Rows, row: int, column: int) -> int:
@@ -42,7 +40,7 @@ def keep_where(rows: Rows, choose: Callable[[int, torch.Tensor], torch.Tensor], 
     """A selection by `choose`: (row, columns of a picture's tokens) → which of them stay, bool. `scores` [B, S]."""
     scored = (rows.picture >= 0) & ~rows.newline & rows.valid
     kept = rows.valid & ~scored
-    for row, tokens in pictures_of(rows):
+    for row, tokens in rows.pictures():
         kept[row, tokens[choose(row, tokens)]] = True
     return Selection(kept, scores.float().where(scored, torch.nan))
 

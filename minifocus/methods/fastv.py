@@ -6,7 +6,7 @@ The attention is that of layer K - 1, softmax over all keys, mean over heads. It
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -14,7 +14,7 @@ from .. import arguments
 from ..llama import DecoderLayer
 from ..loading.config import TextConfig
 from ..rows import Rows
-from ..samplers.hooks import Selection
+from ..samplers.hooks import Context, Selection
 from .decoder_attention import keep_where, largest, last_query, newlines_of
 from .pruning import Budget
 
@@ -34,13 +34,13 @@ class FastV:
         self.options, self.config = options, config
         self.layer = arguments.whole("layer", options.layer, 1, config.num_hidden_layers - 1)
 
-    def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
-        if index != self.layer - 1:
+    def __call__(self, index: int, layer: DecoderLayer, rows: Rows, context: Context) -> Selection | None:
+        if index != self.layer or context.previous is None:
             return None
-        scores = last_query(layer, rows, self.config)
+        scores = last_query(*context.previous, self.config)
 
         def choose(row: int, tokens: torch.Tensor) -> torch.Tensor:
             count = self.options.of(len(tokens), newlines_of(rows, row, int(tokens[0])))
             return largest(scores[row, tokens], count)
 
-        return replace(keep_where(rows, choose, scores), after=True)
+        return keep_where(rows, choose, scores)

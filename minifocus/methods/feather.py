@@ -7,7 +7,7 @@ it every token on a grid of stride 3; after a second layer the best share of wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -16,8 +16,9 @@ from ..errors import InputError
 from ..llama import DecoderLayer
 from ..loading.config import TextConfig
 from ..rows import Rows
-from ..samplers.hooks import Selection
-from .decoder_attention import keep_where, largest, layers_of, pictures_of, queries_and_keys
+from ..samplers.hooks import Context, Selection
+from .decoder_attention import keep_where, largest, layers_of, queries_and_keys, visual_tokens_of
+from .pruning import coordinates
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,23 @@ class Feather:
         if len(self.layers) > 2:
             raise InputError(f"layers: expected at most two, got {arguments.shown(options.layers)}")
 
-    def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
-        if index + 1 not in self.layers:
+    def __call__(self, index: int, layer: DecoderLayer, rows: Rows, context: Context) -> Selection | None:
+        if index not in self.layers or context.previous is None:
             return None
-        q, k = queries_and_keys(layer, rows, self.config, rows.valid.shape[1] - 1, rope=False)
+        q, k = queries_and_keys(*context.previous, self.config, rows.valid.shape[1] - 1, rope=False)
         logits = (q @ k.transpose(2, 3))[:, :, 0]
         scores = logits.new_zeros(rows.valid.shape)
-        for row, tokens in pictures_of(rows):
+        for row, tokens in rows.pictures():
             scores[row, tokens] = logits[row][:, tokens].softmax(dim=-1).mean(dim=0)
-        first = index + 1 == self.layers[0]
+        first = index == self.layers[0]
         share = self.options.ratio if first else self.options.second
 
         def choose(row: int, tokens: torch.Tensor) -> torch.Tensor:
             best = largest(scores[row, tokens], max(int(share * len(tokens)), 1))
-            on_grid = (rows.cell[row, tokens] % self.options.stride == 0).all(dim=-1)
-            return best | on_grid if first else best
+            if not first:
+                return best
+            visual = visual_tokens_of(context, rows, row, int(tokens[0]))
+            cells = coordinates(visual.layout, rows.source[row, tokens] - visual.begin)
+            return best | (cells % self.options.stride == 0).all(dim=-1)
 
-        return replace(keep_where(rows, choose, scores), after=True)
+        return keep_where(rows, choose, scores)

@@ -6,6 +6,7 @@ in one block, mean over heads. Either the most significant patches of a tile sta
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +15,9 @@ import torch
 from .. import arguments
 from ..loading.config import Config
 from ..samplers.hooks import PictureFeatures
-from ..vision import Block
+from ..vision import VisionTower
 from .pruning import PruningOptions, RankingPruner, cues, views
-from .tower_attention import check_block, last_block, queries_and_keys
+from .tower_attention import block_and_input, check_block, last_block, queries_and_keys
 
 QUERY_BLOCK = 128  # tokens whose attention is in memory at a time
 
@@ -45,17 +46,16 @@ class FoPru(RankingPruner):
         super().__init__(options)
         self.axis, self.strategy = options.axis, options.strategy
         self.block = check_block(config, options.block, last_block(config))
+        self.tower_blocks = (self.block,)
 
-    def look(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor | None:
-        if index != self.block:
-            return None
-        q, k = queries_and_keys(block, x, slice(None))
+    def look(self, tower: VisionTower, states: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+        q, k = queries_and_keys(*block_and_input(tower, states, self.block), slice(None))
         received, paid = q.new_zeros(q.shape[0], k.shape[2]), []
         for part in q.split(QUERY_BLOCK, dim=2):
             attention = (part @ k.transpose(2, 3)).softmax(dim=-1).mean(dim=1)  # [N, queries, keys]
             received += attention.sum(dim=1) / k.shape[2]
             paid.append(attention[:, :, 1:].mean(dim=2))
-        return (received if self.axis == "column" else torch.cat(paid, dim=1))[:, 1:, None]
+        return [(received if self.axis == "column" else torch.cat(paid, dim=1))[:, 1:, None]]
 
     def scores(self, picture: PictureFeatures) -> torch.Tensor:
         """By "rows" a token's score is that of its row, so that rows leave one after another; the budget cuts the last."""

@@ -11,6 +11,7 @@ rounds every tile's number down; here they add up to the budget.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,10 @@ import torch.nn.functional as F
 from .. import arguments
 from ..loading.config import Config
 from ..samplers.hooks import PictureFeatures
-from ..vision import Block
+from ..vision import VisionTower
 from .hired import per_tile
 from .pruning import Budget, RankingPruner, cues, looked_at, spread, views
-from .tower_attention import check_block, queries_and_keys, reachable_block
+from .tower_attention import block_and_input, check_block, queries_and_keys, reachable_block
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,17 @@ class GlobalCom2(RankingPruner):
     def __init__(self, options: GlobalCom2Options, config: Config):
         super().__init__(options)
         self.temperature, self.block = options.temperature, check_block(config, None, reachable_block(config))
+        self.tower_blocks = (self.block,)
 
-    def look(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor | None:
-        if index != self.block:
-            return None
-        q, k = queries_and_keys(block, x, slice(0, 1))
-        return (q @ k.transpose(2, 3)).mean(dim=1)[:, 0, 1:, None]
+    def look(self, tower: VisionTower, states: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+        q, k = queries_and_keys(*block_and_input(tower, states, self.block), slice(0, 1))
+        return [(q @ k.transpose(2, 3)).mean(dim=1)[:, 0, 1:, None]]
 
     def scores(self, picture: PictureFeatures) -> torch.Tensor:
         own, view = cues(picture)[:, 0], views(picture)
         if not picture.layout.newlines or not picture.map.numel():
             return own
-        small = looked_at(picture)[1][..., 0]
+        small = looked_at(picture)[1][..., 1]
         size = picture.map.shape[:2]
         seen = F.interpolate(small[None, None], size, mode="bilinear", align_corners=False).flatten()
         return unit(own, view) + unit(torch.cat([small.flatten(), seen]), view)
@@ -63,7 +63,7 @@ class GlobalCom2(RankingPruner):
         room = groups.bincount().tolist()
         if len(room) == 1:
             return [min(total, room[0])]
-        richness = per_tile(picture, looked_at(picture)[1][..., 0])[1:]
+        richness = per_tile(picture, looked_at(picture)[1][..., 1])[1:]
         rate = 1 + (richness / self.temperature).softmax(dim=0) - 1 / len(richness)
         thumbnail, *tiles = spread(total, room, room)
         tiles = spread(total - thumbnail, room[1:], [r * n for r, n in zip(rate.tolist(), room[1:], strict=True)])

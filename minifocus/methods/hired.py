@@ -10,6 +10,7 @@ have of the budget, and counts those in each of as many equal runs of its raster
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,9 @@ import torch
 from .. import arguments
 from ..loading.config import Config
 from ..samplers.hooks import PictureFeatures
-from ..vision import Block
+from ..vision import VisionTower
 from .pruning import Budget, RankingPruner, cues, looked_at, spread, views
-from .tower_attention import check_block, class_attention, last_block
+from .tower_attention import block_and_input, check_block, class_attention, last_block
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class HiRED(RankingPruner):
     def __init__(self, options: HiREDOptions, config: Config):
         super().__init__(options)
         self.share, self.block = options.thumbnail, check_block(config, None, last_block(config))
+        self.tower_blocks = (0, self.block)
 
-    def look(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor | None:
+    def look(self, tower: VisionTower, states: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
         """Two cues, which may be of the same block."""
-        wanted = (index == 0) + (index == self.block)
-        return class_attention(block, x).expand(-1, -1, wanted) if wanted else None
+        return [class_attention(*block_and_input(tower, states, block)) for block in (0, self.block)]
 
     def scores(self, picture: PictureFeatures) -> torch.Tensor:
         return cues(picture)[:, 1]
@@ -54,7 +55,7 @@ class HiRED(RankingPruner):
         room = groups.bincount().tolist()
         if len(room) == 1:
             return [min(total, room[0])]
-        weights = per_tile(picture, looked_at(picture)[1][..., 0]).tolist()
+        weights = per_tile(picture, looked_at(picture)[1][..., 1]).tolist()
         thumbnail, *tiles = room
         own = min(round(self.share * total), thumbnail)
         of_tiles = spread(total - own, tiles, weights[1:])

@@ -13,9 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from .. import arguments
-from ..errors import InputError
 from ..loading.config import Config
-from ..samplers.hooks import BeforeLLM, Layout, PictureFeatures, VisualTokens
+from ..samplers.hooks import (
+    BeforeLLM,
+    PictureFeatures,
+    Piece,
+    VisualTokens,
+    leading_tokens,
+    with_newlines,
+)
+from ..samplers.vision_guided import check_thumbnail
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,7 @@ class Pooling(BeforeLLM):
 
     def __init__(self, options: PoolingOptions, config: Config, how: Literal["mean", "max"]):
         super().__init__()
-        if not config.anyres and options.thumbnail != "keep":
-            raise InputError(f"thumbnail: LLaVA-1.5 has no thumbnail to {options.thumbnail}")
+        check_thumbnail(options.thumbnail, config.anyres)
         self.options, self.how = options, how
 
     def pool(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,37 +61,20 @@ class Pooling(BeforeLLM):
         return pooled[0].permute(1, 2, 0)
 
     def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
-        layout, window = picture.layout, self.options.window
-        parts = [self._leading(picture)]
-        pooled = self.pool(picture.map)
-        for row, tokens in enumerate(pooled):
-            cells = row * window * layout.width + torch.arange(len(tokens), device=tokens.device) * window
-            source, extent = layout.of_cells(cells), _extents(layout, row * window, len(tokens), window, tokens.device)
-            parts.append((tokens, source, extent, torch.zeros_like(source, dtype=torch.bool)))
-            if picture.newline is not None:
-                place = source.new_tensor([layout.of_newline(min((row + 1) * window, layout.height) - 1)])
-                parts.append((picture.newline[None].to(tokens.dtype), place, place.new_ones(1, 2), place >= 0))
-        tokens, source, extent, newline = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        return VisualTokens(tokens, source, newline, extent, layout)
+        layout, body = picture.layout, self.pool_map(picture.map)
+        if self.options.thumbnail == "compress":
+            leading = self.pool_map(picture.thumbnail)
+        else:
+            leading = leading_tokens(picture, 0 if self.options.thumbnail == "drop" else None)
+        cells = body[1]
+        row = cells // max(layout.width, 1) // self.options.window
+        body = (body[0], layout.of_cells(cells), body[2])
+        return VisualTokens(*with_newlines(picture, leading, body, row, self.options.window), layout)
 
-    def _leading(self, picture: PictureFeatures) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """tokens, source, extent, newline of what goes before the map."""
-        tokens, device = picture.leading, picture.leading.device
-        source = torch.arange(len(tokens), device=device)
-        extent = source.new_ones(len(tokens), 2)
-        if self.options.thumbnail == "drop":
-            tokens, source, extent = tokens[:0], source[:0], extent[:0]
-        elif self.options.thumbnail == "compress":
-            side, window = picture.thumbnail.shape[0], self.options.window
-            small, own = self.pool(picture.thumbnail), Layout(0, side, side, False)
-            down, across = small.shape[:2]
-            rows, cols = torch.arange(down, device=device) * window, torch.arange(across, device=device) * window
-            tokens, source = small.flatten(0, 1), (rows[:, None] * side + cols).flatten()
-            extent = torch.cat([_extents(own, int(row), across, window, device) for row in rows])
-        return tokens, source, extent, torch.zeros_like(source, dtype=torch.bool)
-
-
-def _extents(layout: Layout, row: int, count: int, window: int, device: torch.device) -> torch.Tensor:
-    """[count, 2], the cells of the windows that begin in a row of the map."""
-    across = (layout.width - torch.arange(count, device=device) * window).clamp(max=window)
-    return torch.stack([torch.full_like(across, min(window, layout.height - row)), across], dim=1)
+    def pool_map(self, x: torch.Tensor) -> Piece:
+        """A map [H, W, C] → its pooled tokens, the raster number of the cell where each begins, the cells each covers."""
+        (height, width), window, pooled = x.shape[:2], self.options.window, self.pool(x)
+        rows, columns = (torch.arange(count, device=x.device) * window for count in pooled.shape[:2])
+        covered = [(height - rows).clamp(max=window), (width - columns).clamp(max=window)]
+        extent = torch.stack(torch.meshgrid(*covered, indexing="ij"), dim=-1)
+        return pooled.flatten(0, 1), (rows[:, None] * width + columns).flatten(), extent.flatten(0, 1)

@@ -13,6 +13,7 @@ done after it, and ends in one token more, the weighted sum of all that were dro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,10 +24,10 @@ from .. import arguments
 from ..loading.config import Config
 from ..ops.checks import wide
 from ..samplers.hooks import PictureFeatures
-from ..vision import Block
-from .pruning import PruningOptions, RankingPruner, cues, top
+from ..vision import VisionTower
+from .pruning import PruningOptions, RankingPruner, coordinates, cues, top
 from .random_uniform import stride_grid
-from .tower_attention import check_block, reachable_block
+from .tower_attention import block_and_input, check_block, reachable_block
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,15 @@ class PruMerge(RankingPruner):
         self.neighbours, self.plus = options.neighbours, plus
         self.adaptive = options.ratio is None and options.keep is None
         self.block = check_block(config, None, reachable_block(config))
+        self.tower_blocks = (self.block,)
 
-    def look(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor | None:
-        """[N, g², 1 + C]: attention, then keys."""
-        if index != self.block:
-            return None
+    def look(self, tower: VisionTower, states: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+        """Attention [N, g², 1], then keys [N, g², C]."""
+        block, x = block_and_input(tower, states, self.block)
         normed = block.layer_norm1(x)
         q, k = block.self_attn.q_proj(normed[:, :1]), block.self_attn.k_proj(normed)
         attention = (q.float() @ k.float().transpose(1, 2) * q.shape[-1] ** -0.5).softmax(dim=-1)
-        return torch.cat([attention[:, 0, 1:, None], k[:, 1:].float()], dim=-1)
+        return [attention[:, 0, 1:, None], k[:, 1:].float()]
 
     def scores(self, picture: PictureFeatures) -> torch.Tensor:
         return cues(picture)[:, 0]
@@ -95,7 +96,7 @@ class PruMerge(RankingPruner):
     def _grid(self, picture: PictureFeatures, groups: torch.Tensor, group: int, count: int) -> torch.Tensor:
         """bool [tokens of the group], True on a uniform grid of `count` of them."""
         size = int((groups == group).sum())
-        places = coordinates(picture)[groups == group]
+        places = _coordinates(picture)[groups == group]
         if not size or not count:
             return torch.zeros(size, dtype=torch.bool)
         corner = places.amin(dim=0)
@@ -120,15 +121,13 @@ class PruMerge(RankingPruner):
         return merged[kept].to(tokens.dtype)
 
 
-def coordinates(picture: PictureFeatures) -> torch.Tensor:
-    """[n, 2], (row, column) of every competing token on its map or on the thumbnail."""
-    layout = picture.layout
-    thumbnail = torch.arange(layout.leading if layout.newlines else 0, device=picture.map.device)
-    cells = layout.of_cells(torch.arange(layout.height * layout.width, device=picture.map.device))
-    return layout.coordinates(torch.cat([thumbnail, cells]))
-
-
 def outliers(scores: torch.Tensor) -> int:
     """How many lie above the third quartile by 1.5 interquartile ranges; at least 1."""
     low, high = scores.float().quantile(scores.new_tensor([0.25, 0.75], dtype=torch.float32)).tolist()
     return max(int((scores > high + 1.5 * (high - low)).sum()), 1)
+
+
+def _coordinates(picture: PictureFeatures) -> torch.Tensor:
+    """[n, 2], (row, column) of every competing token on its map or on the thumbnail."""
+    places = torch.arange(picture.layout.num_tokens, device=picture.map.device)
+    return coordinates(picture.layout, places[~picture.layout.unscored(places)])

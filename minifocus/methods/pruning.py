@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,9 @@ import torch
 
 from .. import arguments
 from ..errors import InputError
+from ..inputs.token_layout import Layout
 from ..samplers.hooks import BeforeLLM, PictureFeatures, VisualTokens, uncompressed
+from ..vision import VisionTower
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,9 @@ def top(scores: torch.Tensor, groups: torch.Tensor, counts: Sequence[int]) -> to
 
 def views(picture: PictureFeatures) -> torch.Tensor:
     """[n] int64, the view each competing token is from: 0 is the thumbnail (LLaVA-1.5: the only one), tiles follow."""
-    layout, device = picture.layout, picture.map.device
-    tile = picture.tile
-    if tile is None:
-        tile = torch.full((layout.height, layout.width), int(layout.newlines), device=device)
-    thumbnail = torch.zeros(layout.leading if layout.newlines else 0, dtype=torch.int64, device=device)
-    return torch.cat([thumbnail, tile.flatten()])
+    whole, small = (cue[..., 0] for cue in looked_at(picture))
+    tile = (whole - small[0, 0]).long().flatten()
+    return torch.cat([tile.new_zeros(small.numel()), tile]) if picture.layout.newlines else tile
 
 
 def looked_at(picture: PictureFeatures) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,8 +105,19 @@ def looked_at(picture: PictureFeatures) -> tuple[torch.Tensor, torch.Tensor]:
 
 def cues(picture: PictureFeatures) -> torch.Tensor:
     """[n, K], what was taken from the tower for each competing token."""
-    whole, small = (cue.flatten(0, 1) for cue in looked_at(picture))
+    whole, small = (cue[..., 1:].flatten(0, 1) for cue in looked_at(picture))
     return torch.cat([small, whole]) if picture.layout.newlines else whole
+
+
+def coordinates(layout: Layout, places: torch.Tensor) -> torch.Tensor:
+    """Places → [n, 2], (row, column) on the map, or on the thumbnail among the leading tokens; -1 for the others."""
+    cells, width = layout.cells(places), max(layout.width, 1)
+    side = math.isqrt(layout.leading) if layout.newlines else 0
+    on_map = torch.stack([cells // width, cells % width], dim=-1).where(cells[:, None] >= 0, -1)
+    if not side:
+        return on_map
+    on_thumbnail = torch.stack([places // side, places % side], dim=-1)
+    return on_thumbnail.where((places < layout.leading)[:, None], on_map)
 
 
 class Pruner(BeforeLLM):
@@ -116,6 +126,16 @@ class Pruner(BeforeLLM):
     def __init__(self, options: Budget):
         super().__init__()
         self.options = options
+
+    def look(self, tower: VisionTower, states: Mapping[int, torch.Tensor]) -> list[torch.Tensor]:
+        """What to take from the vision tower, each [N, g², any number]; see `BeforeLLM.cues`."""
+        return []
+
+    def cues(self, tower: VisionTower, states: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        """The number of the tile, in float32, and then what `look` takes."""
+        tiles, patches = states[0].shape[0], states[0].shape[1] - 1
+        number = torch.arange(tiles, dtype=torch.float32, device=states[0].device)
+        return torch.cat([number[:, None, None].expand(-1, patches, 1), *self.look(tower, states)], dim=-1)
 
     def budget(self, competing: int, fixed: int) -> int:
         """How many of `competing` tokens stay, beside `fixed` ones that always do."""
@@ -144,9 +164,7 @@ class Pruner(BeforeLLM):
 
     def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
         whole, layout = uncompressed(picture), picture.layout
-        competing = ~whole.newline
-        if not layout.newlines:
-            competing[: layout.leading] = False  # the class token
+        competing = ~layout.unscored(whole.source)
         count = int(competing.sum())
         if not count:
             return whole
@@ -156,7 +174,7 @@ class Pruner(BeforeLLM):
         kept[competing] = stays
         tokens = whole.tokens.clone()
         tokens[competing & kept] = self.merge(picture, whole.tokens[competing], stays).to(tokens.dtype)
-        return VisualTokens(tokens[kept], whole.source[kept], whole.newline[kept], whole.extent[kept], layout)
+        return VisualTokens(tokens[kept], whole.source[kept], whole.extent[kept], layout)
 
 
 class RankingPruner(Pruner):

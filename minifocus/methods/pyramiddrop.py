@@ -16,8 +16,8 @@ from .. import arguments
 from ..llama import DecoderLayer
 from ..loading.config import TextConfig
 from ..rows import Rows
-from ..samplers.hooks import Selection
-from .decoder_attention import keep_where, largest, last_query, layers_of
+from ..samplers.hooks import Context, Selection
+from .decoder_attention import keep_where, largest, last_query, layers_of, num_entered, visual_tokens_of
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class PyramidDrop:
         stages = tuple(sorted({max(quarters * depth // 4, 1) for quarters in (1, 2, 3)}))
         self.layers = layers_of("layers", options.layers, stages, depth)
 
-    def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
+    def __call__(self, index: int, layer: DecoderLayer, rows: Rows, context: Context) -> Selection | None:
         if index not in self.layers:
             return None
         scores = last_query(layer, rows, self.config)
         share = self.options.ratio ** (self.layers.index(index) + 1)
 
         def choose(row: int, tokens: torch.Tensor) -> torch.Tensor:
-            count = math.floor(share * int(rows.entered[row, tokens[0]]) + 1e-9)
+            count = math.floor(share * num_entered(visual_tokens_of(context, rows, row, int(tokens[0]))) + 1e-9)
             return largest(scores[row, tokens], max(count, 1))
 
         return keep_where(rows, choose, scores)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 import torch
 
 from .. import arguments
 from ..errors import InputError
 from ..loading.config import Config
 from ..ops.checks import wide
-from ..vision import Block
+from ..vision import Block, VisionTower
+
+
+def block_and_input(tower: VisionTower, states: Mapping[int, torch.Tensor], index: int) -> tuple[Block, torch.Tensor]:
+    """A block of the tower, from 0, and its input [N, 1 + g², C]."""
+    return cast(Block, tower.encoder.layers[index]), states[index]
 
 
 def queries_and_keys(block: Block, x: torch.Tensor, queries: slice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,66 +1,24 @@
-"""The two places where a sampler may act: before the language model, and inside it.
+"""The two places where a method may act: before the language model, and inside it.
 
-A method implements one of the two interfaces below and is listed in `samplers/__init__.py`; nothing else in the
+A method implements one of the two interfaces below and is listed in `minifocus/methods/__init__.py`; nothing else in the
 package knows which methods there are.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from ..inputs.token_layout import Layout
 from ..llama import DecoderLayer
+from ..ops import gather_tokens
 from ..rows import Rows
-from ..vision import Block
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A picture's uncompressed token sequence: `leading` tokens, then each row of an H×W map and perhaps a newline."""
-
-    leading: int
-    height: int
-    width: int
-    newlines: bool
-
-    @property
-    def row_length(self) -> int:
-        return self.width + self.newlines
-
-    @property
-    def num_tokens(self) -> int:
-        return self.leading + self.height * self.row_length
-
-    def of_cells(self, cells: torch.Tensor) -> torch.Tensor:
-        """Raster numbers of map cells → places in the sequence."""
-        width = max(self.width, 1)
-        return self.leading + cells // width * self.row_length + cells % width
-
-    def of_newline(self, row: int) -> int:
-        """The place of the newline after a row of the map."""
-        return self.leading + row * self.row_length + self.width
-
-    def cells(self, places: torch.Tensor) -> torch.Tensor:
-        """Places in the sequence → raster numbers of map cells, -1 for leading tokens and newlines."""
-        inside = places - self.leading
-        row, column = inside // max(self.row_length, 1), inside % max(self.row_length, 1)
-        return torch.where((inside >= 0) & (column < self.width), row * self.width + column, -1)
-
-    def coordinates(self, places: torch.Tensor) -> torch.Tensor:
-        """Places in the sequence → [n, 2], (row, column) on the map, or on the thumbnail among the leading tokens; -1
-        for newlines and for leading tokens that are no thumbnail."""
-        cells, width = self.cells(places), max(self.width, 1)
-        side = math.isqrt(self.leading) if self.newlines else 0
-        on_map = torch.stack([cells // width, cells % width], dim=-1).where(cells[:, None] >= 0, -1)
-        if not side:
-            return on_map
-        on_thumbnail = torch.stack([places // side, places % side], dim=-1)
-        return on_thumbnail.where((places < self.leading)[:, None], on_map)
+from ..vision import VisionTower
 
 
 @dataclass(frozen=True)
@@ -71,15 +29,13 @@ class PictureFeatures:
     thumbnail  [g, g, C]  the global view's map X_g (LLaVA-1.5: the same as `map`)
     leading    [L, C]     tokens that go before the map: LLaVA-NeXT's thumbnail; a kept CLS token; or none
     newline    [C]        the learned token after each row of the map; None for LLaVA-1.5
-    tile       [H, W]     int64, which of the picture's tiles a cell is from: from 1 on; LLaVA-1.5: 0. None: all are 0
-    cues       (map's [H, W, K], thumbnail's [g, g, K]), what the sampler took from the vision tower (`BeforeLLM.look`)
+    cues       (map's [H, W, K], thumbnail's [g, g, K]), what the sampler took from the vision tower (`BeforeLLM.cues`)
     """
 
     map: torch.Tensor
     thumbnail: torch.Tensor
     leading: torch.Tensor
     newline: torch.Tensor | None
-    tile: torch.Tensor | None = None
     cues: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -94,29 +50,34 @@ class VisualTokens:
     tokens   [n, C]
     source   [n]      int64, the place of each token in the picture's uncompressed sequence (a pooled token: that of
                       its window's first cell); no two are equal
-    newline  [n]      bool
     extent   [n, 2]   int64, the map cells that a token stands for, down and across from its source: (1, 1) if not pooled
     layout            of that uncompressed sequence
     choice   [Rh, Rw] int64, the branch chosen per region, for those samplers that choose one
     logits   [R, S]   the selector's logits, for the balance loss; in training only
+    begin             the column of input_ids where the picture's placeholders begin, once it is embedded
     """
 
     tokens: torch.Tensor
     source: torch.Tensor
-    newline: torch.Tensor
     extent: torch.Tensor
     layout: Layout
     choice: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    begin: int = 0
 
 
 class BeforeLLM(nn.Module, ABC):
-    """From a picture's feature maps to the tokens that the language model reads."""
+    """From a picture's feature maps to the tokens that the language model reads.
 
-    def look(self, index: int, block: Block, x: torch.Tensor) -> torch.Tensor | None:
-        """What to take from the vision tower's block `index` and its input x [N, 1 + g², C]: [N, g², K], or None.
+    tower_blocks  the blocks of the vision tower, from 0, whose inputs `cues` wants to see
+    """
 
-        Called before every block that is run, and for the next one if there is one. What several blocks give is joined.
+    tower_blocks: Sequence[int] = ()
+
+    def cues(self, tower: VisionTower, states: Mapping[int, torch.Tensor]) -> torch.Tensor | None:
+        """What to take from the vision tower for the patches of all N tiles: [N, g², K], or None.
+
+        `states` are what the tower's forward gave, those of `tower_blocks` among them.
         """
         return None
 
@@ -131,18 +92,28 @@ class Selection:
 
     kept    [B, S]  bool
     scores  [B, S]  float32, NaN where none was given
-    after   whether the others leave after the layer that it was called for, instead of before it
     """
 
     kept: torch.Tensor
     scores: torch.Tensor
-    after: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an inside-LLM sampler may know besides the rows before a layer.
+
+    pictures  per row, per picture: its tokens as they entered the decoder
+    previous  the layer that has just been run and its input, of the same tokens; None before the first
+    """
+
+    pictures: Sequence[Sequence[VisualTokens]]
+    previous: tuple[DecoderLayer, Rows] | None = None
 
 
 class InsideLLM(Protocol):
     """From the hidden states at some layer to the tokens that later layers see. Called at prefill only."""
 
-    def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
+    def __call__(self, index: int, layer: DecoderLayer, rows: Rows, context: Context) -> Selection | None:
         """Called before every layer with its hidden states, if there are pictures; None keeps everything.
 
         Text, and whatever is not a visual token, must stay; each row's last token stays whatever is said of it. The
@@ -159,14 +130,37 @@ class Samplers:
     inside: InsideLLM | None = None
 
 
+# Tokens [n, C], the place of each [n] int64, and the map cells that it covers [n, 2] int64.
+Piece = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 def uncompressed(picture: PictureFeatures) -> VisualTokens:
     """Every token of the picture, as LLaVA and LLaVA-NeXT have them."""
-    layout, rows = picture.layout, picture.map
-    newline = torch.zeros(layout.height, layout.row_length, dtype=torch.bool, device=rows.device)
-    if picture.newline is not None:
-        rows = torch.cat([rows, picture.newline.to(rows.dtype).expand(layout.height, 1, -1)], dim=1)
-        newline[:, layout.width :] = True
-    tokens = torch.cat([picture.leading, rows.flatten(0, 1)])
-    newline = torch.cat([newline.new_zeros(layout.leading), newline.flatten()])
-    source = torch.arange(len(tokens), device=tokens.device)
-    return VisualTokens(tokens, source, newline, source.new_ones(len(tokens), 2), layout)
+    layout = picture.layout
+    cells = torch.arange(layout.height * layout.width, device=picture.map.device)
+    body = (picture.map.flatten(0, 1), layout.of_cells(cells), cells.new_ones(len(cells), 2))
+    return VisualTokens(*with_newlines(picture, leading_tokens(picture), body, cells // max(layout.width, 1)), layout)
+
+
+def leading_tokens(picture: PictureFeatures, count: int | None = None) -> Piece:
+    """The first `count` of the tokens that go before the map, or all of them."""
+    tokens = picture.leading[:count]
+    places = torch.arange(len(tokens), device=tokens.device)
+    return tokens, places, places.new_ones(len(tokens), 2)
+
+
+def with_newlines(picture: PictureFeatures, leading: Piece, body: Piece, row: torch.Tensor, window: int = 1) -> Piece:
+    """`leading`, then the map's tokens `body`, which come in order of their `row` [n] int64, with a newline after each row.
+
+    Rows are of `window` × `window` windows. The newline has the place of the one after the window's last row of cells.
+    """
+    tokens, _, extent = body
+    if picture.newline is None:
+        return tuple(map(torch.cat, zip(leading, body, strict=True)))  # type: ignore[return-value]
+    rows = torch.arange(-(-picture.layout.height // window), device=row.device)
+    ends = picture.layout.of_newlines(((rows + 1) * window).clamp(max=picture.layout.height) - 1)
+    newline = picture.newline.to(tokens.dtype).expand(len(rows), -1)
+    columns = zip(leading, body, (newline, ends, extent.new_ones(len(rows), 2)), strict=True)
+    # A stable sort by row puts every newline behind the tokens of its row, and changes no other order.
+    order = torch.cat([row.new_full((len(leading[0]),), -1), row, rows]).argsort(stable=True)
+    return tuple(gather_tokens([torch.cat(column) for column in columns], order))  # type: ignore[return-value]

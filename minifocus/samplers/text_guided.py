@@ -10,10 +10,9 @@ import torch
 from .. import arguments
 from ..llama import DecoderLayer, rope_tables, rotate
 from ..loading.config import TextConfig
-from ..methods.decoder_attention import pictures_of
 from ..ops import importance, select_top_p
 from ..rows import Rows
-from .hooks import Selection
+from .hooks import Context, Selection
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,13 @@ class TextGuidedSampler:
         return chosen.nonzero().squeeze(1)
 
     @torch.no_grad()
-    def __call__(self, index: int, layer: DecoderLayer, rows: Rows) -> Selection | None:
+    def __call__(self, index: int, layer: DecoderLayer, rows: Rows, context: Context) -> Selection | None:
         """Eq. 6 to 9 before layer `index`, if it is the sampler's; several pictures are scored each for itself."""
         if index != self.layer:
             return None
         width = rows.valid.shape[1]
         text, visual, cu_text, cu_visual = [], [], [0], [0]  # flat places in [B × S], one item per picture
-        for row, tokens in pictures_of(rows):
+        for row, tokens in rows.pictures():
             words = self.text_tokens(rows, row, int(tokens[-1]) + 1)
             text.append(row * width + words)
             visual.append(row * width + tokens)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import re
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,14 +16,11 @@ import torch
 from .. import cards
 from ..arguments import settle, shown
 from ..errors import CheckpointError, InputError
-from ..generate import stop_token_ids
 from ..inputs.conversations import Conversation, Turn
 from ..inputs.image import open_image
+from ..inputs.model_inputs import num_visual_tokens
+from ..inputs.processor import Processor, guides
 from ..inputs.prompt import IMAGE, build_conversation, encode_prompt
-
-if TYPE_CHECKING:
-    from ..inputs.tokenizer import Tokenizer
-    from ..model import Llava
 
 NO_LABEL = -100
 # So many unusable conversations in a row are no accident of the data.
@@ -103,9 +99,9 @@ def collate(examples: Sequence[Example], position: int = 0) -> Batch:
 
 
 def encode(
-    model: Llava, conversation: Conversation, independent: bool = False, max_tokens: int | None = None
+    processor: Processor, conversation: Conversation, independent: bool = False, max_tokens: int | None = None
 ) -> Example:
-    """A conversation in the model's template.
+    """A conversation in the processor's template.
 
     independent  every turn is asked about the pictures as if it were alone, and sees no other; the pictures' places in
                  the text then are in front. Otherwise turns follow one another and see the ones before.
@@ -115,14 +111,14 @@ def encode(
     Raises UnusableConversation where nothing of its first answer fits, or a picture cannot be read or has no place of its
     own; InputError where the model has no tokenizer for this, and CheckpointError where that does not know the placeholder.
     """
-    tokenizer, processor, config = model.tokenizer, model.image_processor, model.config
-    if tokenizer is None or processor is None:
-        raise InputError(f"model: training needs a folder with a tokenizer; {model.folder} has none")
+    tokenizer, config = processor.tokenizer, processor.config
+    if tokenizer is None:
+        raise InputError(f"model: training needs a folder with a tokenizer; {processor.folder} has none")
     try:
-        processed = [processor(open_image(image)) for image in conversation.images]
+        processed = [processor.image_processor(open_image(image)) for image in conversation.images]
     except InputError as error:
         raise UnusableConversation(f"conversation {shown(conversation.id)}: {error}") from error
-    counts = [model.num_visual_tokens(size) for _, size in processed]
+    counts = [num_visual_tokens(config, size) for _, size in processed]
     limit = min(max_tokens or config.text.max_position_embeddings, config.text.max_position_embeddings)
 
     def write(turns: Sequence[Turn]) -> list[list[_Token]]:
@@ -131,7 +127,7 @@ def encode(
             asked = [(re.sub(rf"{IMAGE}\s*", "", q).strip(), len(counts), answer) for q, _, answer in asked]
         if sum(places for _, places, _ in asked) > len(counts):
             raise UnusableConversation(f"conversation {shown(conversation.id)}: has more {IMAGE} places than pictures")
-        return _tokens(model, tokenizer, asked, counts)
+        return _tokens(processor, asked, counts)
 
     turns = conversation.turns
     if independent:
@@ -162,7 +158,7 @@ def encode(
         numbers += [number] * (len(columns) - len(numbers))
     largest = max(token.id for token in columns)
     if largest >= config.text.vocab_size:
-        raise InputError(f"model: {model.folder}: token {largest} of its tokenizer is beyond vocab_size")
+        raise InputError(f"model: {processor.folder}: token {largest} of its tokenizer is beyond vocab_size")
     used = len(counts) if independent else sum(turn.question.count(IMAGE) for turn in turns[: numbers[-1] + 1])
     return Example(
         input_ids=torch.tensor([token.id for token in columns]),
@@ -182,34 +178,30 @@ class _Token(NamedTuple):
     label: int
 
 
-def _tokens(
-    model: Llava, tokenizer: Tokenizer, turns: Sequence[tuple[str, int, str]], counts: Sequence[int]
-) -> list[list[_Token]]:
+def _tokens(processor: Processor, turns: Sequence[tuple[str, int, str]], counts: Sequence[int]) -> list[list[_Token]]:
     """Of each turn (question, its number of pictures, answer) its tokens; `counts` are the placeholders of each picture."""
-    config = model.config
-    known = {token_id: tokenizer.token(token_id) for token_id in stop_token_ids(model, tokenizer)}
+    tokenizer, config = processor.text_tokenizer, processor.config
+    known = {token_id: tokenizer.token(token_id) for token_id in processor.stop_token_ids()}
     end = None if tokenizer.eos_token_id is None else tokenizer.token(tokenizer.eos_token_id)
-    text, spans = build_conversation(turns, model.prompt_template(), [token for token in known.values() if token], end)
+    text, spans = build_conversation(
+        turns, processor.prompt_template(), [token for token in known.values() if token], end
+    )
     encoded = encode_prompt(tokenizer, text)
-    if counts and encoded.ids.count(config.image_token_id) != sum(places for _, places, _ in turns):
-        raise CheckpointError(
-            f"{model.folder}: the tokenizer's {IMAGE} is not config.json's image token {config.image_token_id}"
-        )
+    if counts:
+        processor.check_places(encoded, sum(places for _, places, _ in turns))
     repeats = iter(counts)
     written: list[list[_Token]] = [[] for _ in turns]
     number = 0
-    for token, (first, after) in zip(encoded.ids, encoded.offsets, strict=True):
+    for token, offsets in zip(encoded.ids, encoded.offsets, strict=True):
+        first, after = offsets
         while number + 1 < len(spans) and first >= spans[number].ended:
             number += 1
         turn = spans[number]
         if token == config.image_token_id and counts:
             written[number] += [_Token(token, False, NO_LABEL)] * next(repeats)
             continue
-        begin, last = turn.instruction
         answers = after > turn.asked and first < turn.ended
-        written[number].append(
-            _Token(token, first < last and after > begin and first < after, token if answers else NO_LABEL)
-        )
+        written[number].append(_Token(token, guides(turn.instruction, offsets), token if answers else NO_LABEL))
     return written
 
 
@@ -255,7 +247,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
     def __init__(
         self,
-        model: Llava,
+        processor: Processor,
         source: Source,
         size: int,
         seed: int,
@@ -267,17 +259,11 @@ class Batches(torch.utils.data.Dataset[Batch]):
     ):
         if not len(source):
             raise InputError("data: expected at least one conversation, got none")
-        self.model, self.source, self.size, self.seed = model, source, size, seed
+        self.processor, self.source, self.size, self.seed = processor, source, size, seed
         self.independent, self.max_turns, self.max_tokens, self.shuffle = independent, max_turns, max_tokens, shuffle
         self.skip_unusable = skip_unusable
-        model.prompt_template()  # says what there is to say before processes that read ahead each do
+        processor.prompt_template()  # says what there is to say before processes that read ahead each do
         self._epoch, self._order = -1, np.empty(0, np.int64)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a process that reads ahead is sent where it does not inherit memory: the model but for its parts."""
-        bare = copy.copy(self.model)
-        bare._modules, bare._parameters = {}, {}
-        return {**self.__dict__, "model": bare}
 
     def conversation(self, position: int, skipped: int = 0) -> Conversation:
         """At a position, or `skipped` conversations after it in its epoch's order, which begins anew at its end."""
@@ -303,7 +289,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
         for skipped in range(min(len(self.source), MOST_SKIPPED)):
             conversation = self.conversation(position, skipped)
             try:
-                return encode(self.model, conversation, self.independent, self.max_tokens)
+                return encode(self.processor, conversation, self.independent, self.max_tokens)
             except UnusableConversation as error:
                 if not self.skip_unusable:
                     raise UnusableConversation(f"{error} (skip_unusable leaves such a conversation out)") from error

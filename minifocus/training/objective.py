@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,14 +13,12 @@ from torch import nn
 
 from ..arguments import shown
 from ..errors import InputError
+from ..model import LlavaNetwork
 from ..samplers.text_guided import TextGuidedSampler
-from ..samplers.vision_guided import VisionGuidedSampler, balance_loss
+from ..samplers.vision_guided import VisionGuidedSampler
 from .examples import Batch
 from .loop import MOST
 from .packed import Guidance, forward
-
-if TYPE_CHECKING:
-    from ..model import Llava
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,21 @@ class Objective:
             raise InputError(f"sampler_dropout: expected a probability, got {self.sampler_dropout}")
 
 
-def draw_guidance(objective: Objective, depth: int, seed: int, position: int, size: int, model: Llava) -> Guidance:
+def balance_loss(logits: torch.Tensor, alpha: float = 0.1, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """α Σ_s w_s f_s P_s (Eq. 3 to 5; with weights, which sum to S, Eq. 10) over the logits [R, S] of a micro-batch.
+
+    f_s is the share of regions whose largest logit is s, P_s the mean probability of s.
+    """
+    branches = logits.shape[-1]
+    share = F.one_hot(logits.argmax(dim=-1), branches).float().mean(dim=0)
+    probability = logits.softmax(dim=-1).mean(dim=0)
+    weights = torch.ones_like(probability) if weights is None else weights
+    return alpha * (weights * share * probability).sum()
+
+
+def draw_guidance(
+    objective: Objective, depth: int, seed: int, position: int, size: int, model: LlavaNetwork
+) -> Guidance:
     """How the examples at `position` … `position + size - 1` of a run are sampled: it follows from the seed alone."""
     low, high = (round(share * depth) for share in objective.layers)
     pooled, layers, gammas = [], [], []
@@ -75,7 +86,7 @@ def draw_guidance(objective: Objective, depth: int, seed: int, position: int, si
 class AnswerObjective(nn.Module):
     """A model with its loss. Parameters: the model's, under `model.`. InputError for a sampler that is not for training."""
 
-    def __init__(self, model: Llava, objective: Objective, seed: int):
+    def __init__(self, model: LlavaNetwork, objective: Objective, seed: int):
         super().__init__()
         if not (model.inside_llm is None or isinstance(model.inside_llm, TextGuidedSampler)):
             # It would follow one token of one turn, where a conversation has many.

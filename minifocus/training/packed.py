@@ -10,20 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ..llama import DecoderLayer
+from ..model import LlavaNetwork
 from ..ops import select_top_p
 from ..rows import Rows, causal_mask
-from ..samplers.hooks import BeforeLLM, InsideLLM, PictureFeatures, VisualTokens, uncompressed
+from ..samplers.hooks import BeforeLLM, Context, InsideLLM, PictureFeatures, VisualTokens, uncompressed
 from ..samplers.text_guided import TextGuidedSampler
 from .examples import NO_LABEL, Batch
-
-if TYPE_CHECKING:
-    from ..model import Llava
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Output:
     entered: torch.Tensor
 
 
-def forward(model: Llava, batch: Batch, guidance: Guidance, independent: bool = False) -> Output:
+def forward(model: LlavaNetwork, batch: Batch, guidance: Guidance, independent: bool = False) -> Output:
     """The batch through `model`, whose samplers do what `guidance` says."""
     device = model.device
     features = model.encode_pictures(batch.tiles, batch.sizes, model.before_llm)
@@ -103,22 +100,20 @@ def forward(model: Llava, batch: Batch, guidance: Guidance, independent: bool = 
     turns = torch.arange(packed.seen.shape[1], device=device)
     own = (turns <= packed.turn.amax(dim=1, keepdim=True)) | (turns == 0)  # [B, T], the turns that an example has
     seen = []
-    leaving: list[torch.Tensor] = []  # what a selection at the layer before keeps
+    context = Context(pictures)
 
     def before_layer(index: int, layer: DecoderLayer, rows: Rows) -> Rows:
+        nonlocal context
         assert isinstance(rows, PackedRows)
-        if leaving:
-            rows = replace(rows, valid=rows.valid & leaving.pop())
         acting = [example for example, at in enumerate(guidance.layer) if at == index]
         if isinstance(model.inside_llm, TextGuidedSampler):
             if acting:
                 rows = _guide(model.inside_llm, layer, rows, items, acting, guidance.gamma)
         elif model.inside_llm is not None:
-            selection = model.inside_llm(index, layer, rows)
-            if selection is not None and selection.after:
-                leaving.append(selection.kept)
-            elif selection is not None:
+            selection = model.inside_llm(index, layer, rows, context)
+            if selection is not None:
                 rows = replace(rows, valid=rows.valid & selection.kept)
+            context = replace(context, previous=(layer, rows))
         visual = (rows.picture >= 0) & rows.valid
         seen.append(((rows.seen & visual[:, None]).sum(dim=2) * own).sum(dim=1) / own.sum(dim=1))
         return rows

@@ -21,7 +21,6 @@ from transformers import AutoProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import minifocus
-from minifocus.generate import _Run
 from minifocus.inputs import chat_template
 from minifocus.inputs import prompt as prompts
 from minifocus.inputs.chat_template import ChatTemplate, read_chat_template
@@ -151,9 +150,9 @@ def test_tokens_are_transformers(folder: Path, name: str) -> None:
                 continue
             message = {"role": "user", "content": content(question, images, as_text)}
             theirs = tokens(processor, [message], images, add_generation_prompt=True)
-            ours = _Run(model, [images], [question], {})._inputs[0]
-            assert ours.ids.tolist() == theirs, (number, question)
-            words = model.tokenizer.decode(ours.ids[ours.instruction].tolist())
+            ours = model.processor(images, question)
+            assert ours.input_ids.tolist() == theirs, (number, question)
+            words = model.tokenizer.decode(ours.input_ids[ours.instruction].tolist())
             letters = "".join(question.replace("<image>", "").split())
             assert "".join(words.split()) == letters and words == words.strip(), (number, question)
 
@@ -165,7 +164,7 @@ def test_tokens_are_transformers(folder: Path, name: str) -> None:
         messages += [{"role": "assistant", "content": said}]
     theirs = tokens(processor, messages, images)
     turns = tuple(Turn("<image>\n" * number + question, answer) for question, answer, number in TURNS)
-    example = encode(model, Conversation("c", tuple(images), turns))
+    example = encode(model.processor, Conversation("c", tuple(images), turns))
     if name in ("llava-1.5, bakLLaVA", "TinyLLaVA"):  # nothing ends an answer there: </s> does, in place of white space
         space = processor.tokenizer.convert_tokens_to_ids("\n" if name == "TinyLLaVA" else " ")
         ends = [i for i, token in enumerate(example.input_ids.tolist()) if token == 2]
@@ -214,7 +213,7 @@ def test_a_tokenizer_that_ends_texts_itself(folder: Path, name: str) -> None:
     model = templated(folder, TEMPLATED[name])
     message = {"role": "user", "content": [{"type": "text", "text": "Hi"}]}
     theirs = tokens(AutoProcessor.from_pretrained(folder), [message], [], add_generation_prompt=True)
-    assert _Run(model, [None], ["Hi"], {})._inputs[0].ids.tolist() == theirs
+    assert model.processor(None, "Hi").input_ids.tolist() == theirs
     assert theirs.count(1) == 1 and theirs.count(2) == (name != "llama-3, with BOS and trim")
 
 
@@ -223,17 +222,17 @@ def test_independent_turns(folder: Path) -> None:
     model = templated(folder, TEMPLATED["llava-1.6-34b"])
     images = (picture(0), picture(1))
     turns = tuple(Turn("<image>\n" * n + question, answer) for question, answer, n in (*TURNS[1:], ("Who?", "I", 0)))
-    example = encode(model, Conversation("c", images, turns), independent=True)
+    example = encode(model.processor, Conversation("c", images, turns), independent=True)
     for number, turn in enumerate(turns):
         question = turn.question.replace("<image>\n", "")
         mine = (example.turn < 0) | (example.turn == number)
-        prompt = _Run(model, [images], [question], {})._inputs[0].ids.tolist()
+        prompt = model.processor(images, question).input_ids.tolist()
         assert example.input_ids[mine].tolist()[: len(prompt)] == prompt
         assert int((example.labels[mine] == NO_LABEL).sum()) >= len(prompt)
     assert int((example.input_ids == IMAGE_TOKEN).sum()) == 32
     last = templated(folder, "{% for m in messages %}{{ m.role }}: " + WORDS + PICTURES + "{% endfor %}")
     with pytest.raises(minifocus.InputError, match="template: expected one with the pictures in front"):
-        encode(last, Conversation("c", images, turns), independent=True)
+        encode(last.processor, Conversation("c", images, turns), independent=True)
 
 
 def test_a_model_of_the_folder_is_asked_as_before(tmp_path: Path) -> None:
@@ -338,7 +337,7 @@ def test_a_folder_without_one(folder: Path, caplog: pytest.LogCaptureFixture) ->
             model.generate(None, "Hi", max_new_tokens=1)
         (said,) = caplog.messages
         assert str(folder) in said and "no chat template" in said and "'llama3'" in said
-        assert _Run(templated(folder, LLAVA), [None], ["Hi"], {}).template != "llama3"
+        assert templated(folder, LLAVA).processor.prompt_template() != "llama3"
         assert len(caplog.messages) == 1
 
 
@@ -383,7 +382,7 @@ def test_what_it_tries(folder: Path, template: str, words: str) -> None:
     with pytest.raises((minifocus.CheckpointError, minifocus.InputError), match=words) as error:
         model.generate(images, question)
     assert len(str(error.value)) < 1500 and time.process_time() - began[0] < 2 and time.monotonic() - began[1] < 60
-    assert _Run(model, [images], [question], {"template": "vicuna"}).template == "vicuna"
+    assert len(model.processor(images, question, "vicuna").input_ids)  # a named one stands in for it
     assert ChatTemplate("", "{{ bos_token }}{{ messages | length }}", (("bos_token", "b"),)).render([], False) == "b0"
 
 
@@ -405,7 +404,7 @@ def test_words_that_a_template_changes(folder: Path) -> None:
     assert prompt.text[slice(*prompt.instruction)] == "1S 1T?"
     conversation = Conversation("c", (), (Turn("Is it?", "a"),))
     with pytest.raises(minifocus.InputError, match="template: .* changes a conversation's words"):
-        encode(model, conversation)
+        encode(model.processor, conversation)
     # What stands around the words may change while a process lives, as a date does.
     frames = prompts._known_writer(model.template).frames
     frames |= dict.fromkeys(frames, prompts._Frame(["yesterday", ""], []))
@@ -418,7 +417,7 @@ def test_words_that_a_template_changes(folder: Path) -> None:
         folder, "{% for m in messages %}" + WORDS + "{% if loop.first %}" + asks + "{% endif %}{% endfor %}"
     )
     with pytest.raises(minifocus.InputError, match="template: .* a prompt that a conversation does not go on from"):
-        encode(model, conversation)
+        encode(model.processor, conversation)
 
 
 def in_a_fork(number: int) -> tuple[int | None, str]:

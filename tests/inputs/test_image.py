@@ -702,7 +702,7 @@ def test_no_message_repeats_its_input_at_length(tmp_path):
         lambda: cards.scenes(long),
         lambda: cards.scenes("test", 10**5000),
         lambda: Objective(scale_weights=(-1.0,) * 9999),
-        lambda: encode(minifocus.load(Path(__file__).parents[1] / "weights/tiny", "none"), conversation),
+        lambda: encode(minifocus.load(Path(__file__).parents[1] / "weights/tiny", "none").processor, conversation),
     ):
         with pytest.raises((CheckpointError, InputError)) as error:
             call()

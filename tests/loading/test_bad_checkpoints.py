@@ -532,7 +532,7 @@ def test_loading_leaves_other_threads_their_initialisation(folder: Path, monkeyp
             thread.join()
             super().__init__(*arguments)
 
-    monkeypatch.setattr("minifocus.model.Llava", Watched)
+    monkeypatch.setattr("minifocus.load.Llava", Watched)
     minifocus.load(folder, sampler="none")
     (linear,) = made
     assert linear.weight.device.type == "cpu" and 0.05 < float(linear.weight.detach().std()) < 0.1  # 1/8/√3

@@ -19,6 +19,7 @@ import transformers
 from checkpoints import IMAGE_TOKEN, PINPOINTS, Inputs, build, make_inputs, save
 
 import minifocus
+from minifocus.inputs.model_inputs import split_pixels
 from minifocus.llama import LayerCache
 
 ABSENT = object()
@@ -178,7 +179,7 @@ class Model:
         """Logits of the row and, with the cache, of one token more; or the error's text."""
         try:
             model = minifocus.load(self.folder, "none")
-            tiles, sizes = model._split_pixels(self.inputs.pixel_values, self.inputs.image_sizes)
+            tiles, sizes = split_pixels(model.config, self.inputs.pixel_values, self.inputs.image_sizes)
             features = model.encode_pictures(tiles, sizes)
             rows, pictures = model.embed(self.inputs.input_ids, features, self.inputs.attention_mask)
             caches = [LayerCache() for _ in model.language_model.model.layers]

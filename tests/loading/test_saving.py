@@ -21,13 +21,8 @@ from checkpoints import add_tokenizer, build, make_inputs, save
 from safetensors.torch import load_file
 
 import minifocus
-from minifocus.samplers.vision_guided import (
-    LinearSelector,
-    VisionGuidedOptions,
-    VisionGuidedSampler,
-    load_selector,
-    save_selector,
-)
+from minifocus.samplers.selector_file import load_selector, save_selector
+from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler
 
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 
@@ -398,7 +393,7 @@ def test_a_model_is_saved_with_the_files_that_it_came_with(old: Path, new: Path,
         held.save(folder)
     assert not folder.exists()
     with pytest.raises(minifocus.InputError, match="model: expected one that was loaded from a folder"):
-        minifocus.Llava(model.config).save(folder)
+        minifocus.Llava(model.config, model.processor).save(folder)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -16,13 +16,14 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 
 import minifocus
 from minifocus import methods
+from minifocus.inputs.model_inputs import split_pixels
 from minifocus.llama import LayerCache
 from minifocus.loading.config import load_config
 from minifocus.methods.aim import merge
 from minifocus.methods.prumerge import outliers
-from minifocus.methods.pruning import Budget, spread, top
+from minifocus.methods.pruning import Budget, coordinates, spread, top
 from minifocus.methods.random_uniform import stride_grid
-from minifocus.samplers.hooks import PictureFeatures, VisualTokens, uncompressed
+from minifocus.samplers.hooks import Context, PictureFeatures, VisualTokens, uncompressed
 
 PRUNERS = [
     "random",
@@ -62,7 +63,7 @@ def attentions(folder: Path) -> list[torch.Tensor]:
 
 def tiles_and_sizes(model: minifocus.Llava) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
     inputs = make_inputs(model, SIZES, seed=2)
-    return model._split_pixels(inputs.pixel_values, inputs.image_sizes)
+    return split_pixels(model.config, inputs.pixel_values, inputs.image_sizes)
 
 
 @torch.inference_mode()
@@ -73,22 +74,29 @@ def sampled(folder: Path, name: str, **options: Any) -> list[tuple[PictureFeatur
     return [(picture, model.before_llm(picture, torch.zeros(0, 32))) for picture in pictures]
 
 
+def tiles_of(picture: PictureFeatures) -> torch.Tensor:
+    """[H, W], the tile that each cell of the map is from: from 1 on, the thumbnail being 0; LLaVA-1.5's only one is 0."""
+    if picture.cues is None:
+        return torch.full(picture.map.shape[:2], int(picture.layout.newlines))
+    numbers, of_thumbnail = (cue[..., 0] for cue in picture.cues)
+    return (numbers - of_thumbnail[0, 0]).long()
+
+
 def scored_places(picture: PictureFeatures) -> list[tuple[int, int, int, int]]:
     """(place, view, row, column) of every token that competes, from the layout alone."""
-    layout, side = picture.layout, picture.thumbnail.shape[0]
+    layout, side, tiles = picture.layout, picture.thumbnail.shape[0], tiles_of(picture)
     found = []
     if layout.newlines:
         found += [(place, 0, place // side, place % side) for place in range(layout.leading)]
     for row in range(layout.height):
         for column in range(layout.width):
             place = layout.leading + row * (layout.width + layout.newlines) + column
-            view = int(picture.tile[row, column]) if picture.tile is not None else int(layout.newlines)
-            found.append((place, view, row, column))
+            found.append((place, int(tiles[row, column]), row, column))
     return found
 
 
 def kept_places(visual: VisualTokens) -> list[int]:
-    return visual.source[~visual.newline].tolist()
+    return visual.source[~visual.layout.unscored(visual.source)].tolist()
 
 
 def best(values: dict[int, float], count: int) -> set[int]:
@@ -114,7 +122,7 @@ def test_budgets_are_exact_and_order_newlines_and_features_stay(
         scored = len(scored_places(picture))
         wanted = options.get("keep") or math.floor(options["ratio"] * layout.num_tokens + 0.5) - newlines
         assert len(kept_places(visual)) == min(max(wanted, 1), scored)
-        assert int(visual.newline.sum()) == newlines
+        assert int(visual.layout.unscored(visual.source).sum()) == newlines
         assert bool((visual.source.diff() > 0).all())
         if not name.startswith("prumerge"):
             assert torch.equal(visual.tokens, uncompressed(picture).tokens[visual.source])
@@ -191,7 +199,7 @@ def test_pooling(folder: Path, name: str, how: Any, window: int, thumbnail: str)
                 places.append(layout.leading + min(r + window, layout.height) * row_length - 1)
         assert torch.allclose(visual.tokens, torch.stack(tokens) if tokens else torch.zeros(0, 32), atol=1e-6)
         assert visual.source.tolist() == places
-        covered = visual.extent[~visual.newline].prod(dim=1).sum()
+        covered = visual.extent[~visual.layout.unscored(visual.source)].prod(dim=1).sum()
         thumbnail_cells = layout.leading if thumbnail != "drop" else 0
         assert int(covered) == layout.height * layout.width + thumbnail_cells
 
@@ -239,7 +247,7 @@ def of_token(picture: PictureFeatures, values: torch.Tensor) -> dict[int, float]
     layout, side = picture.layout, picture.thumbnail.shape[0]
     if not layout.newlines:
         return {place: float(values[0, row, column]) for place, _, row, column in scored_places(picture)}
-    columns_of_tiles = int((picture.tile[0].unique()).numel()) if picture.tile.numel() else 1
+    columns_of_tiles = int(tiles_of(picture)[0].unique().numel()) if picture.map.numel() else 1
     tiles = len(values) - 1
     across = next(n for n in range(1, tiles + 1) if tiles % n == 0 and n >= columns_of_tiles)
     whole = torch.cat(
@@ -287,11 +295,11 @@ def test_hired(folder: Path, attentions: list[torch.Tensor]) -> None:
         total = len(kept_places(visual))
         room = {view: sum(v == view for _, v, *_ in places) for view in sorted({v for _, v, *_ in places})}
         if len(room) > 1:
-            height, width = picture.tile.shape
+            height, width = picture.map.shape[:2]
             weights = dict.fromkeys(room, 0.0)
             for row in range(4):
                 for column in range(4):
-                    shown = picture.tile[int((row + 0.5) * height / 4), int((column + 0.5) * width / 4)]
+                    shown = tiles_of(picture)[int((row + 0.5) * height / 4), int((column + 0.5) * width / 4)]
                     weights[int(shown)] += float(early[0, row, column])
             thumbnail = min(round(total / 2), room[0])
             tiles = spread(total - thumbnail, [room[v] for v in room if v], [weights[v] for v in room if v])
@@ -348,7 +356,7 @@ def test_globalcom2(folder: Path, attentions: list[torch.Tensor]) -> None:
         total = len(kept_places(visual))
         counts = [total]
         if len(views) > 1:
-            height, width = picture.tile.shape
+            height, width = picture.map.shape[:2]
             for view in views[1:]:
                 own = [scores[place] for place, *_ in of_view[view]]
                 seen = [
@@ -360,7 +368,7 @@ def test_globalcom2(folder: Path, attentions: list[torch.Tensor]) -> None:
             richness = [0.0] * len(views)
             for row in range(4):
                 for column in range(4):
-                    shown = picture.tile[int((row + 0.5) * height / 4), int((column + 0.5) * width / 4)]
+                    shown = tiles_of(picture)[int((row + 0.5) * height / 4), int((column + 0.5) * width / 4)]
                     richness[views.index(int(shown))] += float(values[0, row, column]) / 2.0
             weight = [math.exp(s) for s in richness[1:]]
             room = [len(of_view[view]) for view in views]
@@ -547,10 +555,13 @@ def test_inside_rules(folder: Path, name: str, options: dict[str, Any], index: i
     inputs = make_inputs(model, SIZES, seed=2)
     sampler = methods.build(name, model.config, folder, options).inside
     assert sampler is not None
-    rows = rows_before_layer(model, inputs, None, index)
-    layer = model.language_model.model.layers[index]
-    selection = sampler(index, layer, rows)
-    assert selection is not None and selection.after == (name != "pyramiddrop")
+    rows, pictures = rows_before_layer(model, inputs, None, index)
+    layers = [*model.language_model.model.layers]
+    layer = layers[index]
+    # The others look at a layer that has been run, before the next.
+    at, context = (index, Context(pictures)) if name == "pyramiddrop" else (index + 1, Context(pictures, (layer, rows)))
+    selection = sampler(at, layers[at], rows, context)
+    assert selection is not None
     for row in range(3):
         logits, attention = full_attention(layer, rows, row, name != "feather", 10.0 if name == "aim" else 1.0)
         scores = attention.mean(0)[-1]
@@ -586,7 +597,9 @@ def test_inside_rules(folder: Path, name: str, options: dict[str, Any], index: i
             }[name]()
             stays = set(visual[scores[visual].argsort(descending=True, stable=True)[:keep]].tolist())
             if name == "feather" and index != 1:
-                on_grid = (rows.cell[row, visual] % options.get("stride", 3) == 0).all(dim=1)
+                picture = pictures[row][int(rows.picture[row, visual[0]])]
+                cells = coordinates(picture.layout, rows.source[row, visual] - picture.begin)
+                on_grid = (cells % options.get("stride", 3) == 0).all(dim=1)
                 stays |= set(visual[on_grid].tolist())
             for column in visual.tolist():
                 expected[column] = column in stays
@@ -614,16 +627,18 @@ def test_default_layers(folder: Path, depth: int, pyramid: list[int], feather: l
 def test_cells_are_where_the_tokens_are(folder: Path) -> None:
     model = minifocus.load(folder, "none")
     inputs = make_inputs(model, SIZES, seed=2)
-    pictures = model.encode_pictures(*model._split_pixels(inputs.pixel_values, inputs.image_sizes))
-    rows, _ = model.embed(inputs.input_ids, pictures, inputs.attention_mask)
+    pictures = model.encode_pictures(*split_pixels(model.config, inputs.pixel_values, inputs.image_sizes))
+    rows, visual = model.embed(inputs.input_ids, pictures, inputs.attention_mask)
     number = 0
     for row, own in enumerate(SIZES):
         for index in range(len(own)):
             picture, mine = pictures[number], (rows.picture[row] == index) & ~rows.newline[row]
             number += 1
             expected = [[r, c] for _, _, r, c in scored_places(picture)]
-            assert rows.cell[row, mine].tolist() == expected
-    assert bool((rows.cell[rows.newline | (rows.picture < 0)] == -1).all())
+            layout, begin = visual[row][index].layout, visual[row][index].begin
+            assert coordinates(layout, rows.source[row, mine] - begin).tolist() == expected
+            others = rows.source[row][(rows.picture[row] == index) & rows.newline[row]] - begin
+            assert bool((coordinates(layout, others) == -1).all())
 
 
 @pytest.mark.parametrize(
@@ -643,7 +658,9 @@ def test_tokens_leave_where_the_method_says_and_keep_their_positions(
 ) -> None:
     model = minifocus.load(folder, name, **options)
     inputs = make_inputs(model, [[(57, 91)]], seed=2)
-    pictures = model.encode_pictures(*model._split_pixels(inputs.pixel_values, inputs.image_sizes), model.before_llm)
+    pictures = model.encode_pictures(
+        *split_pixels(model.config, inputs.pixel_values, inputs.image_sizes), model.before_llm
+    )
     rows, visual = model.embed(inputs.input_ids, pictures, before_llm=model.before_llm)
     caches = [LayerCache() for _ in range(4)]
     done = model.prefill(rows, visual, caches)
@@ -700,10 +717,12 @@ def test_a_class_token_that_is_kept_stays(tmp_path: Path, name: str) -> None:
     folder = save(build("llava", seed=1, vision_feature_select_strategy="full"), tmp_path)
     model = minifocus.load(folder, name)
     inputs = make_inputs(model, [[(28, 28)]], seed=2)
-    pictures = model.encode_pictures(*model._split_pixels(inputs.pixel_values, inputs.image_sizes), model.before_llm)
-    rows, _ = model.embed(inputs.input_ids, pictures, before_llm=model.before_llm)
+    pictures = model.encode_pictures(
+        *split_pixels(model.config, inputs.pixel_values, inputs.image_sizes), model.before_llm
+    )
+    rows, ((visual,),) = model.embed(inputs.input_ids, pictures, before_llm=model.before_llm)
     first = (rows.picture[0] == 0).nonzero()[0]
-    assert rows.cell[0, first].tolist() == [[-1, -1]]
+    assert coordinates(visual.layout, rows.source[0, first] - visual.begin).tolist() == [[-1, -1]]
     assert torch.equal(rows.hidden[0, first], pictures[0].leading)
     assert bool(model(**inputs.arguments())[0, -1].isfinite().all())
 

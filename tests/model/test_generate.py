@@ -19,9 +19,8 @@ from checkpoints import add_tokenizer, build, save
 from PIL import Image
 
 import minifocus
-from minifocus import generate
 from minifocus.figure import draw_answers
-from minifocus.generate import sample
+from minifocus.generate import Generation, sample
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,11 +122,11 @@ def test_streaming_leaves_inference_mode_between_pieces(folder: Path) -> None:
 
 def test_a_stream_that_is_over_holds_its_answer_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[Any] = []
-    steps = generate._Run.steps
-    monkeypatch.setattr(generate._Run, "steps", lambda run: runs.append(weakref.ref(run)) or steps(run))
+    steps = Generation.tokens
+    monkeypatch.setattr(Generation, "tokens", lambda run: runs.append(weakref.ref(run)) or steps(run))
     stream = load(folder).stream(picture(), "What is it?", max_new_tokens=5)
     pieces = [next(stream)]
-    assert runs[0]() is not None and not runs[0]()._inputs  # nor the pixels, once they are read
+    assert runs[0]() is not None and not runs[0]().inputs  # nor the pixels, once they are read
     pieces += stream
     gc.collect()
     assert runs[0]() is None
@@ -218,10 +217,10 @@ def test_instruction_is_the_question_without_the_template(folder: Path) -> None:
     inside = model.inside_llm
     assert inside is not None
 
-    def spy(index: int, layer: Any, rows: Any) -> Any:
+    def spy(index: int, layer: Any, rows: Any, context: Any) -> Any:
         if index == 0:
             seen.append(rows)
-        return inside(index, layer, rows)
+        return inside(index, layer, rows, context)
 
     model.inside_llm = spy
     model.generate(picture(), "Where is it?", max_new_tokens=1)
@@ -331,7 +330,7 @@ def test_lists_of_different_lengths(folder: Path) -> None:
 def test_answers_end_with_the_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(build("llava", seed=11, text_max_position_embeddings=64), tmp_path)
     add_tokenizer(folder)
-    monkeypatch.setattr("minifocus.generate.stop_token_ids", lambda *_: set())
+    monkeypatch.setattr("minifocus.inputs.processor.Processor.stop_token_ids", lambda _: set())
     answer = load(folder).generate(picture(), "What?", max_new_tokens=1000)
     prompt = 16 + len("\nUSER: What? ASSISTANT:") + 1
     assert answer.finish == "length"

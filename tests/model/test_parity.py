@@ -10,6 +10,7 @@ import torch
 from checkpoints import LAYOUTS, build, make_inputs, save
 
 import minifocus
+from minifocus.inputs.model_inputs import split_pixels
 
 SIZES = {"wide": (30, 90), "tall": (100, 31), "square": (50, 50), "odd": (57, 91), "sliver": (1, 400)}
 TOLERANCE = 1e-5
@@ -148,7 +149,7 @@ def greedy(model: minifocus.Llava, inputs: Any, count: int) -> torch.Tensor:
     """Prefill and cached decoding at the level of token ids."""
     from minifocus.llama import LayerCache
 
-    tiles, sizes = model._split_pixels(inputs.pixel_values, inputs.image_sizes)
+    tiles, sizes = split_pixels(model.config, inputs.pixel_values, inputs.image_sizes)
     rows, pictures = model.embed(inputs.input_ids, model.encode_pictures(tiles, sizes), inputs.attention_mask)
     caches = [LayerCache() for _ in model.language_model.model.layers]
     rows = model.prefill(rows, pictures, caches).rows

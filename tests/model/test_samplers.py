@@ -14,20 +14,17 @@ from checkpoints import IMAGE_TOKEN, build, make_inputs, rows_before_layer, save
 
 import minifocus
 from minifocus import methods
+from minifocus.inputs.model_inputs import split_pixels
+from minifocus.inputs.token_layout import Layout
 from minifocus.llama import LayerCache
+from minifocus.methods.variance_selector import VarianceSelector
 from minifocus.ops.reference import split_regions
 from minifocus.rows import Rows
-from minifocus.samplers.hooks import Layout, PictureFeatures
+from minifocus.samplers.hooks import Context, PictureFeatures
+from minifocus.samplers.selector_file import save_selector
 from minifocus.samplers.text_guided import TextGuidedOptions, TextGuidedSampler
-from minifocus.samplers.vision_guided import (
-    LinearSelector,
-    VarianceSelector,
-    VisionGuidedOptions,
-    VisionGuidedSampler,
-    balance_loss,
-    pools_for,
-    save_selector,
-)
+from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
+from minifocus.training.objective import balance_loss
 
 SIZES = [
     [(57, 91)],
@@ -128,7 +125,8 @@ def test_tokens_stand_region_by_region_with_a_newline_after_each_row_of_regions(
             source.append(16 + min(top + 4, grid[0]) * layout.row_length - 1)
     assert torch.equal(visual.tokens, torch.stack(tokens))
     assert visual.source.tolist() == source
-    assert visual.newline.tolist() == [bool(newline) and bool((t == 99).all()) for t in tokens]
+    unscored = [bool((t == 99).all()) if newline else place < 16 for t, place in zip(tokens, source, strict=True)]
+    assert layout.unscored(visual.source).tolist() == unscored
     assert visual.choice is not None and visual.choice.flatten().tolist() == [n % 3 for n in range(number)]
 
 
@@ -253,9 +251,9 @@ def test_selection_is_the_paper_s_rule(folder: Path, options: dict[str, Any]) ->
     instruction[:, -3:-1] = 1  # the last token belongs to the template
     instruction[1, :] = 0  # a row without an instruction: its last token speaks
     sampler = TextGuidedSampler(TextGuidedOptions(**options), model.config.text)
-    rows = rows_before_layer(model, inputs, instruction, sampler.layer)
+    rows, pictures = rows_before_layer(model, inputs, instruction, sampler.layer)
     layer = model.language_model.model.layers[sampler.layer]
-    selection = sampler(sampler.layer, layer, rows)
+    selection = sampler(sampler.layer, layer, rows, Context(pictures))
     assert selection is not None
 
     attention, heads = layer.self_attn, 4
@@ -296,7 +294,7 @@ def test_default_layer_is_a_quarter_of_the_depth(folder: Path) -> None:
 def test_kept_tokens_keep_their_positions_and_order(folder: Path) -> None:
     model = minifocus.load(folder, sampler="text", keep=3)
     inputs = make_inputs(model, [[(57, 91)]], seed=2)
-    tiles, sizes = model._split_pixels(inputs.pixel_values, inputs.image_sizes)
+    tiles, sizes = split_pixels(model.config, inputs.pixel_values, inputs.image_sizes)
     rows, pictures = model.embed(inputs.input_ids, model.encode_pictures(tiles, sizes), before_llm=model.before_llm)
     caches = [LayerCache() for _ in range(4)]
     done = model.prefill(rows, pictures, caches)
@@ -341,7 +339,7 @@ def test_cache_equals_recomputation(folder: Path, sampler: str, options: dict[st
     instruction[:, -4:] = 1
     answer = torch.randint(3, IMAGE_TOKEN, (rows, 8), generator=torch.Generator().manual_seed(1))
 
-    tiles, sizes = model._split_pixels(inputs.pixel_values, inputs.image_sizes)
+    tiles, sizes = split_pixels(model.config, inputs.pixel_values, inputs.image_sizes)
     embedded, pictures = model.embed(
         inputs.input_ids,
         model.encode_pictures(tiles, sizes, model.before_llm),
@@ -375,9 +373,13 @@ class PromptVotes:
     def __init__(self, sampler: Any, answer: int):
         self.sampler, self.answer = sampler, answer
 
-    def __call__(self, index: int, layer: Any, rows: Any) -> Any:
-        prompt = Rows(**{field.name: getattr(rows, field.name)[:, : -self.answer] for field in fields(Rows)})
-        selection = self.sampler(index, layer, prompt)
+    def prompt(self, rows: Rows) -> Rows:
+        return Rows(**{field.name: getattr(rows, field.name)[:, : -self.answer] for field in fields(Rows)})
+
+    def __call__(self, index: int, layer: Any, rows: Rows, context: Context) -> Any:
+        if context.previous is not None:
+            context = replace(context, previous=(context.previous[0], self.prompt(context.previous[1])))
+        selection = self.sampler(index, layer, self.prompt(rows), context)
         if selection is None:
             return None
         kept, scores = (F.pad(value, (0, self.answer), value=1) for value in (selection.kept, selection.scores))

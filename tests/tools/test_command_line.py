@@ -260,7 +260,7 @@ def test_generate_refuses_before_it_loads(
 
 @pytest.mark.parametrize("device", ["meta", "privateuseone", "mkldnn", "hpu", "", "cpu:-1", LONG])
 def test_a_device_that_holds_no_numbers(device: str) -> None:
-    from minifocus.model import usable_device
+    from minifocus.load import usable_device
 
     with pytest.raises(minifocus.InputError, match=r"^device: .* is not usable here: ") as error:
         usable_device(device)

@@ -23,10 +23,10 @@ TINY = ROOT / "weights/tiny"
 def test_flops_are_torch_s_count_of_the_same_forward_pass() -> None:
     """PyTorch counts every product of matrices, and of attention the whole square of both."""
     model = minifocus.load(TINY, "none")
-    tokens, tiles = 77, 3
+    tower, tokens, tiles = model.vision_tower, 77, 3
     with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH):  # of other kernels' operations it knows nothing on a CPU
         with FlopCounterMode(display=False) as counter:
-            features = model.multi_modal_projector(model.vision_tower(torch.randn(tiles, 3, 112, 112)))
+            features = model.multi_modal_projector(tower.features(tower(torch.randn(tiles, 3, 112, 112))))
         assert len(features) == tiles
         assert counter.get_total_flops() == flops.vision_flops(model.config, tiles)
         x = torch.randn(1, tokens, model.config.text.hidden_size)

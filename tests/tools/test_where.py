@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from minifocus import cards
-from minifocus.generate import PictureTrace
-from minifocus.samplers.hooks import Layout
+from minifocus.inputs.token_layout import Layout
+from minifocus.trace import PictureTrace
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))

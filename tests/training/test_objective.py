@@ -22,19 +22,13 @@ from PIL import Image
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import minifocus
-from minifocus.generate import _Run, count_tokens
 from minifocus.inputs.conversations import Conversation, Turn, asked_alone
 from minifocus.inputs.prompt import IMAGE, TEMPLATES, build_prompt
-from minifocus.samplers.hooks import PictureFeatures, Selection
+from minifocus.samplers.hooks import Context, PictureFeatures, Selection
+from minifocus.samplers.selector_file import save_selector
 from minifocus.samplers.text_guided import TextGuidedOptions, TextGuidedSampler
-from minifocus.samplers.vision_guided import (
-    LinearSelector,
-    VisionGuidedOptions,
-    VisionGuidedSampler,
-    balance_loss,
-    pools_for,
-    save_selector,
-)
+from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
+from minifocus.trace import count_tokens
 from minifocus.training.examples import (
     NO_LABEL,
     Batch,
@@ -45,7 +39,7 @@ from minifocus.training.examples import (
     collate,
     encode,
 )
-from minifocus.training.objective import AnswerObjective, Objective, draw_guidance
+from minifocus.training.objective import AnswerObjective, Objective, balance_loss, draw_guidance
 from minifocus.training.packed import Guidance, PackedRows, forward
 
 TINY = Path(__file__).resolve().parents[2] / "weights/tiny"
@@ -282,7 +276,7 @@ def test_what_the_embedded_model_s_selector_learns_from(straight_through: bool) 
     assert isinstance(model.before_llm, VisionGuidedSampler)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("before_llm."))
-    batch = Batches(model, CardScenes(count=4), 2, 0, independent=True, max_turns=2)[0]
+    batch = Batches(model.processor, CardScenes(count=4), 2, 0, independent=True, max_turns=2)[0]
     weight = model.before_llm.selector.weight
     gradients = []
     for alpha in (0.0, 0.1):
@@ -438,11 +432,11 @@ class PromptAlone:
     def __init__(self, samplers: Sequence[Any], answer: torch.Tensor):
         self.samplers, self.answer = samplers, answer  # a sampler for each row, and bool by column of input_ids
 
-    def __call__(self, index: int, layer: Any, rows: Any) -> Selection | None:
+    def __call__(self, index: int, layer: Any, rows: Any, context: Context) -> Selection | None:
         answer = self.answer.gather(1, rows.source.clamp(min=0)) & rows.valid
         prompt, kept = rows.keep(~answer), rows.valid.clone()
         for row, sampler in enumerate(self.samplers):
-            selection = sampler(index, layer, prompt) if sampler is not None else None
+            selection = sampler(index, layer, prompt, context) if sampler is not None else None
             if selection is not None:
                 kept[row] = torch.isin(rows.source[row], prompt.source[row, selection.kept[row]]) | answer[row]
         return Selection(kept & rows.valid, torch.full_like(kept, float("nan"), dtype=torch.float32))
@@ -585,8 +579,6 @@ def test_who_looks_at_whom(seed: int, size: int, turns: int, independent: bool) 
         positions=none,
         source=none,
         picture=picture,
-        cell=none[..., None].expand(-1, -1, 2),
-        entered=none,
         newline=none.bool(),
         instruction=none.bool(),
         turn=turn,
@@ -626,7 +618,7 @@ def test_samplers_that_are_not_for_training_are_refused(folder: Path) -> None:
 class DropFirst:
     """Another method inside the decoder: before layer 2, the first token of every picture goes."""
 
-    def __call__(self, index: int, layer: Any, rows: Any) -> Selection | None:
+    def __call__(self, index: int, layer: Any, rows: Any, context: Context) -> Selection | None:
         if index != 2:
             return None
         first = (rows.picture >= 0) & (rows.picture != F.pad(rows.picture, (1, 0), value=-1)[:, :-1])
@@ -708,7 +700,7 @@ def test_examples_follow_from_seed_and_position() -> None:
     source = [Conversation(str(i), (), tuple(Turn(f"{i} {t}", "yes") for t in range(3))) for i in range(7)]
 
     def order(size: int, count: int, **options: Any) -> list[Conversation]:
-        batches = Batches(model, source, size, **{"seed": 5, **options})
+        batches = Batches(model.processor, source, size, **{"seed": 5, **options})
         return [batches.conversation(i * size + j) for i in range(count // size) for j in range(size)]
 
     drawn = order(1, 14, max_turns=2, independent=True)
@@ -721,10 +713,10 @@ def test_examples_follow_from_seed_and_position() -> None:
     assert all([t.question.split()[1] for t in c.turns] == ["0", "1"] for c in order(1, 7, max_turns=2))  # others not
     assert [c.id for c in order(1, 14, shuffle=False)] == [str(i) for i in range(7)] * 2
     assert [c.id for c in order(1, 7)] != [c.id for c in order(1, 7, seed=6)]
-    batch = Batches(model, source, 3, 5)[4]
+    batch = Batches(model.processor, source, 3, 5)[4]
     assert batch.position == 12 and len(batch.input_ids) == 3
     with pytest.raises(minifocus.InputError, match="data: expected at least one conversation"):
-        Batches(model, [], 1, 0)
+        Batches(model.processor, [], 1, 0)
 
 
 def test_the_next_conversation_takes_the_place_of_one_that_is_left_out(
@@ -739,7 +731,7 @@ def test_the_next_conversation_takes_the_place_of_one_that_is_left_out(
     source.insert(2, Conversation("long", (), (Turn("7 " * 5000, "one"),)))
 
     def read(count: int, **options: Any) -> list[str]:
-        batches = Batches(model, source, 1, 5, skip_unusable=True, **options)
+        batches = Batches(model.processor, source, 1, 5, skip_unusable=True, **options)
         assert model.tokenizer is not None
         texts = [model.tokenizer.decode(batches[i].input_ids[0].tolist()) for i in range(count)]
         return [next(word for word in words if word in text) for text in texts]
@@ -750,14 +742,14 @@ def test_the_next_conversation_takes_the_place_of_one_that_is_left_out(
     caplog.clear()
     shuffled = read(12)
     assert shuffled == read(12) and shuffled[:6] != shuffled[6:] and len(set(shuffled[:6])) == 4
-    batches = Batches(model, source, 2, 5, shuffle=False)
+    batches = Batches(model.processor, source, 2, 5, shuffle=False)
     with pytest.raises(UnusableConversation, match=r"'torn': .*torn.png: not a .* \(skip_unusable leaves such"):
         batches[0]
     # A fault of the whole is none of a conversation.
     with pytest.raises(
         minifocus.InputError, match="data: expected a usable conversation, got 2 that are not, one after"
     ):
-        Batches(model, source[1:3], 1, 0, skip_unusable=True)[0]
+        Batches(model.processor, source[1:3], 1, 0, skip_unusable=True)[0]
 
 
 # --------------------------------------------------------------------------------------------------- tokens of a template
@@ -816,8 +808,8 @@ def as_ids(model: minifocus.Llava, text: str, images: Sequence[Image.Image]) -> 
 
 def asked(model: minifocus.Llava, images: Sequence[Image.Image], question: str) -> tuple[list[int], list[bool]]:
     """What generation feeds the model."""
-    prepared = _Run(model, [list(images)], [question], {})._inputs[0]
-    return prepared.ids.tolist(), prepared.instruction.tolist()
+    prepared = model.processor(list(images), question)
+    return prepared.input_ids.tolist(), prepared.instruction.tolist()
 
 
 def end_id(model: minifocus.Llava) -> int:
@@ -846,7 +838,7 @@ def test_a_turn_is_the_prompt_that_generation_feeds_and_its_answer(model: minifo
             continue
         question = question if IMAGE in question or not images else f"{IMAGE}\n" * images + question
         conversation = Conversation("c", PICTURES[:images], (Turn(question, "a cat "),))
-        example = encode(model, conversation)
+        example = encode(model.processor, conversation)
         ids, instruction = asked(model, PICTURES[:images], question)
         answer = answer_ids(model, "a cat")
         assert example.input_ids.tolist() == ids + answer
@@ -875,7 +867,7 @@ def test_chat_turns_follow_one_another(model: minifocus.Llava) -> None:
     assert model.tokenizer is not None and model.image_processor is not None
     counts = iter([model.num_visual_tokens(model.image_processor(image)[1]) for image in PICTURES])
     encoded = model.tokenizer.encode(text)
-    example = encode(model, Conversation("c", PICTURES, TURNS))
+    example = encode(model.processor, Conversation("c", PICTURES, TURNS))
     expected = []
     for token, (first, last) in zip(encoded.ids, encoded.offsets, strict=True):
         turn = sum(first >= end for _, end in answers)
@@ -896,7 +888,7 @@ def test_independent_turns_share_what_is_in_front_of_the_questions(model: minifo
     """The shared part and a turn's own are the prompt of that turn alone, and the pictures are in it once."""
     turns = TURNS if images else tuple(Turn(t.question.replace("<image>", "it"), t.answer) for t in TURNS)
     conversation = Conversation("c", PICTURES[:images], turns)
-    example = encode(model, conversation, independent=True)
+    example = encode(model.processor, conversation, independent=True)
     for number, (pictures, question, answer, _) in enumerate(asked_alone(conversation)):
         question = question.replace(IMAGE, "").strip()
         mine = (example.turn < 0) | (example.turn == number)
@@ -915,10 +907,10 @@ def test_independent_turns_share_what_is_in_front_of_the_questions(model: minifo
 @pytest.mark.parametrize("independent", [False, True])
 def test_turns_that_do_not_fit_are_left_out_whole(model: minifocus.Llava, independent: bool) -> None:
     conversation = Conversation("the second", PICTURES, TURNS)
-    wholes = [encode(model, replace(conversation, turns=TURNS[:n]), independent) for n in (1, 2, 3)]
+    wholes = [encode(model.processor, replace(conversation, turns=TURNS[:n]), independent) for n in (1, 2, 3)]
     lengths = [len(example.input_ids) for example in wholes]
     for limit, turns in ((lengths[2], 3), (lengths[2] - 1, 2), (lengths[1], 2), (lengths[1] - 1, 1), (lengths[0], 1)):
-        example = encode(model, conversation, independent, limit)
+        example = encode(model.processor, conversation, independent, limit)
         expected = wholes[turns - 1]
         for name in ("input_ids", "turn", "instruction", "labels"):
             assert torch.equal(getattr(example, name), getattr(expected, name)), name
@@ -926,41 +918,41 @@ def test_turns_that_do_not_fit_are_left_out_whole(model: minifocus.Llava, indepe
         forward(model, collate([example]), Guidance.none(1), independent)  # its pictures are as many as its places
     labelled = int((wholes[0].labels == NO_LABEL).sum())  # what stands before the first answer
     for limit in (lengths[0] - 1, labelled + 1):  # the first turn is cut off in its answer
-        cut = encode(model, conversation, independent, limit)
+        cut = encode(model.processor, conversation, independent, limit)
         for name in ("input_ids", "turn", "instruction", "labels"):
             assert torch.equal(getattr(cut, name), getattr(wholes[0], name)[:limit]), name
         assert cut.sizes == wholes[0].sizes
     with pytest.raises(
         UnusableConversation, match=rf"'the second': .* takes {lengths[0]} tokens; .* begin within {labelled}$"
     ):
-        encode(model, conversation, independent, labelled)
+        encode(model.processor, conversation, independent, labelled)
     limit = model.config.text.max_position_embeddings
     with pytest.raises(UnusableConversation, match=rf"'c': its first turn takes \d+ tokens; .* begin within {limit}$"):
-        encode(model, Conversation("c", (), (Turn("a" * limit, "b"),)), independent, 10 * limit)
-    (long,) = [encode(model, Conversation("c", (), (Turn("a", "b" * limit),)), independent, 10 * limit)]
+        encode(model.processor, Conversation("c", (), (Turn("a" * limit, "b"),)), independent, 10 * limit)
+    (long,) = [encode(model.processor, Conversation("c", (), (Turn("a", "b" * limit),)), independent, 10 * limit)]
     assert len(long.input_ids) == limit
 
 
 def test_what_cannot_be_encoded(chat_model: minifocus.Llava, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     conversation = Conversation("c", PICTURES[:1], TURNS[:1])
     with pytest.raises(minifocus.InputError, match=r"needs a folder with a tokenizer; .* has none"):
-        encode(minifocus.load(folder, "none"), conversation)
+        encode(minifocus.load(folder, "none").processor, conversation)
     tokenizer = chat_model.tokenizer
     assert tokenizer is not None
-    monkeypatch.setattr(chat_model, "template", "vicuna")
+    monkeypatch.setattr(chat_model.processor, "template", "vicuna")
     with monkeypatch.context() as patch:
         patch.setattr(tokenizer, "eos_token_id", None)
         with pytest.raises(minifocus.InputError, match="has no token that ends a turn of 'vicuna'"):
-            encode(chat_model, conversation)
+            encode(chat_model.processor, conversation)
     with pytest.raises(minifocus.InputError, match="'d'.* more <image> places than pictures"):
-        encode(chat_model, replace(conversation, id="d", turns=(TURNS[0], TURNS[1])))
+        encode(chat_model.processor, replace(conversation, id="d", turns=(TURNS[0], TURNS[1])))
     with pytest.raises(UnusableConversation, match="^conversation 'c': none.png: expected a picture file"):
-        encode(chat_model, replace(conversation, images=(Path("none.png"),)))
+        encode(chat_model.processor, replace(conversation, images=(Path("none.png"),)))
     for independent in (False, True):  # a tokenizer to which <image> is something else would train on no picture at all
         with monkeypatch.context() as patch:
             patch.setattr(chat_model, "config", replace(chat_model.config, image_token_id=89))
             with pytest.raises((minifocus.InputError, minifocus.CheckpointError), match="<image>"):
-                encode(chat_model, conversation, independent)
+                encode(chat_model.processor, conversation, independent)
 
 
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
@@ -980,7 +972,7 @@ def test_prompts_of_a_subword_vocabulary(file: str, template: str, tmp_path_fact
     @given(st.lists(st.tuples(words, words), min_size=1, max_size=3), st.booleans())
     def check(pairs: list[tuple[str, str]], independent: bool) -> None:
         turns = tuple(Turn(question.strip() if independent else question, answer) for question, answer in pairs)
-        example = encode(model, Conversation("c", (), turns), independent)
+        example = encode(model.processor, Conversation("c", (), turns), independent)
         assert model.tokenizer is not None
         text = ""
         for number, turn in enumerate(turns):
@@ -1005,7 +997,7 @@ def test_prompts_of_a_subword_vocabulary(file: str, template: str, tmp_path_fact
 
 def test_a_process_that_reads_ahead_is_not_sent_the_weights() -> None:
     model = minifocus.load(TINY, "focus")
-    batches = Batches(model, CardScenes(count=8), 2, 0, independent=True, max_turns=2)
+    batches = Batches(model.processor, CardScenes(count=8), 2, 0, independent=True, max_turns=2)
     sent = pickle.dumps(batches)
     assert len(sent) < 100_000 and len(list(model.parameters())) > 100
     ours, theirs = batches[3], pickle.loads(sent)[3]
@@ -1018,7 +1010,7 @@ def test_a_selector_trained_alone_survives_a_batch_without_pooled_pictures() -> 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("selector" in name)
     task = AnswerObjective(model, Objective(sampler_dropout=1.0, independent=True), 0).train()
-    batch = Batches(model, CardScenes(), 1, 0, independent=True, max_turns=1, shuffle=False)[0]
+    batch = Batches(model.processor, CardScenes(), 1, 0, independent=True, max_turns=1, shuffle=False)[0]
     loss, _ = task(batch, batch.num_targets, 1)
     loss.backward()
     gradients = [p.grad for p in model.parameters() if p.requires_grad]

@@ -37,7 +37,8 @@ import minifocus
 from minifocus import cards
 from minifocus.files import locks
 from minifocus.inputs.conversations import read_conversations
-from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, save_selector
+from minifocus.samplers.selector_file import save_selector
+from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions
 from minifocus.training import loop
 from minifocus.training.examples import Batches, CardScenes
 from minifocus.training.loop import Log, Process, Settings, check_memory, read_log
@@ -268,7 +269,7 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
 
     # Of each step, whether the two micro-batches after which gradients are exchanged have a picture, and one that is pooled.
     model, objective = minifocus.load(TINY, "focus"), Objective(sampler_dropout=0.5)
-    batches = Batches(model, read_conversations(data), 1, seed)
+    batches = Batches(model.processor, read_conversations(data), 1, seed)
     last = [(4 * step + 2, 4 * step + 3) for step in range(3)]
     pictures = [tuple(bool(batches.conversation(n).images) for n in pair) for pair in last]
     pooled = [tuple(draw_guidance(objective, 4, seed, n, 1, model).pooled[0] for n in pair) for pair in last]
@@ -292,7 +293,7 @@ def test_a_run_goes_on_without_what_cannot_be_used(tmp_path: Path, caplog: pytes
     arguments = ["--out", tmp_path / "run", "--data", data, *SHORT, "--steps", 3, "--batch", 1, "--save-every", 1]
     arguments += ["--sampler", "none", "--seed", 1]
     model = minifocus.load(TINY, "none")
-    second = Batches(model, read_conversations(data), 1, 1).conversation(1)
+    second = Batches(model.processor, read_conversations(data), 1, 1).conversation(1)
     place = [conversation.id for conversation in read_conversations(data)].index(second.id)
     pictures[place].write_bytes(pictures[place].read_bytes()[:100])
     done = train(*arguments)
@@ -659,7 +660,7 @@ def test_the_first_step_does_not_wait_for_the_last(toy: ModuleType, tmp_path: Pa
         with first, pytest.raises(minifocus.InputError, match="the first step"):
             toy.train(tmp_path, 4, steps=20_000)
     assert not hasattr(taken[0], "__len__")
-    batches = Batches(minifocus.load(TINY, "none"), CardScenes(), 1, 0, independent=True, max_turns=1)
+    batches = Batches(minifocus.load(TINY, "none").processor, CardScenes(), 1, 0, independent=True, max_turns=1)
     stream = batches.share(itertools.count(10**9))
     assert [next(stream).position for _ in range(2)] == [10**9, 10**9 + 1]
 
@@ -902,7 +903,7 @@ def test_every_trained_parameter_has_a_gradient(kind: str, tmp_path: Path) -> No
     rates = dict.fromkeys(("vision", "projector", "llm", "selector", "selector_bias"), 1.0)
     named = dict(task.named_parameters())
     trained = {name for name in named if trainer.learning_rate(name, rates, model) > 0}
-    batch = Batches(model, CardScenes(count=4), 2, 0, independent=True, max_turns=2)[0]
+    batch = Batches(model.processor, CardScenes(count=4), 2, 0, independent=True, max_turns=2)[0]
     task(batch, 1, 1)[0].backward()
     assert {name for name, value in named.items() if value.grad is not None} == trained
     left = named.keys() - trained

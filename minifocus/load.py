@@ -1,0 +1,237 @@
+"""The public model: loaded from a folder, asked, given another sampler, saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from safetensors import SafetensorError
+
+from . import arguments, methods
+from .errors import CheckpointError, InputError
+from .files.reading import FILE, FOLDER, kind, named, read_bytes
+from .generate import Generation, Stream
+from .generation_options import GenerationOptions
+from .inputs.image import ImageProcessor
+from .inputs.model_inputs import Sizes, check_ids, check_names, num_tiles, num_visual_tokens, split_pixels
+from .inputs.processor import Images, Processor
+from .inputs.prompt import Template
+from .inputs.tokenizer import Tokenizer
+from .loading.config import DTYPES, Config, load_config
+from .loading.model_folder import SELECTOR, Origin, finish_save, replacing, stamps
+from .loading.weights import Progress, check_storable, load_model, save_model, shapes_of, without_values
+from .methods import SamplerOptions
+from .model import LlavaNetwork
+from .samplers.hooks import Samplers
+from .samplers.selector_file import save_learned
+from .trace import Answer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Llava(LlavaNetwork):
+    """LLaVA-1.5 or LLaVA-NeXT as `load` returns it: the network with its folder's picture processor and tokenizer.
+
+    processor  pictures and prompts → what the network reads
+    origin     the folder, and what was in it
+    """
+
+    def __init__(self, config: Config, processor: Processor, origin: Origin | None = None):
+        self.processor, self.origin = processor, origin or Origin()  # before what is in `config`, which the processor holds
+        super().__init__(config)
+
+    @property
+    def config(self) -> Config:
+        """One for the network and the processor."""
+        return self.processor.config
+
+    @config.setter
+    def config(self, config: Config) -> None:
+        self.processor.config = config
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the model was loaded from."""
+        return self.origin.folder
+
+    @property
+    def image_processor(self) -> ImageProcessor:
+        return self.processor.image_processor
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None for a folder without one: only text asks for it."""
+        return self.processor.tokenizer
+
+    @property
+    def template(self) -> Template:
+        """In which prompts are written: the folder's own chat template, or a name in `minifocus.inputs.prompt.TEMPLATES`."""
+        return self.processor.template
+
+    @template.setter
+    def template(self, template: Template) -> None:
+        self.processor.template, self.processor.guessed = template, False
+
+    def num_tiles(self, size: tuple[int, int]) -> int:
+        """Tiles of a picture of (h, w), the thumbnail included."""
+        return num_tiles(self.config, size)
+
+    def num_visual_tokens(self, size: tuple[int, int]) -> int:
+        """Uncompressed visual tokens, and so placeholders, of a picture of (h, w)."""
+        return num_visual_tokens(self.config, size)
+
+    def generate(self, image: Images, prompt: str, **options: Unpack[GenerationOptions]) -> Answer:
+        """Answer one question about a picture, or about several; see `minifocus.generation_options.Options`."""
+        return self.generate_batch([image], [prompt], **options)[0]
+
+    def generate_batch(
+        self, images: Sequence[Images], prompts: Sequence[str], **options: Unpack[GenerationOptions]
+    ) -> list[Answer]:
+        """Answer prompts[i] about images[i], all in one batch; the answers are those of `generate` one by one."""
+        generation = Generation(self, self.processor, images, prompts, options)
+        for _ in generation.tokens():
+            pass
+        return generation.answers()
+
+    def stream(self, image: Images, prompt: str, **options: Unpack[GenerationOptions]) -> Stream:
+        """Like `generate`, but iterate over the text as it is made; the whole answer is then in `.answer`."""
+        return Stream(self, self.processor, image, prompt, options)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        image_sizes: Sizes = None,
+        attention_mask: torch.Tensor | None = None,
+        instruction_mask: torch.Tensor | None = None,
+        **unused: object,
+    ) -> torch.Tensor:
+        """Logits [B, S, vocabulary], inputs as transformers takes them.
+
+        input_ids       [B, S] int64, with one placeholder per uncompressed visual token
+        pixel_values    LLaVA-NeXT: [pictures, tiles, 3, side, side], zero tiles as padding, or the tiles of all pictures
+                        without padding, [tiles, 3, side, side]; LLaVA-1.5: [pictures, 3, side, side]
+        image_sizes     [pictures, 2], (h, w) in pixels, as a tensor or a list; LLaVA-NeXT only
+        attention_mask  [B, S], 1 for tokens and 0 for padding, at either end of a row
+        instruction_mask [B, S], 1 for the user's question, which guides the text-guided sampler; by default all text
+                        after the row's first picture
+        unused          what else a processor or tokenizer of transformers returns (`PROCESSOR_KEYS`), which says nothing more
+
+        Rows of the result that stand for padding, or for visual tokens that a sampler took out, are NaN: no token is
+        predicted there. A pooled token's logits are in the row of its window's first cell. Raises InputError.
+        """
+        check_names(unused)
+        check_ids(self.config, input_ids, attention_mask, instruction_mask)
+        tiles, sizes = split_pixels(self.config, pixel_values, image_sizes)
+        ids, mask, instruction = (
+            None if one is None else one.to(self.device) for one in (input_ids, attention_mask, instruction_mask)
+        )
+        assert ids is not None
+        logits, rows = self.logits(ids, tiles, sizes, mask, instruction)
+        if torch.equal(rows.source, torch.arange(ids.shape[1], device=self.device).expand_as(ids)):
+            return logits
+        placed = logits.new_full((*ids.shape, logits.shape[-1]), float("nan"))
+        row, column = rows.valid.nonzero(as_tuple=True)
+        placed[row, rows.source[row, column]] = logits[row, column]
+        return placed
+
+    def set_sampler(self, name: str, **options: Unpack[SamplerOptions]) -> None:
+        """Sample by another method from now on: `name` and `options` as for `load`. Raises InputError, CheckpointError."""
+        method = methods.build(name, self.config, self.folder, options)
+        if name in ("focus", "vision") and options.get("selector") is None and not self.origin.holds_weights():
+            raise CheckpointError(f"{self.folder / SELECTOR}: is another model's: the weights beside it have changed")
+        self._use(method)
+
+    def _use(self, method: Samplers) -> None:
+        self.before_llm = None if method.before is None else method.before.to(self.device).eval()
+        self.inside_llm = method.inside
+
+    def save(self, folder: str | PathLike[str], *, check_finite: bool = True) -> None:
+        """Write the model as `load` takes it: weights, a learned selector, and the other files as they were when it came.
+
+        The files of a model that is there already, of whatever kind, make room for them; other files stay. The old ones are
+        what loads until the new ones are whole and on the disk, whenever the process is killed (see `model_folder`).
+        Without a learned selector the folder gets none; in the model's own, one that is there stays.
+
+        `check_finite` refuses weights with NaN or infinity, as `load` would. Raises InputError for a folder that cannot be
+        written and a model that `load` would not take again, and CheckpointError where one of the files that it came with
+        could not be read.
+        """
+        target = arguments.path("folder", folder)
+        if not self.origin.companions:
+            raise InputError("model: expected one that was loaded from a folder, whose config.json it is saved with")
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("before_llm.")}
+        check_storable(state, shapes_of(without_values(lambda: LlavaNetwork(self.config))))
+        try:
+            with replacing(target) as fresh:
+                save_model(state, self.origin.companions, fresh, self.config.tie_word_embeddings, check_finite)
+                own = target.resolve() == self.folder.resolve()
+                if not save_learned(self.before_llm, fresh) and own and self.origin.holds_weights():
+                    selector = target / SELECTOR
+                    if kind(selector) == FILE:
+                        (fresh / SELECTOR).write_bytes(read_bytes(selector))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{named(target)}: expected a folder that can be written: {error}") from error
+        if own:
+            self.origin = replace(self.origin, stamps=stamps(self.folder))
+
+
+def load(
+    folder: str | PathLike[str],
+    sampler: str = "focus",
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    *,
+    check_finite: bool = True,
+    progress: Progress | None = None,
+    **options: Unpack[SamplerOptions],
+) -> Llava:
+    """Load a LLaVA-1.5 or LLaVA-NeXT folder in Hugging Face's layout.
+
+    sampler       "focus" (both of FocusLLaVA's), "vision", "text", "none", or one of the field's training-free methods
+                  (`minifocus.methods.names()`); `options` are the sampler's own, such as gamma, layer, selector, ratio
+    dtype         "float32", "bfloat16", "float16" or the torch dtype; None: the checkpoint's
+    check_finite  refuse weights with NaN or infinity (one pass over them)
+    progress      called with (bytes read, bytes in all)
+
+    A folder without a tokenizer loads; only text asks for it. generation_config.json is followed but for sampling, beams and
+    what else the log names: answers are greedy, unless `generate` is told otherwise. A save that was killed as it put its
+    files in place is finished first. Raises CheckpointError for a bad folder and InputError for a bad argument.
+    """
+    folder = arguments.path("folder", folder)
+    if kind(folder) != FOLDER:
+        raise CheckpointError(f"{named(folder)}: expected the folder of a model, found {kind(folder)}")
+    resolved_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(resolved_dtype, torch.dtype) and resolved_dtype in DTYPES.values()):
+        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {arguments.shown(dtype)}")
+    check_finite = arguments.flag("check_finite", check_finite)
+    target = usable_device(device)
+    finish_save(folder)
+    origin = Origin.read(folder)
+    config = load_config(folder)
+    method = methods.build(sampler, config, folder, options)
+    processor = Processor.from_folder(folder, config)
+    model = load_model(
+        lambda: Llava(config, processor, origin), config, folder, target, resolved_dtype, check_finite, progress
+    )
+    if stamps(folder) != origin.stamps:
+        raise CheckpointError(f"{folder}: its files were changed while they were read: load it again")
+    model = cast(Llava, model)
+    model._use(method)
+    return model
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of that name, on which numbers can be kept and read. Raises InputError for any other."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # which meta tensors, for one, do not have
+    except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError, ImportError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise InputError(f"device: {arguments.shown(name)} is not usable here: {reason}") from error
+    return device
