@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -532,7 +533,7 @@ def test_loading_leaves_other_threads_their_initialisation(folder: Path, monkeyp
             thread.join()
             super().__init__(*arguments)
 
-    monkeypatch.setattr("minifocus.load.Llava", Watched)
+    monkeypatch.setattr(sys.modules[minifocus.Llava.__module__], "Llava", Watched)
     minifocus.load(folder, sampler="none")
     (linear,) = made
     assert linear.weight.device.type == "cpu" and 0.05 < float(linear.weight.detach().std()) < 0.1  # 1/8/√3
