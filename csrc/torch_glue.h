@@ -1,15 +1,17 @@
 // From torch tensors to operators.h's structs and back: checks arguments, allocates outputs, fills the structs in.
 //
-// Written once for both halves. A half gives a Backend:
-//   static constexpr bool kIsCpu;        the tensors' device; on the CPU the contents of index tensors are checked too,
-//                                        in copies that nobody else can write to
-//   struct Call { explicit Call(Tensor); };     what must hold while its functions run: a device guard and a stream
-//   static void region_pool(const RegionArgs&, Call&);     and so on: the implementations
-//   static int64_t region_offsets(const RegionArgs&);      CPU only: the number of tokens, before they are allocated
-//   static int64_t region_workspace(regions), importance_workspace(text, visual, heads);     bytes
-// A wrong argument gives a RuntimeError that names it, what was expected and what came, in the words of
+// Written once for both halves and compiled for each: with USE_CUDA for the CUDA half, whose launchers get the current stream
+// of the tensors' device and never wait for it. On the CPU the contents of index tensors are checked too, in copies that
+// nobody else can write to. A wrong argument gives a RuntimeError that names it, what was expected and what came, in the words of
 // minifocus/ops/checks.py.
 #pragma once
+#ifdef USE_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cuda_runtime.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -22,7 +24,8 @@
 #include <tuple>
 #include <vector>
 
-#include "operators.h"
+#include "cpu/threads.h"
+#include "launchers.h"
 
 namespace minifocus {
 
@@ -136,10 +139,34 @@ T* out(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-template <class Backend>
+#ifdef USE_CUDA
+
+namespace half = cuda;
+constexpr bool kIsCpu = false;
+
+// Calls a launcher on the device of `where`, on its current stream.
+template <class Args>
+void launch(const char* name, int (*launcher)(const Args&, void*), const Args& args, const Tensor& where) {
+  torch::stable::accelerator::DeviceGuard guard(where.get_device_index());
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
+  const int error = launcher(args, stream);
+  expect(error == 0, name, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)));
+}
+
+#else
+
+namespace half = cpu;
+constexpr bool kIsCpu = true;
+
+template <class Args>
+void launch(const char*, int (*launcher)(const Args&, void*), const Args& args, const Tensor&) {
+  launcher(args, nullptr);
+}
+
+#endif
+
 struct Operators {
-  using Call = typename Backend::Call;
-  static constexpr bool kIsCpu = Backend::kIsCpu;
 
   static std::vector<ScalarType> floating() {
     std::vector<ScalarType> types{ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
@@ -288,10 +315,10 @@ struct Operators {
       offsets = allocate(x, {args.regions + 1}, ScalarType::Long);
       args.offsets = out<int64_t>(offsets);
       int64_t rows = args.cells;
-      if constexpr (kIsCpu) rows = Backend::region_offsets(args);
+      if constexpr (kIsCpu) rows = cpu::region_offsets(args);
       tokens = allocate(x, {rows, args.channels}, x.scalar_type());
       source = allocate(x, {rows}, ScalarType::Long);
-      scratch = workspace(x, Backend::region_workspace(args.regions));
+      scratch = workspace(x, half::region_workspace_bytes(args.regions));
       args.tokens = tokens.mutable_data_ptr();
       args.source = out<int64_t>(source);
       args.workspace = scratch.mutable_data_ptr();
@@ -307,8 +334,7 @@ struct Operators {
     args.choice = in<int64_t>(chosen);
     args.weight = factor ? factor->const_data_ptr() : nullptr;
     const Pooled pooled(x, args);
-    Call call(x);
-    Backend::region_pool(args, call);
+    launch("region_pool", half::region_pool, args, x);
     return {pooled.tokens, pooled.source, pooled.offsets};
   }
 
@@ -322,15 +348,10 @@ struct Operators {
     Tensor choice = allocate(x, {args.regions}, ScalarType::Long);
     args.choice = out<int64_t>(choice);
     RouteArgs route{args, packed_context.const_data_ptr(), packed_bias.const_data_ptr(), out<int64_t>(choice)};
-    if constexpr (kIsCpu) Backend::region_choose(route);
+    if constexpr (kIsCpu) cpu::region_choose(route);
     const Pooled pooled(x, args);
-    Call call(x);
-    if constexpr (kIsCpu) {
-      Backend::region_pool(args, call);
-    } else {
-      route.region = args;
-      Backend::region_route(route, call);
-    }
+    route.region = args;
+    launch("region_route", half::region_route, route, x);
     return {pooled.tokens, pooled.source, pooled.offsets, choice};
   }
 
@@ -351,7 +372,7 @@ struct Operators {
       RegionArgs expected = args;
       const Tensor expected_offsets = allocate(x, {args.regions + 1}, ScalarType::Long);
       expected.offsets = out<int64_t>(expected_offsets);
-      const int64_t tokens = Backend::region_offsets(expected);
+      const int64_t tokens = cpu::region_offsets(expected);
       expect(std::equal(args.offsets, args.offsets + args.regions + 1, expected.offsets),
              "offsets: expected region_pool's for this choice");
       expect(grad_tokens.size(0) >= tokens, "grad_tokens: expected at least ", tokens, " rows, got ",
@@ -362,8 +383,7 @@ struct Operators {
     Tensor grad_weight = allocate(x, {factor ? args.regions : 0}, wide(x));
     const RegionBackwardArgs backward{args, grad.const_data_ptr(), grad.size(0), grad_x.mutable_data_ptr(),
                                       factor ? grad_weight.mutable_data_ptr() : nullptr};
-    Call call(x);
-    Backend::region_pool_backward(backward, call);
+    launch("region_pool_backward", half::region_pool_backward, backward, x);
     return {grad_x, grad_weight};
   }
 
@@ -380,7 +400,7 @@ struct Operators {
            ", got ", cu_visual.size(0));
     const Tensor queries = contiguous(q), keys = contiguous(k);
     Tensor scores = allocate(q, {k.size(0)}, wide(q));
-    const Tensor scratch = workspace(q, Backend::importance_workspace(q.size(0), k.size(0), q.size(1)));
+    const Tensor scratch = workspace(q, half::importance_workspace_bytes(q.size(0), k.size(0), q.size(1)));
     const ImportanceArgs args{queries.const_data_ptr(),
                               keys.const_data_ptr(),
                               in<int64_t>(text),
@@ -395,8 +415,7 @@ struct Operators {
                               dtype_of(q),
                               scores.mutable_data_ptr(),
                               scratch.mutable_data_ptr()};
-    Call call(q);
-    Backend::importance(args, call);
+    launch("importance", half::importance, args, q);
     return scores;
   }
 
@@ -412,8 +431,7 @@ struct Operators {
     const SelectArgs args{
         packed.const_data_ptr(), in<int64_t>(offsets), scores.size(0),      cu_visual.size(0) - 1, gamma,
         keep.value_or(-1),       dtype_of(scores),     out<int64_t>(index), out<int64_t>(count)};
-    Call call(scores);
-    Backend::select_top_p(args, call);
+    launch("select_top_p", half::select_top_p, args, scores);
     return {index, count};
   }
 
@@ -450,8 +468,7 @@ struct Operators {
         expect(-1 <= args.index[i] && args.index[i] < args.rows, "index: expected from -1 to ", args.rows - 1, ", got ",
                args.index[i]);
     }
-    Call call(columns[0]);
-    Backend::gather_tokens(args, call);
+    launch("gather_tokens", half::gather_tokens, args, columns[0]);
     return gathered;
   }
 

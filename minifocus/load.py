@@ -42,7 +42,10 @@ class Llava(LlavaNetwork):
     """
 
     def __init__(self, config: Config, processor: Processor, origin: Origin | None = None):
-        self.processor, self.origin = processor, origin or Origin()  # before what is in `config`, which the processor holds
+        self.processor, self.origin = (
+            processor,
+            origin or Origin(),
+        )  # before what is in `config`, which the processor holds
         super().__init__(config)
 
     @property

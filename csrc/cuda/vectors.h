@@ -4,8 +4,8 @@
 #pragma once
 #include <cstring>
 
+#include "../launchers.h"
 #include "gpu.h"
-#include "launchers.h"
 
 namespace minifocus::cuda {
 

@@ -1,8 +1,8 @@
-// The CUDA half's launchers (../cuda/launchers.h) for Python, run by the emulator. tests/emulator/emulated.py calls them.
+// The CUDA half's launchers (csrc/launchers.h) for Python, run by the emulator. tests/emulator/emulated.py calls them.
 //
 // Arrays come as numpy knows them, bfloat16 as uint16, with the name of their dtype beside them. The caller allocates
 // the outputs.
-#include "../../csrc/cuda/launchers.h"
+#include "../../csrc/launchers.h"
 
 #include "bindings.h"
 
