@@ -35,7 +35,7 @@ lint: install
 
 # Draws the pictures, trains the embedded model on them and writes weights/tiny: an hour on two cores.
 weights: install
-	$(BIN)/python weights/make_tiny.py
+	$(BIN)/python -m experiments.miniature.make
 
 # lmms-eval has an environment of its own: 1 GB of packages besides torch, among them torchvision, whose wheel on PyPI needs
 # CUDA. Beside a CPU torch all that imports it fails (timm, transformers); nothing here needs torchvision or timm.

@@ -17,28 +17,21 @@ if __name__ == "__main__":
 
 import argparse
 import json
-import math
-import time
-from collections import defaultdict
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from command_line import Refused, expect_numbers
 from sampler_options import add_sampler_options, sampler_options
-from tqdm import tqdm
 
 import minifocus
 from minifocus import cards
+from minifocus.evaluate import Asked, evaluate, longest_answer
 from minifocus.inputs.conversations import asked_alone, read_conversations
-from minifocus.inputs.processor import Images
 from minifocus.inputs.prompt import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent
-
-Asked = tuple[Images, str, str, str | None]  # images, question, answer, family
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,77 +60,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def evaluate(
-    model: minifocus.Llava,
-    questions: Iterable[Asked],
-    batch: int = 8,
-    total: int | None = None,
-    *,
-    template: str | None = None,
-    max_new_tokens: int = 16,
-) -> dict[str, Any]:
-    """Ask all `questions`, tuples (images, question, answer, family or None). `total` is for the progress bar alone.
-
-    count, accuracy       over all questions; a fraction, as every figure here
-    interval_95           [low, high], Wilson's
-    families, intervals, questions
-                          the same of each family: accuracy, interval, count; the only one is "all" where none is named.
-                          Questions without a family, beside others with one, count in the accuracy over all only
-    tokens                means over questions of `TokenCounts`
-    samples_per_second    to open the pictures, read and answer; not to draw the miniature's
-
-    Raises InputError, with the numbers of the questions, where one cannot be asked.
-    """
-    right: dict[str | None, list[bool]] = defaultdict(list)
-    tokens: dict[str, list[float]] = defaultdict(list)
-    count, seconds, supply = 0, 0.0, iter(questions)
-    with tqdm(total=total, disable=None) as progress:
-        while block := list(islice(supply, batch)):
-            images, texts, expected, families = zip(*block, strict=True)
-            begun = time.perf_counter()
-            try:
-                answers = model.generate_batch(images, texts, max_new_tokens=max_new_tokens, template=template)
-            except minifocus.InputError as error:
-                raise minifocus.InputError(f"questions {count + 1} to {count + len(block)}: {error}") from error
-            seconds += time.perf_counter() - begun
-            for answer, wanted, family in zip(answers, expected, families, strict=True):
-                right[family].append(answer.text.strip() == wanted.strip())
-                for name, value in vars(answer.tokens).items():
-                    tokens[name].append(value)
-            count += len(block)
-            progress.update(len(block))
-    if not count:
-        raise minifocus.InputError("questions: expected at least one, got none")
-    everything = [one for family in right.values() for one in family]
-    named = {family: right[family] for family in sorted(filter(None, right), key=_place)} or {"all": everything}
-    return {
-        "count": count,
-        "accuracy": fmean(everything),
-        "interval_95": wilson(sum(everything), count),
-        "families": {family: fmean(own) for family, own in named.items()},
-        "intervals": {family: wilson(sum(own), len(own)) for family, own in named.items()},
-        "questions": {family: len(own) for family, own in named.items()},
-        "tokens": {name: fmean(values) for name, values in tokens.items()},
-        "samples_per_second": count / seconds,
-    }
-
-
-def _place(family: str) -> int:
-    """The miniature's families in the order of its tables, others after them as they came."""
-    return cards.FAMILIES.index(family) if family in cards.FAMILIES else len(cards.FAMILIES)
-
-
-def wilson(right: int, asked: int, z: float = 1.959964) -> list[float]:
-    """[low, high] of Wilson's score interval for a share of which `right` of `asked` were seen; z: 95 %.
-
-    Unlike p ± z·√(p(1 - p)/n), it stays within 0 … 1 and does not shrink to nothing where all answers are right.
-    """
-    share, spread = right / asked, z * z / asked
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return [min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)]  # rounding apart, always so
-
-
 def questions_of(arguments: argparse.Namespace) -> tuple[Iterable[Asked], int]:
     """What is asked, and how many questions these are; of a file's, a list."""
     if arguments.data is None:
@@ -149,13 +71,6 @@ def questions_of(arguments: argparse.Namespace) -> tuple[Iterable[Asked], int]:
     if not asked:
         raise minifocus.InputError(f"--seed: {arguments.data} has no record {arguments.seed}")
     return asked, len(asked)
-
-
-def longest_answer(model: minifocus.Llava, questions: Iterable[Asked]) -> int:
-    """So many new tokens that what goes on for longer than every expected answer is wrong already."""
-    if model.tokenizer is None:
-        raise minifocus.InputError(f"model: {model.folder} has no tokenizer to read answers with")
-    return 8 + max(len(model.tokenizer.encode(expected).ids) for _, _, expected, _ in questions)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -177,7 +92,15 @@ def run(arguments: argparse.Namespace) -> None:
     longest = arguments.max_new_tokens
     if longest is None:
         longest = 16 if arguments.data is None else longest_answer(model, questions)
-    result = evaluate(model, questions, arguments.batch, total, template=arguments.template, max_new_tokens=longest)
+    result = evaluate(
+        model,
+        questions,
+        arguments.batch,
+        total,
+        template=arguments.template,
+        max_new_tokens=longest,
+        families=cards.FAMILIES,
+    )
     if arguments.json:
         print(json.dumps({"sampler": arguments.sampler, **options, **result}))
     else:

@@ -28,12 +28,12 @@ from typing import Any
 
 import torch
 from command_line import expect, expect_numbers
-from evaluate import evaluate, longest_answer
 from sampler_options import add_option, read_options
 
 import minifocus
 from minifocus import cards
 from minifocus.arguments import shown
+from minifocus.evaluate import evaluate, longest_answer
 from minifocus.files.reading import FILE, FOLDER, NOTHING, kind
 from minifocus.inputs.conversations import asked_alone, read_conversations
 from minifocus.inputs.prompt import TEMPLATES
@@ -360,11 +360,12 @@ def train(arguments: argparse.Namespace) -> None:
         def validate() -> dict[str, Any]:
             if miniature:
                 drawn = cards.questions("validation", arguments.validate, dense=True if arguments.dense else None)
-                result = evaluate(model, drawn, 16, arguments.validate)
+                result = evaluate(model, drawn, 16, arguments.validate, families=cards.FAMILIES)
             else:
                 asked = (question for conversation in held_out for question in asked_alone(conversation))
                 every = list(islice(asked, arguments.validate))
-                result = evaluate(model, every, 16, len(every), max_new_tokens=longest_answer(model, every))
+                longest = longest_answer(model, every)
+                result = evaluate(model, every, 16, len(every), max_new_tokens=longest, families=cards.FAMILIES)
             return {name: result[name] for name in ("accuracy", "families", "tokens")}
 
         seconds = fit(

@@ -14,14 +14,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from example_scripts import example
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scripts_as_modules import example
 
 import minifocus
 from minifocus import cards
 from minifocus.errors import InputError
+from minifocus.evaluate import evaluate as evaluate_model
+from minifocus.evaluate import wilson
 from minifocus.inputs.conversations import Conversation, Turn, asked_alone, read_conversations
 from minifocus.inputs.foreign_media import foreign_place
 from minifocus.inputs.image import open_image
@@ -599,7 +601,7 @@ def test_the_same_result_from_a_file_as_from_the_cards(
         for q in scene.questions
     ]
     model = minifocus.load(ROOT / "weights/tiny", sampler="focus")
-    expected = evaluation.evaluate(model, asked[:24], 8, 24)
+    expected = evaluate_model(model, asked[:24], 8, 24)
     assert {key: value for key, value in got.items() if key not in ("sampler", "samples_per_second")} == {
         key: value for key, value in expected.items() if key != "samples_per_second"
     }
@@ -651,17 +653,17 @@ def test_the_accounts() -> None:
         (None, "say no", "no", None),
     ]
     parrot = Parrot()
-    result = evaluation.evaluate(parrot, iter(asked), batch=2, template="raw", max_new_tokens=5)
+    result = evaluate_model(parrot, iter(asked), batch=2, template="raw", max_new_tokens=5, families=cards.FAMILIES)
     assert parrot.options == {"template": "raw", "max_new_tokens": 5}
     assert result["count"] == 5 and result["accuracy"] == 3 / 5
     assert list(result["families"].items()) == [("read", 0.5), ("zoo", 0.5)]  # the miniature's first
     assert result["questions"] == {"read": 2, "zoo": 2}
-    assert result["intervals"]["zoo"] == evaluation.wilson(1, 2) and result["interval_95"] == evaluation.wilson(3, 5)
+    assert result["intervals"]["zoo"] == wilson(1, 2) and result["interval_95"] == wilson(3, 5)
     assert result["tokens"]["full"] == (7 + 7 + 7 + 8 + 6) / 5
     assert result["tokens"]["after_vision"] == (3 + 3 + 3 + 4 + 3) / 5
     assert result["tokens"]["equivalent"] == pytest.approx((3 / 7 + 1 / 8 + 1 / 6) / 5)
     assert result["samples_per_second"] > 0
-    unnamed = evaluation.evaluate(parrot, asked[4:])
+    unnamed = evaluate_model(parrot, asked[4:])
     assert unnamed["families"] == {"all": 1.0} and unnamed["questions"] == {"all": 1}
     assert unnamed["intervals"] == {"all": unnamed["interval_95"]}
 
@@ -687,9 +689,9 @@ def test_what_is_asked_of_the_miniature(monkeypatch: pytest.MonkeyPatch, capsys:
 
 def test_an_error_names_the_questions() -> None:
     with pytest.raises(InputError, match="^questions 3 to 4: prompt: boom$"):
-        evaluation.evaluate(Parrot(), [(None, q, "red", None) for q in ("a", "b", "c", "boom", "d")], batch=2)
+        evaluate_model(Parrot(), [(None, q, "red", None) for q in ("a", "b", "c", "boom", "d")], batch=2)
     with pytest.raises(InputError, match="expected at least one, got none"):
-        evaluation.evaluate(Parrot(), [])
+        evaluate_model(Parrot(), [])
 
 
 @pytest.mark.parametrize(
@@ -704,13 +706,13 @@ def test_an_error_names_the_questions() -> None:
     ],
 )
 def test_wilson_intervals(right: int, asked: int, interval: tuple[float, float]) -> None:
-    low, high = evaluation.wilson(right, asked)
+    low, high = wilson(right, asked)
     assert (low, high) == pytest.approx(interval, abs=5e-5)
 
 
 def test_wilson_intervals_hold_the_share_and_end_at_0_and_1() -> None:
     for asked in range(1, 60):
-        intervals = [evaluation.wilson(right, asked) for right in range(asked + 1)]
+        intervals = [wilson(right, asked) for right in range(asked + 1)]
         assert all(0 <= low <= right / asked <= high <= 1 for right, (low, high) in enumerate(intervals))
         assert intervals[0][0] == 0 and intervals[-1][1] == 1
 

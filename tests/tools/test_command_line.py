@@ -15,16 +15,16 @@ from unittest import mock
 
 import pytest
 import torch
+from example_scripts import example
 from safetensors import SafetensorError
-from scripts_as_modules import example, scripts
 
 import minifocus
+from examples import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
-(command_line,) = scripts("examples", "command_line")
 SCRIPTS = sorted(
     file
-    for folder in ("csrc", "examples", "benchmarks", "scripts", "weights", "reproduction")
+    for folder in ("csrc", "examples", "experiments")
     for file in (ROOT / folder).rglob("*.py")
     if '__name__ == "__main__":' in file.read_text(encoding="utf-8")
 )
@@ -205,7 +205,7 @@ def test_every_script_is_guarded(file: Path) -> None:
     assert "argparse.ArgumentParser(" not in text and "sys.exit(" not in text
 
 
-@pytest.mark.parametrize("script", ["-m csrc.build", "benchmarks/accuracy.py", "scripts/check_wheel.sh"])
+@pytest.mark.parametrize("script", ["-m csrc.build", "-m experiments.accuracy", "tests/wheel/check_wheel.sh"])
 def test_help_does_no_work(script: str) -> None:
     command = ["bash" if script.endswith(".sh") else sys.executable, *script.split(), "--help"]
     built = ROOT / "minifocus/ops/_build.txt"

@@ -1,4 +1,4 @@
-"""benchmarks/compare.py runs, and its counts are right."""
+"""experiments/compare.py runs, and its counts are right."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts_as_modules import scripts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import minifocus
+from experiments import compare, flops, memory
 
 ROOT = Path(__file__).resolve().parents[2]
-compare, flops, memory = scripts("benchmarks", "compare flops memory")
 TINY = ROOT / "weights/tiny"
 
 
@@ -57,7 +56,7 @@ def test_every_training_free_method_is_compared() -> None:
     ],
 )
 def test_a_mistyped_argument_is_named(arguments: str, said: str) -> None:
-    command = [sys.executable, "benchmarks/compare.py", *arguments.split()]
+    command = [sys.executable, "-m", "experiments.compare", *arguments.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
@@ -101,7 +100,7 @@ def test_memory_of_a_call_does_not_depend_on_the_call_before() -> None:
 
 def test_quick_run(tmp_path: Path) -> None:
     file = tmp_path / "compare.json"
-    command = [sys.executable, "benchmarks/compare.py", "--quick", "--out", str(file)]
+    command = [sys.executable, "-m", "experiments.compare", "--quick", "--out", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     record = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py without a GPU: that it says so, and with other commands for its steps what it makes of them."""
+"""gpu_check without a GPU: that it says so, and with other commands for its steps what it makes of them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from scripts_as_modules import scripts
+
+from experiments import operators, record
+from experiments.kernels import gpu_check
 
 ROOT = Path(__file__).resolve().parents[2]
-
-(gpu_check,) = scripts("scripts benchmarks", "gpu_check")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which it would run for minutes")
 def test_it_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/gpu_check.py", "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "experiments.kernels.gpu_check", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 3
     assert "torch sees no GPU" in done.stderr and not (tmp_path / "out").exists()
@@ -100,7 +101,6 @@ def test_what_cannot_be_read_ends_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_peer_that_fails_is_named_and_the_others_are_measured() -> None:
-    (operators,) = scripts("benchmarks", "operators")
 
     def fails() -> None:
         raise RuntimeError("no compiler")
@@ -128,13 +128,14 @@ def test_the_steps_fit_into_ten_minutes_and_name_what_is_there(tmp_path: Path) -
     assert sum(limit for *_, limit in steps) <= 600
     for _, command, _, _ in steps:
         for word in command:
-            if word.startswith(("scripts/", "benchmarks/", "tests/", "examples/")):
+            if word.startswith(("tests/", "examples/")):
                 assert (ROOT / word).is_file()
+            if word.startswith(("experiments.", "csrc.")):
+                assert find_spec(word) is not None
     compile(gpu_check.SANITIZED, "SANITIZED", "exec")
 
 
 def test_a_checkout_without_git_is_named_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (record,) = scripts("benchmarks", "record")
     monkeypatch.setenv("MINIFOCUS_COMMIT", "abc")
     assert record.environment(ROOT / "setup.py")["commit"] != "abc"
     monkeypatch.setenv("PATH", str(tmp_path))  # git itself is not there

@@ -20,16 +20,14 @@ from PIL import Image
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval: see examples/lmms_eval/README.md")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples/lmms_eval"))
-
-import run as registration  # noqa: F401  makes lmms-eval know "minifocus"
 from lmms_eval.api.instance import Instance
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
-from minifocus._lmms import Minifocus, generation_options
 
 import minifocus
+from examples.lmms_eval import run as registration  # noqa: F401  makes lmms-eval know "minifocus"
+from examples.lmms_eval.minifocus_lmms import Minifocus, generation_options
 from minifocus import cards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +152,7 @@ def test_command_line(
 ) -> None:
     launcher = [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command = [
-        *(sys.executable, *launcher, str(ADAPTER / "run.py"), "--model", "minifocus", "--batch_size", "4"),
+        *(sys.executable, *launcher, "-m", "examples.lmms_eval.run", "--model", "minifocus", "--batch_size", "4"),
         *("--model_args", f"pretrained={TINY},sampler=focus", "--tasks", "minifocus_cards"),
         *("--include_path", str(folder), "--output_path", str(tmp_path), "--log_samples"),
     ]

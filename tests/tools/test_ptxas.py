@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-RECORD = ROOT / "benchmarks/results/ptxas.json"
+RECORD = ROOT / "experiments/results/ptxas.json"
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     file = tmp_path_factory.mktemp("ptxas") / "ptxas.json"
-    command = [sys.executable, str(ROOT / "scripts/ptxas_report.py"), "--out", str(file)]
+    command = [sys.executable, "-m", "experiments.kernels.ptxas", "--out", str(file)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.stderr.strip() == "nvcc was not found":
         pytest.skip("nvcc was not found; without it the CUDA kernels cannot be compiled")

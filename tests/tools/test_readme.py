@@ -66,13 +66,13 @@ def test_the_operators_benchmark() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    recorded = json.loads((ROOT / "benchmarks/results/operators_cpu.json").read_text())
+    recorded = json.loads((ROOT / "experiments/results/operators_cpu.json").read_text())
     assert [case["operator"] for case in report["cases"]] == [case["operator"] for case in recorded["cases"]]
     assert all(bar["met"] for case in recorded["cases"] for bar in case["bars"].values())
 
 
 def test_the_methods_table_is_the_record_s() -> None:
-    record = json.loads((ROOT / "benchmarks/results/compare.json").read_text())
+    record = json.loads((ROOT / "experiments/results/compare.json").read_text())
     found = {(one["method"], one["budget"]): one["accuracy"] for one in record["results"]}
     lines = (ROOT / "README.md").read_text().split("| | 50 % | 39 % | 25 % |\n", 1)[1].splitlines()[1:]
     rows = [line.strip("| ").split("|") for line in lines[: lines.index("")]]
@@ -89,7 +89,7 @@ def test_the_recorded_mutants_are_those_of_the_kernels(monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(ROOT / "scripts")
     from mutate_kernels import mutants
 
-    record = json.loads((ROOT / "benchmarks/results/mutants.json").read_text())
+    record = json.loads((ROOT / "experiments/results/mutants.json").read_text())
     assert [(row["file"], row["mutant"]) for row in record["mutants"]] == [mutant[:2] for mutant in mutants()]
     assert {row["outcome"] for row in record["mutants"]} == {"noticed"}
     assert f"({len(record['mutants'])} lines" in (ROOT / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""examples/reproduce.py: its arms and tables fit together, what it says follows from figures, and it runs and goes on."""
+"""experiments/paper: its arms and tables fit together, what it says follows from figures, and it runs and goes on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripts_as_modules import scripts
+
+from experiments import record as record_of
+from experiments.paper import arms as trained
+from experiments.paper import report as page
+from experiments.paper.arms import ARMS, CommandFailed, once, run
+from experiments.paper.figures import FIGURES, SAME
+from experiments.paper.tables import TABLES, Figures
 
 ROOT = Path(__file__).resolve().parents[2]
-trained, drawn, page, tables, record_of = scripts(
-    "reproduction benchmarks weights examples", "arms figures page tables record"
-)
-ARMS, CommandFailed, once, run = trained.ARMS, trained.CommandFailed, trained.once, trained.run
-FIGURES, SAME, TABLES, Figures = drawn.FIGURES, drawn.SAME, tables.TABLES, tables.Figures
 FAMILIES = ("read", "perceive", "reason", "relate")
 
 
@@ -137,7 +138,7 @@ def test_a_table_s_markdown() -> None:
 
 
 def test_a_table_without_all_of_its_arms_claims_nothing(tmp_path: Path) -> None:
-    record = record_of.environment(ROOT / "examples/reproduce.py", "torch")
+    record = record_of.environment(ROOT / "experiments/paper/reproduce.py", "torch")
     record |= {"steps": 2, "batch": 4, "questions": 16, "tables": [2, 7], "speed": {}, "figures": {}}
     record |= {"arms": {"control": {"1": answers(0.9)}, "focus": {"1": answers(0.9)}}}
     page.write_page(record, tmp_path / "README.md")
@@ -146,7 +147,7 @@ def test_a_table_without_all_of_its_arms_claims_nothing(tmp_path: Path) -> None:
     assert "\nNot run here: vision-guided sampler*; text-guided sampler*; 2×2 average pooling; random" in written
     assert "arms were asked at `0123456789ab`" in written
     link = re.search(r"\[notes.md\]\((.*)\)", written)
-    assert link is not None and (tmp_path / link[1]).resolve() == ROOT / "reproduction/notes.md"
+    assert link is not None and (tmp_path / link[1]).resolve() == ROOT / "docs/notes.md"
     assert "| both* (one seed) | 90.0% |" in written and "Here too" not in written and "Not here." not in written
 
 
@@ -174,7 +175,7 @@ def test_what_was_run_is_not_run_again_unless_it_is_another_command(tmp_path: Pa
 
 def test_results_of_other_steps_are_not_added_to(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"steps": 400, "batch": 12, "questions": 4000, "arms": {}}))
-    command = [sys.executable, "examples/reproduce.py", "--quick", "--table", "5", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "experiments.paper.reproduce", "--quick", "--table", "5", "--out", str(tmp_path)]
     command += ["--runs", str(tmp_path / "runs")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and not (tmp_path / "runs").exists()
@@ -187,14 +188,24 @@ def test_results_of_other_steps_are_not_added_to(tmp_path: Path) -> None:
     "option, said", [("--arms", "--arms: expected some of alpha-0, alpha-0.01, "), ("--seeds", "--seeds")]
 )
 def test_a_mistyped_argument_is_named(tmp_path: Path, option: str, said: str) -> None:
-    command = [sys.executable, "examples/reproduce.py", "--table", "5", "--runs", str(tmp_path / "runs"), option, "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.paper.reproduce",
+        "--table",
+        "5",
+        "--runs",
+        str(tmp_path / "runs"),
+        option,
+        "0",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and said in done.stderr and not (tmp_path / "runs").exists()
 
 
 @pytest.mark.timeout(1200)
 def test_quick_run_of_everything_goes_on_where_it_was(tmp_path: Path) -> None:
-    command = [sys.executable, "examples/reproduce.py", "--quick", "--runs", str(tmp_path / "runs")]
+    command = [sys.executable, "-m", "experiments.paper.reproduce", "--quick", "--runs", str(tmp_path / "runs")]
     command += ["--out", str(tmp_path / "out"), "--seeds", "1"]
 
     def reproduce(*arguments: str) -> dict:

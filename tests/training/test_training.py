@@ -30,8 +30,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from checkpoints import add_tokenizer, build, save
+from example_scripts import example
 from safetensors.torch import load_file, safe_open, save_file
-from scripts_as_modules import example
 
 import minifocus
 from minifocus import cards

@@ -1,0 +1,177 @@
+"""Build, test and measure the CUDA operators on a machine with a GPU; one JSON file says how it went.
+
+    python -m experiments.kernels.gpu_check --out DIR
+
+In order, each step with a time limit of its own, under 10 minutes in all: build both halves for this GPU; the tests marked
+`gpu`, streams, graphs and the like before the properties; the benchmarks, with importance's tensor-core kernels and without;
+20 steps of training in bfloat16; compute-sanitizer's memcheck and racecheck on a few calls of every operator.
+DIR/gpu_check.json holds every step's result, the training's losses, the commit, the device and the versions;
+DIR/gpu_check.log what the steps printed. A step that fails does not keep the next from running, but the build does.
+
+Where the checkout comes without its .git, MINIFOCUS_COMMIT says what it is of.
+
+Exit status: 0 all passed, 1 a step failed, 2 usage, 3 there is no GPU.
+"""
+
+from __future__ import annotations
+
+from examples import command_line
+
+if __name__ == "__main__":
+    command_line.begin()
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from examples.command_line import write_text
+
+from ..record import ROOT, environment
+
+# What the sanitizers watch: ragged and full sizes, vector and scalar paths, both kinds of products.
+SANITIZED = """
+import torch, minifocus.ops
+torch.manual_seed(0)
+for dtype in (torch.float32, torch.bfloat16):
+    for channels in (37, 64, 1536):
+        x = torch.randn(13 * 11 + 16, channels, device="cuda", dtype=dtype)
+        grid, pools = torch.tensor([[13, 11], [4, 4]]), [4, 4, 2, 2, 1, 1]
+        context, bias = torch.randn(2, 3, channels, device="cuda"), torch.zeros(3, device="cuda")
+        tokens, _, offsets, choice = torch.ops.minifocus.region_route(x, grid, context, bias, 4, pools)
+        weight = torch.rand(len(choice), device="cuda")
+        torch.ops.minifocus.region_pool(x, grid, choice, 4, pools, weight)
+        grad = torch.randn_like(x)
+        torch.ops.minifocus.region_pool_backward(grad, x, grid, choice, offsets, 4, pools, weight)
+    for dim in (24, 33):
+        q = torch.randn(21, 6, dim, device="cuda", dtype=dtype)
+        k = torch.randn(143, 2, dim, device="cuda", dtype=dtype)
+        cu_text, cu_visual = torch.tensor([0, 4, 21]).cuda(), torch.tensor([0, 70, 143]).cuda()
+        scores = torch.ops.minifocus.importance(q, k, cu_text, cu_visual, 0.3)
+    index, count = torch.ops.minifocus.select_top_p(scores, cu_visual, 0.7)
+    torch.ops.minifocus.gather_tokens([k, torch.arange(143).cuda()], index)
+    many = torch.rand(5000, device="cuda").to(dtype)
+    torch.ops.minifocus.select_top_p(many, torch.tensor([0, 4100, 5000]).cuda(), 0.7)
+torch.cuda.synchronize()
+"""
+
+
+RESULTS = {"benchmark": "operators_cuda.json", "benchmark_tensor_cores": "operators_cuda_tensor_cores.json"}
+
+
+def steps(capability: tuple[int, int], out: Path, scratch: Path) -> list[tuple[str, list[str], dict[str, str], int]]:
+    """Name, command, environment, seconds."""
+    python = sys.executable
+    architecture = ".".join(map(str, capability))
+    pytest = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    benchmark = [python, "-m", "experiments.operators", "--device", "cuda", "--out"]
+    train = [python, "examples/train.py", "--device", "cuda", "--bf16", "--steps", "20", "--log-every", "1", "--out"]
+    build = {"MINIFOCUS_BUILD": "all", "TORCH_CUDA_ARCH_LIST": architecture}
+    every: list[tuple[str, list[str], dict[str, str], int]] = [
+        ("build", [python, "-m", "csrc.build"], build, 120),
+        # By themselves: an error of the device fails whatever comes after it in the same process.
+        ("tests", [*pytest, "tests/ops/test_gpu.py"], {}, 60),
+        ("properties", [*pytest, "tests/ops/test_operators.py"], {}, 120),
+        ("benchmark", [*benchmark, str(out / RESULTS["benchmark"])], {}, 90),
+        (
+            "benchmark_tensor_cores",
+            [*benchmark, str(out / RESULTS["benchmark_tensor_cores"])],
+            {"MINIFOCUS_TENSOR_CORES": "1"},
+            50,
+        ),
+        ("training", [*train, str(scratch / "training")], {}, 50),
+    ]
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "MINIFOCUS_TENSOR_CORES": "1"}
+    # Calls that fail are looked at where they are made; torch makes some that may.
+    for tool, options in (("memcheck", ["--report-api-errors", "no"]), ("racecheck", [])):
+        command = [sanitizer, "--tool", tool, *options, "--error-exitcode", "9", python, "-c", SANITIZED]
+        every.append((tool, command, watched, 45))
+    return every
+
+
+def run(command: list[str], settings: dict[str, str], limit: int, output: TextIO) -> int | str:
+    """Exit status, or why there is none. Whatever the command started ends with it."""
+    try:
+        running = subprocess.Popen(
+            command, cwd=ROOT, env=settings, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    except OSError as error:
+        return str(error)
+    try:
+        return running.wait(limit)
+    except BaseException as error:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        return f"took more than {limit} s"
+
+
+def measured(name: str, out: Path, scratch: Path) -> dict[str, Any]:
+    """What a step left behind, be it as much as it came to before it failed or was stopped in the middle of a line."""
+    file = scratch / "training/log.jsonl" if name == "training" else out / RESULTS.get(name, "none")
+    if not file.exists():
+        return {}
+    text = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        if name != "training":
+            return {"cases": json.loads(text)["cases"]}
+        return {"losses": [json.loads(line)["loss"] for line in text.splitlines(keepends=True) if line.endswith("\n")]}
+    except ValueError as error:
+        return {"unreadable": f"{file.name}: {error}"}
+
+
+@command_line.guarded
+def main() -> int:
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    out = parser.parse_args().out.resolve()
+    if not torch.cuda.is_available():
+        print("gpu_check: torch sees no GPU on this machine, so nothing was run", file=sys.stderr)
+        return 3
+    os.environ.pop("MINIFOCUS_BACKEND", None)  # the operators that it may ask for are yet to be built
+    from minifocus.files.locks import hold
+
+    with hold(out):
+        return check(out)
+
+
+def check(out: Path) -> int:
+    """All steps, into a folder that is held; the exit status."""
+    report = {**environment(Path(__file__), "torch", "hypothesis"), "device": torch.cuda.get_device_name(), "steps": {}}
+    report["versions"]["cuda"] = torch.version.cuda
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    common = {**os.environ, "MINIFOCUS_BACKEND": "native", "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+    scratch, log = Path(tempfile.mkdtemp()), out / "gpu_check.log"
+    log.write_text("")
+    for file in RESULTS.values():  # an earlier run's are not this one's
+        (out / file).unlink(missing_ok=True)
+    for name, command, extra, limit in steps(torch.cuda.get_device_capability(), out, scratch):
+        start = time.monotonic()
+        with log.open("a", encoding="utf-8") as stream:
+            print(f"==== {name}: {shlex.join(command[:6])} …", file=stream, flush=True)
+            begun = stream.tell()
+            code = run(command, {**common, **extra}, limit, stream)
+        said = log.read_bytes()[begun:].decode(errors="replace")
+        last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
+        step = {"passed": code == 0, "exit": code, "seconds": round(time.monotonic() - start, 1)}
+        report["steps"][name] = {**step, "last_line": last[:500], **measured(name, out, scratch)}
+        print(f"{name}: {'passed' if code == 0 else f'FAILED ({code})'}; {last[:200]}", flush=True)
+        write_text(out / "gpu_check.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        if name == "build" and code != 0:
+            break
+    return 0 if all(step["passed"] for step in report["steps"].values()) and len(report["steps"]) > 1 else 1
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,76 @@
+"""What every recorded figure comes with: the command, the commit, the versions and the machine that gave it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def git(*arguments: str) -> str | None:
+    """What a git command of this repository printed; None where it failed, as it does outside of one or without git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def commit() -> str:
+    """The first 12 digits of the checkout's commit, with a + where files differ from it."""
+    found = git("rev-parse", "--short=12", "--verify", "--quiet", "HEAD")
+    return "none" if found is None else found + ("+" if git("status", "--porcelain") else "")
+
+
+def environment(script: Path, *packages: str) -> dict[str, Any]:
+    """Of `script`, run as it was now; the versions of `packages` besides those of Python and minifocus."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    changes, cpuinfo = git("status", "--porcelain"), Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "command": shlex.join(["python", *invoked(script), *sys.argv[1:]]),
+        "commit": git("rev-parse", "--verify", "--quiet", "HEAD") or os.environ.get("MINIFOCUS_COMMIT"),
+        "dirty": None if changes is None else bool(changes),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed(name) for name in (*packages, "minifocus")},
+        },
+        "machine": {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count()},
+    }
+
+
+def invoked(script: Path) -> list[str]:
+    """How a program of this package is started: as a module, from the repository's root."""
+    return ["-m", relative(script).removesuffix(".py").replace("/", ".")]
+
+
+def relative(path: Path) -> str:
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def last_line(command: list[str]) -> str:
+    """The last line that one of the repository's scripts printed."""
+    print("$", shlex.join(["python", *command]), flush=True)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode in (2, 130):  # a mistake of the user's, of which it has told, or interrupted
+        raise SystemExit(done.returncode)
+    if done.returncode:
+        raise SystemExit(f"error: {shlex.join(command[:2])} ended with {done.returncode}")
+    return done.stdout.strip().splitlines()[-1]

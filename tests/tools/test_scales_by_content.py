@@ -1,0 +1,79 @@
+"""The measure of where samplers look: kinds of regions, and what counts as covered."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from experiments.scales_by_content import covered, region_kinds
+from minifocus import cards
+from minifocus.inputs.token_layout import Layout
+from minifocus.trace import PictureTrace
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_kinds_of_regions() -> None:
+    scene = cards.draw(11, dense=True)
+    kinds = region_kinds(scene, 4)
+    assert set(np.unique(kinds)) == {0, 1, 2}
+    empty = cards.Scene(0, scene.image, [], [])
+    assert kinds.shape == region_kinds(empty, 4).shape and not region_kinds(empty, 4).any()
+    shapes = cards.Scene(0, scene.image, [o for o in scene.objects if o.kind != "card"], [])
+    assert region_kinds(shapes, 4).max() <= 1
+    cells = region_kinds(scene, 1)
+    for window in (2, 4, 8, 12):
+        of_window = region_kinds(scene, window)
+        assert of_window.shape == tuple(-(-side // window) for side in cells.shape)
+        for row, col in np.ndindex(of_window.shape):
+            own = cells[row * window : (row + 1) * window, col * window : (col + 1) * window]
+            assert of_window[row, col] == own.max()
+
+
+@pytest.mark.parametrize(
+    ("kept", "places", "expected"),
+    [
+        ([4], [4], True),
+        ([4], [5], False),
+        (
+            [7],
+            [7, 8, 11, 12],
+            True,
+        ),  # a 2x2 pooling at row 1, column 0: places 7, 8 and, a row and a newline on, 11, 12
+        ([7], [9], False),
+        ([4, 7], [4, 12], True),
+        ([0, 6], [4], False),  # a thumbnail's token and a newline cover nothing
+    ],
+)
+def test_covered(kept: list[int], places: list[int], expected: bool) -> None:
+    layout = Layout(leading=3, height=3, width=3, newlines=True)  # rows at 3 … 5, 7 … 9, 11 … 13; newlines 6, 10, 14
+    entered = torch.tensor([0, 4, 6, 7])
+    extent = torch.tensor([[1, 1], [1, 1], [1, 1], [2, 2]])
+    trace = PictureTrace(layout, None, entered, extent, torch.tensor(kept), torch.zeros(4))
+    assert covered(trace, np.array(places)) is expected
+
+
+def test_the_recorded_accuracy_is_written_by_its_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "experiments.accuracy", "--count", "6", "--dense-count", "8"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "a.json")], cwd=ROOT, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "a.json").read_text())
+    recorded = json.loads((ROOT / "experiments/results/accuracy.json").read_text())
+    assert recorded.keys() == made.keys() and recorded["where"].keys() == made["where"].keys()
+    assert recorded["results"]["dense"]["focus"]["count"] == 4000
+
+
+def test_command() -> None:
+    command = [sys.executable, "-m", "experiments.scales_by_content", "--count", "3", "--line"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["questions"] == 3 and set(result["scales"]) == {"empty", "things", "text"}
+    for kind, shares in result["scales"].items():
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-3) or not result["regions"][kind]
