@@ -57,7 +57,7 @@ from record import ROOT, environment
 import minifocus
 from minifocus import cards
 from minifocus.files.writing import replace
-from minifocus.inputs.image import open_image
+from minifocus.inputs.open_image import open_image
 
 BUDGETS = (0.75, 0.5, 0.39, 0.25, 0.12)
 TOLERANCE = 0.005  # of a budget that is searched for, in shares of the uncompressed tokens

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .generate import Answer, PictureTrace
-from .inputs.image import ImageProcessor
+from .inputs.image_processor import ImageProcessor
 
 PANEL = 448  # pixels, the longer side of a panel
 MARGIN = 16

@@ -16,7 +16,7 @@ from torch import nn
 from . import arguments
 from .constraints import Constraints
 from .errors import CheckpointError, InputError
-from .inputs.image import open_image
+from .inputs.open_image import open_image
 from .inputs.prompt import build_prompt, check_name, encode_prompt
 from .inputs.tokenizer import StreamDecoder, Tokenizer
 from .llama import LayerCache

@@ -17,8 +17,9 @@ from . import arguments, methods
 from . import generate as generation
 from .errors import CheckpointError, InputError
 from .files.reading import FILE, FOLDER, kind, named, present, read_bytes
+from .inputs.anyres import num_visual_tokens, select_best_resolution, stitch
 from .inputs.chat_template import read_chat_template
-from .inputs.image import ImageProcessor, num_visual_tokens, select_best_resolution, stitch
+from .inputs.image_processor import ImageProcessor
 from .inputs.prompt import Template, detect_template
 from .inputs.tokenizer import Tokenizer
 from .llama import DecoderLayer, LayerCache, Llama

@@ -33,7 +33,7 @@ from torch import nn
 from minifocus import cards
 from minifocus.cards.places import GRID, Places, locate
 from minifocus.inputs.conversations import Conversation, Turn
-from minifocus.inputs.image import ImageProcessor
+from minifocus.inputs.image_processor import ImageProcessor
 from minifocus.inputs.tokenizer import Tokenizer
 from minifocus.llama import DecoderLayer, rotate
 from minifocus.loading.config import load_config

@@ -71,7 +71,7 @@ def read_conversations(
 
     A record without an id gets its number, from 0. A first turn of "gpt" answers nothing and is left out, as LLaVA's own
     training does; a "system" turn is refused. Pictures are looked for, but not opened: whoever opens one
-    (`minifocus.inputs.image.open_image`) checks it. A name that leads out of the folder (absolute, or by "..") is refused, unless
+    (`minifocus.inputs.open_image`) checks it. A name that leads out of the folder (absolute, or by "..") is refused, unless
     `images_anywhere` says that the file's author may name every picture of this machine.
 
     Raises InputError for records that do not follow the format or name a picture that is not there: how many, and the

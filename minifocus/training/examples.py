@@ -19,7 +19,7 @@ from ..arguments import settle, shown
 from ..errors import CheckpointError, InputError
 from ..generate import stop_token_ids
 from ..inputs.conversations import Conversation, Turn
-from ..inputs.image import open_image
+from ..inputs.open_image import open_image
 from ..inputs.prompt import IMAGE, build_conversation, encode_prompt
 
 if TYPE_CHECKING:

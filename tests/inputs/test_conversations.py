@@ -25,7 +25,7 @@ from minifocus.errors import InputError
 from minifocus.generate import TokenCounts
 from minifocus.inputs.conversations import Conversation, Turn, asked_alone, read_conversations
 from minifocus.inputs.foreign_media import foreign_place
-from minifocus.inputs.image import open_image
+from minifocus.inputs.open_image import open_image
 from minifocus.inputs.prompt import build_prompt
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,8 +1,8 @@
-"""Picture → tiles, and the geometry of the feature map that the tiles become. Sizes are (height, width) throughout.
+"""Picture → tiles: resized, cut, and normalised as CLIP's were.
 
 LLaVA-1.5 takes the centre of the picture as one tile. LLaVA-NeXT takes a thumbnail of the whole picture and, row by
 row, the tiles of the grid resolution ("pinpoint") that fits it best. Both equal transformers' Pillow processors bit for
-bit.
+bit. Sizes are (height, width) throughout.
 """
 
 from __future__ import annotations
@@ -13,142 +13,22 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ..arguments import shown, whole
+from ..arguments import shown
 from ..errors import CheckpointError, InputError
-from ..files.reading import FILE, kind, named, opened, present, read_json
+from ..files.reading import present, read_json
 from ..loading.config import PINPOINTS
-from .transparency import Stored, over_white
-
-MAX_PIXELS = 89_478_485  # 1 GiB / 12: Pillow's own warning limit, held here as an error and by this package itself
+from .anyres import select_best_resolution
+from .open_image import MAX_PIXELS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# A closed list: other plugins do more than decode. EPS runs Ghostscript, ICO and ICNS hide a second size inside.
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
-_AS_CONTENT = "; a file's content goes in as PIL.Image.open(io.BytesIO(content))"
 _PROCESSORS = {"llava": ("CLIPImageProcessor", "LlavaImageProcessor"), "llava_next": ("LlavaNextImageProcessor",)}
-_ORIENTATION = {  # EXIF tag 0x0112 → what a viewer does
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def open_image(source: str | os.PathLike[str] | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A file or a Pillow image as RGB, as a viewer shows it: upright, first frame, transparency over white.
-
-    The size is checked before anything is decoded. Raises InputError, naming the file, for a missing or unreadable
-    file, a picture without pixels and one of more than `max_pixels`.
-    """
-    limit = whole("max_pixels", max_pixels, 1)
-    if isinstance(source, Image.Image):
-        file = getattr(source, "filename", None)
-        return _read(
-            source, named(file) if file and isinstance(file, str | bytes | os.PathLike) else "the picture", limit
-        )
-    if not isinstance(source, str | bytes | os.PathLike):
-        raise InputError(f"a picture must be a path or a PIL.Image, got {type(source).__name__}{_AS_CONTENT}")
-    path = os.fsdecode(source)
-    found = kind(path)
-    if found != FILE:
-        hint = ""
-        if "://" in path[:16]:
-            hint = "; a picture is not fetched from a URL"
-        elif path[:5].lower() == "data:" or "\0" in path or len(path) > 255:
-            hint = _AS_CONTENT
-        raise InputError(f"{named(path)}: expected a picture file, found {found}{hint}")
-    with opened(path, InputError) as stream:
-        return _read(stream, named(path), limit)
-
-
-def _read(source: Image.Image | BinaryIO, name: str, max_pixels: int) -> Image.Image:
-    try:
-        if isinstance(source, Image.Image):
-            return _to_rgb(source, name, max_pixels)
-        Image.init()  # registers every decoder, so that the list holds those of this Pillow
-        with Image.open(source, formats=[known for known in _FORMATS if known in Image.OPEN]) as image:
-            return _to_rgb(image, name, max_pixels)
-    except InputError:
-        raise
-    except UnidentifiedImageError as error:
-        formats = ", ".join(_FORMATS)
-        raise InputError(f"{name}: not a picture that can be read: expected one of {formats}") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{name}: over the limit of {max_pixels} pixels: {error}") from error
-    except Exception as error:  # Pillow's decoders raise nearly every class there is on damaged data
-        raise InputError(f"{name}: not a picture that can be read: {str(error)[:300]}") from error
-
-
-def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    width, height = image.size
-    if width * height > max_pixels:
-        pixels = f"{height}x{width} = {width * height} pixels"
-        raise InputError(f"{name}: {pixels} (height x width) are over the limit of {max_pixels}")
-    if width * height == 0:
-        raise InputError(f"{name}: a picture without pixels ({height}x{width})")
-    stored = Stored.of(image)
-    image.load()
-    try:
-        orientation = image.getexif().get(0x0112)
-    except Exception:  # a viewer shows the picture even when its metadata is damaged
-        orientation = None
-    opaque = stored.opaque(image, name)
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_eight_bits(image, name)
-    image = over_white(image, opaque)
-    image = image.transpose(_ORIENTATION[orientation]) if orientation in _ORIENTATION else image
-    image.info = {}  # the orientation is spent
-    return image
-
-
-def _to_eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """A deep grey picture as 8-bit grey, rescaled where Pillow would clip.
-
-    16-bit values span 0…65535, other whole numbers 0…255 or 0…65535, floats 0…1 or 0…255. Values outside that have no known
-    white: their own range is used.
-    """
-    values = np.asarray(image).astype(np.float64)
-    low, high = float(values.min()), float(values.max())
-    if not math.isfinite(high - low):
-        raise InputError(f"{name}: the picture holds NaN or infinite values")
-    # Of 32-bit integers Pillow makes also what it reads of 16 bits: all such PPMs, and, in older versions, such PNGs.
-    deep = image.mode != "I" or image.format in ("PNG", "PPM")
-    for white in (1.0, 255.0) if image.mode == "F" else (65535.0,) if deep else (255.0, 65535.0):
-        if low >= 0 and high <= white:
-            low, high = 0.0, white
-            break
-    values -= low
-    values *= 255.0 / ((high - low) or 1.0)
-    return Image.fromarray(np.rint(values, out=values).astype(np.uint8))
-
-
-def select_best_resolution(size: tuple[int, int], pinpoints: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """The pinpoint that keeps most of the picture's pixels; then the one that wastes least; then the first."""
-    height, width = size
-    pinpoints = list(pinpoints)
-    if height < 1 or width < 1 or not pinpoints:
-        raise InputError(
-            f"expected a picture of at least 1x1 and a grid pinpoint, got {height}x{width} and {shown(pinpoints)}"
-        )
-
-    def fit(pinpoint: tuple[int, int]) -> tuple[int, int]:
-        scale = min(pinpoint[1] / width, pinpoint[0] / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        return effective, effective - pinpoint[0] * pinpoint[1]
-
-    best = max(pinpoints, key=fit)
-    return best[0], best[1]
 
 
 def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
@@ -349,48 +229,3 @@ class _Fields:
 def _finite(value: object) -> bool:
     """Whether it is a number of a JSON file that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def unpadded_grid(
-    size: tuple[int, int], best: tuple[int, int], image_size: int, patches_per_side: int
-) -> tuple[int, int, int, int]:
-    """(top, left, rows, cols): the part of the stitched feature map that shows the picture and not its padding.
-
-    The map of resolution `best` has best / image_size * patches_per_side cells a side. A very flat picture has 0 rows.
-    """
-    height, width = size
-    rows, cols = (edge // image_size * patches_per_side for edge in best)
-    if width / height > cols / rows:
-        top = (rows - int(round(height * (cols / width), 7))) // 2
-        return top, 0, rows - 2 * top, cols
-    left = (cols - int(round(width * (rows / height), 7))) // 2
-    return 0, left, rows, cols - 2 * left
-
-
-def num_visual_tokens(
-    size: tuple[int, int], pinpoints: Iterable[tuple[int, int]], image_size: int, patch_size: int
-) -> int:
-    """How many `<image>` places a LLaVA-NeXT picture takes: thumbnail, map, and one newline after each map row."""
-    side = image_size // patch_size
-    _, _, rows, cols = unpadded_grid(size, select_best_resolution(size, pinpoints), image_size, side)
-    return side * side + rows * (cols + 1)
-
-
-def stitch(
-    features: torch.Tensor, size: tuple[int, int], pinpoints: Iterable[tuple[int, int]], image_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [1 + T, g * g, C] of a picture's views → thumbnail [g * g, C] and unpadded map [rows, cols, C].
-
-    The map has no newline column: the model adds it. Raises InputError when T does not fit the picture's size.
-    """
-    best = select_best_resolution(size, pinpoints)
-    tile_rows, tile_cols = best[0] // image_size, best[1] // image_size
-    views, cells, channels = features.shape
-    side = math.isqrt(cells)
-    if side * side != cells or views != 1 + tile_rows * tile_cols:
-        expected = f"1 + {tile_rows} * {tile_cols} views of a square number of features"
-        raise InputError(f"a {size[0]}x{size[1]} picture has {expected}, got {views} views of {cells}")
-    grid = features[1:].reshape(tile_rows, tile_cols, side, side, channels)
-    whole = grid.transpose(1, 2).reshape(tile_rows * side, tile_cols * side, channels)
-    top, left, rows, cols = unpadded_grid(size, best, image_size, side)
-    return features[0], whole[top : top + rows, left : left + cols]
