@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,50 +19,15 @@ import torch
 from PIL import Image
 
 from ..arguments import shown
-from ..errors import CheckpointError, InputError
-from ..files.reading import present, read_json
+from ..errors import InputError
 from ..loading.config import PINPOINTS
+from ..loading.json_fields import JsonFields
 from .anyres import select_best_resolution
 from .open_image import MAX_PIXELS
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _PROCESSORS = {"llava": ("CLIPImageProcessor", "LlavaImageProcessor"), "llava_next": ("LlavaNextImageProcessor",)}
-
-
-def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
-    height, width = size
-    if width > image.width and width * image.height > MAX_PIXELS:
-        # Pillow before 13 widens every row before it drops any. For a sliver millions of rows tall, drop first.
-        image = image.resize((image.width, height), resample)
-    return image.resize((width, height), resample)
-
-
-def _resize_and_crop(image: Image.Image, size: tuple[int, int], side: int, resample: int) -> Image.Image:
-    """The central side x side square of `image` resized to `size`; black where the resized picture is smaller."""
-    height, width = size
-    top, left = (height - side) // 2, (width - side) // 2
-    y0, y1 = max(top, 0), min(top + side, height)
-    x0, x1 = max(left, 0), min(left + side, width)
-    if height * width <= MAX_PIXELS:
-        region = _resize(image, size, resample).crop((x0, y0, x1, y1))
-    else:  # only what is kept is computed
-        first_y, last_y, *box_y = _source(image.height, height, y0, y1)
-        first_x, last_x, *box_x = _source(image.width, width, x0, x1)
-        part = image.crop((first_x, first_y, last_x, last_y))
-        region = part.resize((x1 - x0, y1 - y0), resample, (box_x[0], box_y[0], box_x[1], box_y[1]))
-    return region.crop((left - x0, top - y0, left - x0 + side, top - y0 + side))
-
-
-def _source(length: int, resized: int, start: int, stop: int) -> tuple[int, int, float, float]:
-    """The pixels [first, last) of an axis that make [start, stop) of the resized one, and that one's ends from `first`.
-
-    They include the filter's reach (3 for Lanczos). Pillow holds the ends in float32, so they must be small numbers.
-    """
-    step = length / resized
-    reach = 3 * max(step, 1) + 1
-    first, last = max(int(start * step - reach), 0), min(math.ceil(stop * step + reach), length)
-    return first, last, start * step - first, min(stop * step - first, last - first)
 
 
 @dataclass(frozen=True)
@@ -97,7 +61,7 @@ class ImageProcessor:
         pinpoints = tuple((height, width) for height, width in grid_pinpoints) if anyres else ()
         expected = [list(pinpoint) for pinpoint in pinpoints]
         of_the_model = {"size": image_size, "crop_size": image_size, "image_grid_pinpoints": expected}
-        fields = _Fields.read(Path(folder), of_the_model)
+        fields = _read_fields(Path(folder), of_the_model)
         for key in ("do_resize", "do_rescale", "do_normalize"):
             fields.check(key, fields.get(key, True) is True, "true (nothing else is supported)")
         # Null is transformers' default nowhere: of a flag it is a no, and of a number an error.
@@ -108,19 +72,17 @@ class ImageProcessor:
         kind = kind.removesuffix("Fast").removesuffix("Pil")
         fields.check("image_processor_type", kind in _PROCESSORS[model_type], " or ".join(_PROCESSORS[model_type]))
 
-        size, tile = fields.edges("size"), f"{image_size}, the tile of the vision tower"
+        size, tile = _read_edges(fields, "size"), f"{image_size}, the tile of the vision tower"
         fields.check("size", not anyres or size in (image_size, square), tile)
         if anyres or fields.get("do_center_crop", True) is True:
-            fields.check("crop_size", fields.edges("crop_size") in (image_size, square), tile)
+            fields.check("crop_size", _read_edges(fields, "crop_size") in (image_size, square), tile)
         else:
             fields.check("do_center_crop", size == square, f"true, unless size is {image_size}x{image_size}")
         resample = fields.get("resample", int(Image.Resampling.BICUBIC))
         fields.check("resample", type(resample) is int and 0 <= resample <= 5, "a Pillow filter from 0 to 5")
-        mean, std = fields.numbers("image_mean", CLIP_MEAN), fields.numbers("image_std", CLIP_STD)
+        mean, std = fields.three_numbers("image_mean", CLIP_MEAN), fields.three_numbers("image_std", CLIP_STD)
         fields.check("image_std", min(std) > 0, "positive numbers")
-        factor = fields.get("rescale_factor", 1 / 255)
-        fields.check("rescale_factor", _finite(factor) and factor > 0, "a positive number")
-
+        factor = fields.number("rescale_factor", 1 / 255)
         same = not anyres or fields.get("image_grid_pinpoints", PINPOINTS) == expected
         fields.check("image_grid_pinpoints", same, f"config.json's {shown(expected)}")
         return cls(anyres, image_size, size, mean, std, factor, resample, pinpoints)
@@ -179,53 +141,57 @@ class ImageProcessor:
         return grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3, side, side)
 
 
-class _Fields:
-    """The processor file of a folder, read key by key; errors name the file and the key."""
-
-    def __init__(self, file: Path, fields: dict[str, Any]):
-        self.file, self.fields = file, fields
-
-    @classmethod
-    def read(cls, folder: Path, of_the_model: dict[str, Any]) -> _Fields:
-        """`of_the_model` are the fields of a folder that has no such file."""
-        file = folder / "processor_config.json"
-        nested = read_json(file).get("image_processor") if present(file) else None
-        if nested is not None:
-            if not isinstance(nested, dict):
-                raise CheckpointError(f"{file}: image_processor: expected an object, got {shown(nested)}")
-            return cls(file, nested)
-        file = folder / "preprocessor_config.json"
-        return cls(file, read_json(file) if present(file) else dict(of_the_model))
-
-    def get(self, key: str, default: Any) -> Any:
-        return self.fields.get(key, default)
-
-    def check(self, key: str, valid: bool, expected: str) -> None:
-        if not valid:
-            got = shown(self.fields[key]) if key in self.fields else "no such key"
-            raise CheckpointError(f"{self.file}: {key}: expected {expected}, got {got}")
-
-    def edges(self, key: str) -> int | tuple[int, int]:
-        """One number is the shortest edge, two are (height, width); 224 is transformers' default for every model."""
-        value = self.get(key, 224)
-        if isinstance(value, dict):
-            value = {name: edge for name, edge in value.items() if edge is not None}
-            names = ["shortest_edge"] if len(value) == 1 else ["height", "width"]
-            value = [value.get(name) for name in names] if len(value) == len(names) else []
-        edges = value if isinstance(value, list) else [value]
-        valid = 1 <= len(edges) <= 2 and all(type(edge) is int and 1 <= edge <= 2**16 for edge in edges)
-        self.check(key, valid, "shortest_edge, or height and width")
-        return edges[0] if len(edges) == 1 else (edges[0], edges[1])
-
-    def numbers(self, key: str, default: Any) -> tuple[float, float, float]:
-        """Three finite numbers, or one for all three."""
-        value = self.get(key, default)
-        numbers = value if isinstance(value, list | tuple) else [value] * 3
-        valid = len(numbers) == 3 and all(map(_finite, numbers))
-        self.check(key, valid, "a number or three")
-        return float(numbers[0]), float(numbers[1]), float(numbers[2])
+def _read_fields(folder: Path, of_the_model: dict[str, Any]) -> JsonFields:
+    """The fields of the folder's processor; `of_the_model` are those of a folder that has no file for it."""
+    newer = JsonFields.of_file(folder / "processor_config.json", default={})
+    if newer.given("image_processor"):
+        return newer.section("image_processor")
+    return JsonFields.of_file(folder / "preprocessor_config.json", default=of_the_model)
 
 
-def _finite(value: object) -> bool:
-    """Whether it is a number of a JSON file that a float can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+def _read_edges(fields: JsonFields, key: str) -> int | tuple[int, int]:
+    """One number is the shortest edge, two are (height, width); 224 is transformers' default for every model."""
+    value = fields.get(key, 224)
+    if isinstance(value, dict):
+        value = {name: edge for name, edge in value.items() if edge is not None}
+        names = ["shortest_edge"] if len(value) == 1 else ["height", "width"]
+        value = [value.get(name) for name in names] if len(value) == len(names) else []
+    edges = value if isinstance(value, list) else [value]
+    valid = 1 <= len(edges) <= 2 and all(type(edge) is int and 1 <= edge <= 2**16 for edge in edges)
+    fields.check(key, valid, "shortest_edge, or height and width")
+    return edges[0] if len(edges) == 1 else (edges[0], edges[1])
+
+
+def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
+    height, width = size
+    if width > image.width and width * image.height > MAX_PIXELS:
+        # Pillow before 13 widens every row before it drops any. For a sliver millions of rows tall, drop first.
+        image = image.resize((image.width, height), resample)
+    return image.resize((width, height), resample)
+
+
+def _resize_and_crop(image: Image.Image, size: tuple[int, int], side: int, resample: int) -> Image.Image:
+    """The central side x side square of `image` resized to `size`; black where the resized picture is smaller."""
+    height, width = size
+    top, left = (height - side) // 2, (width - side) // 2
+    y0, y1 = max(top, 0), min(top + side, height)
+    x0, x1 = max(left, 0), min(left + side, width)
+    if height * width <= MAX_PIXELS:
+        region = _resize(image, size, resample).crop((x0, y0, x1, y1))
+    else:  # only what is kept is computed
+        first_y, last_y, *box_y = _source(image.height, height, y0, y1)
+        first_x, last_x, *box_x = _source(image.width, width, x0, x1)
+        part = image.crop((first_x, first_y, last_x, last_y))
+        region = part.resize((x1 - x0, y1 - y0), resample, (box_x[0], box_y[0], box_x[1], box_y[1]))
+    return region.crop((left - x0, top - y0, left - x0 + side, top - y0 + side))
+
+
+def _source(length: int, resized: int, start: int, stop: int) -> tuple[int, int, float, float]:
+    """The pixels [first, last) of an axis that make [start, stop) of the resized one, and that one's ends from `first`.
+
+    They include the filter's reach (3 for Lanczos). Pillow holds the ends in float32, so they must be small numbers.
+    """
+    step = length / resized
+    reach = 3 * max(step, 1) + 1
+    first, last = max(int(start * step - reach), 0), min(math.ceil(stop * step + reach), length)
+    return first, last, start * step - first, min(stop * step - first, last - first)
