@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import minifocus
 from minifocus.generation_options import Options
-from minifocus.inputs.image import open_image
+from minifocus.inputs.open_image import open_image
 from minifocus.inputs.prompt import TEMPLATES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -52,7 +52,7 @@ from examples.command_line import expect_file, expect_numbers, write_text
 from minifocus import cards
 from minifocus.evaluate import evaluate
 from minifocus.files.writing import replace
-from minifocus.inputs.image import open_image
+from minifocus.inputs.open_image import open_image
 
 from .flops import decoder_flops, vision_flops
 from .memory import extra_memory

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .inputs.image import ImageProcessor
+from .inputs.image_processor import ImageProcessor
 from .trace import Answer, PictureTrace
 
 PANEL = 448  # pixels, the longer side of a panel

@@ -16,7 +16,7 @@ from .errors import CheckpointError, InputError
 from .files.reading import FILE, FOLDER, kind, named, read_bytes
 from .generate import Generation, Stream
 from .generation_options import GenerationOptions
-from .inputs.image import ImageProcessor
+from .inputs.image_processor import ImageProcessor
 from .inputs.model_inputs import Sizes, check_ids, check_names, num_tiles, num_visual_tokens, split_pixels
 from .inputs.processor import Images, Processor
 from .inputs.prompt import Template

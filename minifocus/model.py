@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .errors import InputError
-from .inputs.image import stitch
+from .inputs.anyres import stitch
 from .inputs.model_inputs import placeholder_runs
 from .llama import DecoderLayer, LayerCache, Llama
 from .loading.config import Config

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from minifocus import cards
 from minifocus.cards.places import GRID, PATCH
 from minifocus.files.locks import hold
-from minifocus.inputs.image import CLIP_MEAN, CLIP_STD
+from minifocus.inputs.image_processor import CLIP_MEAN, CLIP_STD
 
 TOKENIZER_SEED = 40_000_000  # place in the training split of the scenes whose text it learns
 

@@ -28,7 +28,7 @@ from torch import nn
 from examples.command_line import expect_numbers
 from minifocus import cards
 from minifocus.cards.places import GRID, PATCH, View, patch_cover, scene_geometry
-from minifocus.inputs.image import CLIP_MEAN, CLIP_STD
+from minifocus.inputs.image_processor import CLIP_MEAN, CLIP_STD
 from minifocus.loading.config import Config, load_config
 from minifocus.training.loop import MOST, Process, Settings, fit, keep_freed_memory, make_optimizers
 from minifocus.vision import VisionTower

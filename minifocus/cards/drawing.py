@@ -30,8 +30,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..arguments import shown
 from ..errors import InputError
+from ..inputs.anyres import select_best_resolution
 from ..inputs.conversations import Conversation, Turn
-from ..inputs.image import select_best_resolution
 from ..inputs.prompt import IMAGE
 
 FAMILIES = ("read", "perceive", "reason", "relate")

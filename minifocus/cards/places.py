@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .. import cards
-from ..inputs.image import select_best_resolution, unpadded_grid
+from ..inputs.anyres import select_best_resolution, unpadded_grid
 
 PATCH = 14
 GRID = cards.TILE // PATCH

@@ -1,4 +1,10 @@
-"""One process at a time may write into a folder: a lock that the system gives back when its holder dies."""
+"""One at a time in a folder, by locks that the system gives back when their holder dies, however that ends.
+
+There are two, for neither of the system's two locks does what both need. `hold` is for runs, which take hours: who comes
+second is refused at once. Its lock is POSIX's, which is the process' own: the workers that a killed run leaves behind keep
+nobody out. `hold_in_turn` is for saves, which take seconds: who comes second waits. Its lock is BSD's, which goes with the
+open file: threads of one process wait for each other too.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +19,7 @@ from pathlib import Path
 
 from ..arguments import shown
 from ..errors import InputError
+from .reading import FOLDER, NOTHING, kind
 
 try:
     import fcntl
@@ -35,9 +42,8 @@ def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
     InputError, which names the folder and the other process, where someone else holds it, and where it cannot be made or
     written. A thread that holds it already may hold it again. Folders that were made and stay empty are removed.
 
-    The lock is POSIX's, on a file in the folder: it goes with the process, however that ends, and processes that it
-    started have no part in it. The file is removed at the end; one that a killed process left is locked by nobody. Where
-    the system or the disk has no locks, a warning says that nothing keeps two runs apart.
+    The file of the lock is removed at the end; one that a killed process left is locked by nobody. Where the system or the
+    disk has no locks, a warning says that nothing keeps two runs apart.
     """
     folder = Path(folder)
     name = str(folder) if len(str(folder)) <= 1000 else shown(str(folder))
@@ -69,6 +75,42 @@ def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
                 empty.rmdir()
 
 
+@contextlib.contextmanager
+def hold_in_turn(file: Path) -> Iterator[None]:
+    """Make the folder of `file`, which is a lock, and be the only one in it, after whoever is there already.
+
+    At the end both go, if nothing else is in the folder. Where the system or the disk has no locks, nobody waits. Raises
+    InputError where the folder or the lock is something else, and OSError.
+    """
+    folder = file.parent
+    while True:
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            if folder.is_symlink() or kind(folder) not in (FOLDER, NOTHING):
+                raise InputError(f"{folder}: expected a folder, found something else") from None
+        try:
+            descriptor = _open(file)
+        except FileNotFoundError:  # its last holder has just removed the folder
+            continue
+        try:
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # a disk without locks
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _in_place(descriptor, file):
+                continue
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    if os.listdir(folder) == [file.name]:  # noqa: PTH208 (names)
+                        file.unlink()
+                        folder.rmdir()
+            return
+        finally:
+            os.close(descriptor)
+
+
 def _make(folder: Path) -> list[Path]:
     """Those folders that were not there, the innermost first."""
     made = []
@@ -85,22 +127,11 @@ def _make(folder: Path) -> list[Path]:
 def _lock(folder: Path) -> int:
     file = folder / NAME
     while True:
-        # Neither through a link nor waiting for a FIFO.
-        options = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        descriptor = _open(file)
         try:
-            descriptor = os.open(file, options, 0o666)
-        except OSError as error:
-            if error.errno in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
-                raise InputError(f"{file}: expected the file of a lock, found something else") from error
-            raise
-        try:
-            opened = os.fstat(descriptor)
-            if not stat.S_ISREG(opened.st_mode):
-                raise InputError(f"{file}: expected the file of a lock, found something else")
             if not _take(descriptor, folder):
                 return descriptor
-            # Its last holder may have removed the file since it was opened: then another one is in its place.
-            if os.path.exists(file) and os.path.samestat(opened, os.stat(file)):  # noqa: PTH110, PTH116
+            if _in_place(descriptor, file):
                 os.truncate(descriptor, 0)
                 os.write(descriptor, f"{os.getpid()}\n".encode())
                 return descriptor
@@ -108,6 +139,29 @@ def _lock(folder: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _open(file: Path) -> int:
+    """A descriptor of a lock, which is made if need be: neither through a link nor waiting for a FIFO."""
+    options = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        descriptor = os.open(file, options, 0o666)
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+            raise InputError(f"{file}: expected the file of a lock, found something else") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{file}: expected the file of a lock, found something else")
+    return descriptor
+
+
+def _in_place(descriptor: int, file: Path) -> bool:
+    """Whether it is still that file: one that its last holder has removed since it was opened locks nothing any more."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _take(descriptor: int, folder: Path) -> bool:

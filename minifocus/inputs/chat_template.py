@@ -20,7 +20,8 @@ from typing import Any
 
 from ..arguments import shown
 from ..errors import CheckpointError, InputError
-from ..files.reading import FOLDER, kind, present, read_bytes, read_json
+from ..files.reading import FOLDER, kind, present, read_bytes
+from ..loading.json_fields import JsonFields
 
 _LONGEST = 2**20  # bytes of a template, which has a few thousand
 
@@ -83,19 +84,20 @@ def read_chat_template(folder: Path, special: Special) -> ChatTemplate | None:
     chat_template.jinja, additional_chat_templates/default.jinja, tokenizer_config.json. Raises CheckpointError for a file
     that cannot be read as what it is.
     """
-    for name in ("processor_config.json", "chat_template.json"):
-        file = folder / name
-        if present(file):
-            fields = read_json(file)
-            if name == "chat_template.json":
-                if "chat_template" not in fields:
-                    raise CheckpointError(f"{file}: expected the key chat_template, found {shown(sorted(fields))}")
-                if _named_files(folder):
-                    raise CheckpointError(
-                        f"{file}: expected chat_template.jinja beside additional_chat_templates, as transformers does"
-                    )
-            if found := _of_field(file, fields.get("chat_template"), special):
-                return found
+    processor = JsonFields.of_file(folder / "processor_config.json", default={})
+    if found := _of_field(processor, special):
+        return found
+    file = folder / "chat_template.json"
+    if present(file):
+        older = JsonFields.of_file(file)
+        if "chat_template" not in older:
+            raise CheckpointError(f"{file}: expected the key chat_template, found {shown(sorted(older.members))}")
+        if _named_files(folder):
+            raise CheckpointError(
+                f"{file}: expected chat_template.jinja beside additional_chat_templates, as transformers does"
+            )
+        if found := _of_field(older, special):
+            return found
     named = _named_files(folder)
     for template in (folder / "chat_template.jinja", *named.values()):
         is_default = template.name in ("chat_template.jinja", "default.jinja")
@@ -103,23 +105,22 @@ def read_chat_template(folder: Path, special: Special) -> ChatTemplate | None:
             return ChatTemplate(str(template), text, special)
     if named:
         return ChatTemplate(str(folder / "additional_chat_templates"), "", special, _no_default(named))
-    file = folder / "tokenizer_config.json"
-    return _of_field(file, read_json(file).get("chat_template"), special) if present(file) else None
+    return _of_field(JsonFields.of_file(folder / "tokenizer_config.json", default={}), special)
 
 
-def _of_field(file: Path, value: object, special: Special) -> ChatTemplate | None:
-    """A template that is a JSON value: text, {name: text}, or a list of {"name": name, "template": text}."""
-    place = f"{file}: chat_template"
+def _of_field(fields: JsonFields, special: Special) -> ChatTemplate | None:
+    """The template in a JSON file: text, {name: text}, or a list of {"name": name, "template": text}."""
+    key, value = "chat_template", fields.get("chat_template")
+    place = f"{fields.where}: {key}"
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):
         value = {one.get("name"): one.get("template") for one in value}
     if isinstance(value, dict):
-        if not value or not all(isinstance(part, str) for pair in value.items() for part in pair):
-            raise CheckpointError(f"{place}: expected templates with their names, got {shown(value)}")
+        texts = bool(value) and all(isinstance(part, str) for pair in value.items() for part in pair)
+        fields.check(key, texts, "templates with their names")
         if "default" not in value:
             return ChatTemplate(place, "", special, _no_default(value))
         value = value["default"]
-    if value is not None and not isinstance(value, str):
-        raise CheckpointError(f"{place}: expected a chat template as text, got {shown(value)}")
+    fields.check(key, value is None or isinstance(value, str), "a chat template as text")
     return ChatTemplate(place, value, special) if value else None
 
 

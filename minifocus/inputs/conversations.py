@@ -22,7 +22,6 @@ import json
 import logging
 import ntpath
 import os
-import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
@@ -31,8 +30,10 @@ from typing import Any
 
 from PIL import Image
 
+from ..arguments import shown
 from ..errors import InputError
 from ..files.reading import FILE, FOLDER, NOTHING, kind, named, opened
+from ..loading.json_fields import JsonFields
 from .foreign_media import foreign_key, foreign_place
 from .prompt import IMAGE
 
@@ -71,7 +72,7 @@ def read_conversations(
 
     A record without an id gets its number, from 0. A first turn of "gpt" answers nothing and is left out, as LLaVA's own
     training does; a "system" turn is refused. Pictures are looked for, but not opened: whoever opens one
-    (`minifocus.inputs.image.open_image`) checks it. A name that leads out of the folder (absolute, or by "..") is refused, unless
+    (`minifocus.inputs.open_image`) checks it. A name that leads out of the folder (absolute, or by "..") is refused, unless
     `images_anywhere` says that the file's author may name every picture of this machine.
 
     Raises InputError for records that do not follow the format or name a picture that is not there: how many, and the
@@ -86,9 +87,9 @@ def read_conversations(
     count = 0
     for count, (place, record) in enumerate(_records(path), 1):
         try:
-            conversations.append(_conversation(record, count - 1, folder, images_anywhere))
+            conversations.append(_conversation(place, record, count - 1, folder, images_anywhere))
         except InputError as error:
-            unusable.append(f"{place}: {error}")
+            unusable.append(str(error))
     if not count:
         raise InputError(f"{named(path)}: expected at least one record, got none")
     if unusable:
@@ -132,7 +133,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         return
     records = _parse(text, named(path))
     if not isinstance(records, list):
-        raise InputError(f"{named(path)}: expected a list of records, got {reprlib.repr(records)}")
+        raise InputError(f"{named(path)}: expected a list of records, got {shown(records)}")
     for number, record in enumerate(records):
         yield f"record {number}", record
 
@@ -148,87 +149,91 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Of a key that is there twice, json would silently drop the first."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError(f"a key is there twice in {reprlib.repr(pairs)}")
+        raise ValueError(f"a key is there twice in {shown(pairs)}")
     return fields
 
 
-def _conversation(record: Any, number: int, folder: Path, images_anywhere: bool) -> Conversation:
-    """Check one record. Errors begin with the key."""
-    if not isinstance(record, dict):
-        raise InputError(f"expected an object, got {reprlib.repr(record)}")
+def _conversation(place: str, value: Any, number: int, folder: Path, images_anywhere: bool) -> Conversation:
+    """Check one record. Errors begin with its place, then the key."""
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: expected an object, got {shown(value)}")
+    record = JsonFields(value, place, failure=InputError)
     name = record.get("id")
-    if name is not None and type(name) not in (str, int):
-        raise _error("id", "text or a whole number", name)
-    key = "images" if record.get("image") is None else "image"
+    record.check("id", name is None or type(name) in (str, int), "text or a whole number")
+    key = "image" if record.given("image") else "images"
     images = record.get(key)
     images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise _error(key, "a picture's name or a list of them", record[key])
+    names = isinstance(images, list) and all(isinstance(image, str) and image for image in images)
+    record.check(key, names, "a picture's name or a list of them")
     turns = _turns(record)
     _refuse_what_is_not_used(record, turns, key, bool(images))
     places = sum(turn.question.count(IMAGE) for turn in turns)
     if places != len(images):
-        raise _error("conversations", f"one {IMAGE} for each of {len(images)} pictures", places)
-    files = tuple(_picture(folder, image, images_anywhere) for image in images)
+        raise record.error("conversations", f"one {IMAGE} for each of {len(images)} pictures", str(places))
+    files = tuple(_picture(record, folder, image, images_anywhere) for image in images)
     return Conversation(str(number if name is None else name), files, turns)
 
 
-def _refuse_what_is_not_used(record: dict[str, Any], turns: tuple[Turn, ...], read: str, pictures: bool) -> None:
+def _refuse_what_is_not_used(record: JsonFields, turns: tuple[Turn, ...], read: str, pictures: bool) -> None:
     """What would be left out of a conversation without a word, and changes what it teaches. `read` has its pictures."""
-    said = {f"conversations[{i}].": turn for i, turn in enumerate(record["conversations"]) if isinstance(turn, dict)}
-    for where, fields in {"": {key: value for key, value in record.items() if key != read}, **said}.items():
-        key = foreign_key(fields, pictures)
+    said = [_turn(record, i) for i, turn in enumerate(record.get("conversations")) if isinstance(turn, dict)]
+    for fields in (record, *said):
+        others = {key: value for key, value in fields.members.items() if fields is not record or key != read}
+        key = foreign_key(others, pictures)
         if key is not None:
-            raise _error(where + key, 'no picture, film or sound that is not under "image"', fields[key])
+            raise fields.error(key, 'no picture, film or sound that is not under "image"')
     for turn in turns:
         place = foreign_place(turn.question, pictures)
         if place is not None:
-            raise _error("conversations", f"no placeholder but {IMAGE}", place)
+            raise record.error("conversations", f"no placeholder but {IMAGE}", shown(place))
     for key in ("system", "tools"):
         if record.get(key):
-            raise _error(key, "none, as the model's template says what stands before the first question", record[key])
-    for where, fields in said.items():
+            raise record.error(key, "none, as the model's template says what stands before the first question")
+    for fields in said:
         for key in ("loss", "weight", "train", "training"):
-            if fields.get("from") == "gpt" and fields.get(key) not in (None, 1):
-                raise _error(where + key, "1, as every answer counts alike", fields[key])
+            counts = fields.get("from") != "gpt" or fields.get(key) in (None, 1)
+            fields.check(key, counts, "1, as every answer counts alike")
 
 
-def _picture(folder: Path, name: str, anywhere: bool) -> Path:
+def _picture(record: JsonFields, folder: Path, name: str, anywhere: bool) -> Path:
     """The file that a record names."""
     if "://" in name[:16] or name[:5].lower() == "data:":
-        raise _error("image", "the name of a file, and not a URL", name)
+        raise record.error("image", "the name of a file, and not a URL", shown(name))
     # As Windows reads it, which takes both kinds of slash: a name leads out on every system or on none.
     drive, way = ntpath.splitdrive(name)
     if not anywhere and (drive or way.startswith(("/", "\\")) or ntpath.normpath(way).split("\\")[0] == ".."):
-        raise _error("image", f"a name inside of {named(folder)} (images_anywhere takes others)", name)
+        raise record.error("image", f"a name inside of {named(folder)} (images_anywhere takes others)", shown(name))
     file = folder / (name if anywhere else os.path.normpath(name))  # not by way of a link's own ..
     found = kind(file)
     if found == FILE:
         return file
-    raise InputError(
-        f"image: {named(file)}: {'no such file' if found == NOTHING else f'expected a file, found {found}'}"
-    )
+    what = "no such file" if found == NOTHING else f"expected a file, found {found}"
+    raise InputError(f"{record.where}: image: {named(file)}: {what}")
 
 
-def _turns(record: dict[str, Any]) -> tuple[Turn, ...]:
+def _turns(record: JsonFields) -> tuple[Turn, ...]:
     said = record.get("conversations")
-    if not isinstance(said, list):
-        raise _error("conversations", "a list of what human and gpt say in turn", said)
+    record.check("conversations", isinstance(said, list), "a list of what human and gpt say in turn")
     skip = 1 if said and isinstance(said[0], dict) and said[0].get("from") == "gpt" else 0
-    values = [
-        _value(f"conversations[{i}]", said[i], "gpt" if (i - skip) % 2 else "human") for i in range(skip, len(said))
-    ]
+    values = [_value(record, i, "gpt" if (i - skip) % 2 else "human") for i in range(skip, len(said))]
     if len(values) < 2:
-        raise InputError(f"conversations: expected questions with an answer to each, got {len(values)} turns")
+        got = f"{len(values)} turns"
+        raise record.error("conversations", "questions with an answer to each", got)
     questions, answers = [_picture_first(question) for question in values[: len(values) // 2 * 2 : 2]], values[1::2]
     families = record.get("families")
     if families is None:
         families = [None] * len(questions)
-    elif not isinstance(families, list) or not all(isinstance(family, str) and family for family in families):
-        raise _error("families", "a list of names", families)
-    if len(families) != len(questions):
-        raise _error("families", f"one for each of {len(questions)} questions", families)
+    else:
+        names = isinstance(families, list) and all(isinstance(family, str) and family for family in families)
+        record.check("families", names, "a list of names")
+    record.check("families", len(families) == len(questions), f"one for each of {len(questions)} questions")
     return tuple(Turn(*turn) for turn in zip(questions, answers, families, strict=True))
+
+
+def _turn(record: JsonFields, number: int) -> JsonFields:
+    """One of the conversation's turns, which is an object."""
+    turn = record.get("conversations")[number]
+    return JsonFields(turn, record.where, f"conversations[{number}].", record.failure)
 
 
 def _picture_first(question: str) -> str:
@@ -238,23 +243,18 @@ def _picture_first(question: str) -> str:
     return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}"
 
 
-def _value(key: str, said: Any, side: str) -> str:
-    """What `side` says: text with words, and with `<image>` places in a question only."""
-    if not isinstance(said, dict):
-        raise _error(key, 'an object with "from" and "value"', said)
-    if said.get("from") != side:
-        raise _error(f"{key}.from", repr(side), said.get("from"))
+def _value(record: JsonFields, number: int, side: str) -> str:
+    """What `side` says in a turn: text with words, and with `<image>` places in a question only."""
+    turn = record.get("conversations")[number]
+    if not isinstance(turn, dict):
+        raise record.error(f"conversations[{number}]", 'an object with "from" and "value"', shown(turn))
+    said = _turn(record, number)
+    said.check("from", said.get("from") == side, repr(side))
     value = said.get("value")
-    if not isinstance(value, str) or not value.replace(IMAGE, "").strip():
-        raise _error(f"{key}.value", "text", value)
-    if side == "gpt" and IMAGE in value:
-        raise _error(f"{key}.value", f"an answer without {IMAGE}", value)
+    said.check("value", isinstance(value, str) and value.replace(IMAGE, "").strip() != "", "text")
+    said.check("value", side != "gpt" or IMAGE not in value, f"an answer without {IMAGE}")
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can write half of a surrogate pair, a tokenizer cannot read it
-        raise _error(f"{key}.value", "whole characters", value) from None
+        raise said.error("value", "whole characters") from None
     return value
-
-
-def _error(key: str, expected: str, got: Any) -> InputError:
-    return InputError(f"{key}: expected {expected}, got {reprlib.repr(got)}")

@@ -9,8 +9,8 @@ import torch
 from .. import arguments
 from ..errors import InputError
 from ..loading.config import Config
-from .image import num_visual_tokens as anyres_visual_tokens
-from .image import select_best_resolution
+from .anyres import num_visual_tokens as anyres_visual_tokens
+from .anyres import select_best_resolution
 
 Sizes = torch.Tensor | Sequence[Sequence[int]] | None
 

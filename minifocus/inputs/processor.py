@@ -17,8 +17,9 @@ from ..errors import CheckpointError, InputError
 from ..files.reading import present
 from ..loading.config import Config
 from .chat_template import read_chat_template
-from .image import ImageProcessor, open_image
+from .image_processor import ImageProcessor
 from .model_inputs import num_visual_tokens
+from .open_image import open_image
 from .prompt import Template, build_prompt, detect_template, encode_prompt
 from .tokenizer import Encoding, Tokenizer
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..arguments import brief, shown
+from ..arguments import brief
 from ..errors import CheckpointError, InputError
-from ..files.reading import present, read_bytes, read_json
+from ..files.reading import present, read_bytes
+from ..loading.json_fields import JsonFields
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -50,7 +51,7 @@ class Tokenizer:
         if not present(file):
             raise CheckpointError(f"{folder}: expected tokenizer.json or tokenizer.model, found neither")
         settings, added = _read_settings(Path(folder))
-        contents = {key: _content(settings.get(key)) for key in (*_NAMED, *settings) if key.endswith("_token")}
+        contents = {key: _content(settings.get(key)) for key in (*_NAMED, *settings.members) if key.endswith("_token")}
         named = {key: content for key, content in contents.items() if content}
         try:
             return cls(make(file, settings, named, added), named)
@@ -125,37 +126,36 @@ class StreamDecoder:
         return final
 
 
-def _read_settings(folder: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]:
+def _read_settings(folder: Path) -> tuple[JsonFields, dict[int, dict[str, Any]]]:
     """tokenizer_config.json, and the added tokens by id. Without its own list, two older files complete it."""
-    file = folder / "tokenizer_config.json"
-    settings = read_json(file) if present(file) else {}
-    if settings.get("split_special_tokens"):
-        raise CheckpointError(
-            f"{file}: split_special_tokens: expected false, got {shown(settings['split_special_tokens'])}"
-        )
-    added = {}
-    if "added_tokens_decoder" not in settings and present(folder / "special_tokens_map.json"):
-        file = folder / "special_tokens_map.json"
-        settings.update(read_json(file))
-    try:
-        special = {_content(value) for value in settings.values()} | set(_extra(settings))
-        if "added_tokens_decoder" in settings:
-            entries = settings["added_tokens_decoder"]
-        else:
-            file = folder / "added_tokens.json"
-            tokens = read_json(file).items() if present(file) else ()
-            entries = {token_id: {"content": token, "special": token in special} for token, token_id in tokens}
-        for token_id, token in entries.items():
-            flags = {flag: bool(token.get(flag)) for flag in ("lstrip", "rstrip", "single_word", "special")}
-            flags["normalized"] = bool(token.get("normalized", not flags["special"]))
-            if not token["content"] or int(token_id) < 0:
-                raise ValueError(f"no content or a negative id: {shown(token)}")
-            added[int(token_id)] = {"content": str(token["content"]), **flags}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file}: added or special tokens of an unknown form: {error!r}") from error
+    settings = JsonFields.of_file(folder / "tokenizer_config.json", default={})
+    settings.check("split_special_tokens", not settings.get("split_special_tokens"), "false")
+    added: dict[int, dict[str, Any]] = {}
+    if "added_tokens_decoder" in settings:
+        settings.check("added_tokens_decoder", settings.given("added_tokens_decoder"), "an object")
+        decoder = settings.section("added_tokens_decoder")
+        for token_id in decoder.members:
+            decoder.check(token_id, token_id.isdecimal(), "a token's number as the key")
+            token = decoder.section(token_id)
+            content = token.get("content")
+            token.check("content", isinstance(content, str) and content != "", "text")
+            added[int(token_id)] = _added_token(content, token.members)
+        return settings, added
+    older = JsonFields.of_file(folder / "special_tokens_map.json", default={})
+    _extra(older)
+    settings = JsonFields({**settings.members, **older.members}, settings.where)
+    special = {_content(value) for value in settings.members.values()} | set(_extra(settings))
+    tokens = JsonFields.of_file(folder / "added_tokens.json", default={})
+    for content in tokens.members:
+        tokens.check(content, content != "", "a token's text as the key")
+        added[tokens.integer(content, None, minimum=0)] = _added_token(content, {"special": content in special})
     return settings, added
+
+
+def _added_token(content: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the library's AddedToken; of those that are not given, its defaults."""
+    flags = {flag: bool(given.get(flag)) for flag in ("lstrip", "rstrip", "single_word", "special")}
+    return {"content": content, "normalized": bool(given.get("normalized", not flags["special"])), **flags}
 
 
 def _content(value: Any) -> str | None:
@@ -164,11 +164,11 @@ def _content(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _extra(settings: dict[str, Any]) -> list[str]:
+def _extra(settings: JsonFields) -> list[str]:
     """Special tokens without a role, under their new or their old name."""
-    tokens = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    if not isinstance(tokens, list | dict):
-        raise TypeError(f"expected a list of special tokens, got {shown(tokens)}")
+    key = "extra_special_tokens" if settings.get("extra_special_tokens") else "additional_special_tokens"
+    tokens = settings.get(key) or []
+    settings.check(key, isinstance(tokens, list | dict), "a list of special tokens")
     contents = map(_content, tokens.values() if isinstance(tokens, dict) else tokens)
     return [content for content in contents if content]
 
@@ -193,7 +193,7 @@ def _join(pieces: Iterable[str]) -> str:
 class _TokenizersBackend:
     """tokenizer.json, with the tokens that only the other files know of. Its own post-processor decides about BOS."""
 
-    def __init__(self, file: Path, settings: dict[str, Any], named: dict[str, str], added: dict[int, dict[str, Any]]):
+    def __init__(self, file: Path, settings: JsonFields, named: dict[str, str], added: dict[int, dict[str, Any]]):
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Library
 
@@ -235,14 +235,11 @@ class _SentencePieceBackend:
     puts a "▁" before every stretch of text in between; otherwise only the start of the whole text gets one.
     """
 
-    def __init__(self, file: Path, settings: dict[str, Any], named: dict[str, str], added: dict[int, dict[str, Any]]):
+    def __init__(self, file: Path, settings: JsonFields, named: dict[str, str], added: dict[int, dict[str, Any]]):
         from sentencepiece import SentencePieceProcessor
 
-        if settings.get("sp_model_kwargs"):  # which may ask for pieces by chance
-            got = shown(settings["sp_model_kwargs"])
-            raise CheckpointError(
-                f"{file.with_name('tokenizer_config.json')}: sp_model_kwargs: expected none, got {got}"
-            )
+        # Which may ask for pieces by chance.
+        settings.check("sp_model_kwargs", not settings.get("sp_model_kwargs"), "none")
         model = read_bytes(file)
         with_prefix = _join(SentencePieceProcessor(model_proto=model).encode("ﬁ  x ", out_type=str))
         # Python has no switch for the model's own "▁". Protobuf merges a repeated message into the first one, so these

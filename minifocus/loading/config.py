@@ -8,7 +8,7 @@ differently from what transformers makes of the file is refused.
 from __future__ import annotations
 
 import math
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,19 @@ from typing import Any
 import torch
 
 from ..activations import ACTIVATIONS
-from ..arguments import shown
 from ..errors import CheckpointError
-from ..files.reading import read_json
 from .generation_config import GenerationConfig, read_generation_config
+from .json_fields import LARGEST_SIZE, JsonFields
 
 MODEL_TYPES = ("llava", "llava_next")
 TEXT_MODEL_TYPES = ("llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Of any size in the file, and of what some multiply to: keeps a product of two, in bytes, within 64 bits.
-_LARGEST = 2**26
-
-# Keys by which transformers leads elsewhere, or gives layers settings of their own. "" is the file's top.
-_UNSUPPORTED = {
-    "": ("attribute_map", "configuration_files", "is_causal", "per_layer_config", "transformers_weights"),
-    "text_config.": ("attention_chunk_size", "attribute_map", "kv_sharing_modes", "per_layer_config"),
-    "vision_config.": ("attribute_map", "per_layer_config"),
-}
+# Keys by which transformers leads elsewhere, or gives layers settings of their own.
+_UNSUPPORTED = ("attribute_map", "configuration_files", "is_causal", "per_layer_config", "transformers_weights")
+_UNSUPPORTED_TEXT = ("attention_chunk_size", "attribute_map", "kv_sharing_modes", "per_layer_config")
+_UNSUPPORTED_VISION = ("attribute_map", "per_layer_config")
 
 _LLAMA: dict[str, Any] = dict(intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048)
 _MISTRAL: dict[str, Any] = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)
@@ -132,61 +126,17 @@ class Config:
         return self.model_type == "llava_next"
 
 
-class _Section:
-    """One JSON object of the file, read field by field; errors name the file and the key's path."""
-
-    def __init__(self, file: Path, path: str, fields: dict[str, Any]):
-        self.file, self.path, self.fields = file, path, fields
-
-    def error(self, key: str, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self.file}: {self.path}{key}: expected {expected}, got {shown(self.fields.get(key))}")
-
-    def section(self, key: str) -> _Section:
-        value = self.fields.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise self.error(key, "an object")
-        return _Section(self.file, f"{self.path}{key}.", value or {})
-
-    def given(self, key: str) -> bool:
-        """Whether the key is there with a value: transformers takes null there for an absent key."""
-        return self.fields.get(key) is not None
-
-    def integer(self, key: str, default: int | None, minimum: int = 1) -> int:
-        value = self.fields.get(key, default)
-        if type(value) is not int or not minimum <= value <= _LARGEST:
-            raise self.error(key, f"a whole number from {minimum} to {_LARGEST}")
-        return value
-
-    def number(self, key: str, default: float | None) -> float:
-        value: Any = self.fields.get(key, default)
-        # The largest float is above all: a whole number may be one that no float can hold.
-        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
-            raise self.error(key, "a positive number")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.fields.get(key, default)
-        if type(value) is not bool:
-            raise self.error(key, "true or false")
-        return value
-
-    def choice(self, key: str, default: str, allowed: tuple[str, ...]) -> str:
-        value = self.fields.get(key, default)
-        if value not in allowed:
-            raise self.error(key, "one of " + ", ".join(allowed))
-        return value
-
-    def refuse_unsupported(self) -> None:
-        if self.given("quantization_config"):
-            raise self.error("quantization_config", "none: quantised weights are not supported")
-        for key in _UNSUPPORTED[self.path]:
-            if self.given(key) or (key in ("attribute_map", "configuration_files") and key in self.fields):
-                raise self.error(key, "no such key: it is not supported")
+def _refuse_unsupported(section: JsonFields, keys: Sequence[str]) -> None:
+    if section.given("quantization_config"):
+        raise section.error("quantization_config", "none: quantised weights are not supported")
+    for key in keys:
+        if section.given(key) or (key in ("attribute_map", "configuration_files") and key in section):
+            raise section.error(key, "no such key: it is not supported")
 
 
-def _read_vision(top: _Section) -> VisionConfig:
+def _read_vision(top: JsonFields) -> VisionConfig:
     section = top.section("vision_config")
-    section.refuse_unsupported()
+    _refuse_unsupported(section, _UNSUPPORTED_VISION)
     section.choice("model_type", "clip_vision_model", ("clip_vision_model",))
     if section.integer("num_channels", 3) != 3:
         raise section.error("num_channels", "3")
@@ -199,7 +149,7 @@ def _read_vision(top: _Section) -> VisionConfig:
         raise section.error("hidden_size", f"a multiple of num_attention_heads ({sizes['num_attention_heads']})")
     if sizes["image_size"] < sizes["patch_size"]:
         raise section.error("image_size", f"at least one patch ({sizes['patch_size']})")
-    for key, most in (("patch_size", _LARGEST), ("image_size", _LARGEST * sizes["patch_size"] ** 2)):
+    for key, most in (("patch_size", LARGEST_SIZE), ("image_size", LARGEST_SIZE * sizes["patch_size"] ** 2)):
         if sizes[key] ** 2 > most:
             raise section.error(key, f"at most {math.isqrt(most)}")
     return VisionConfig(
@@ -209,20 +159,20 @@ def _read_vision(top: _Section) -> VisionConfig:
     )
 
 
-def _read_rope(section: _Section, max_position_embeddings: int) -> RopeConfig:
+def _read_rope(section: JsonFields, max_position_embeddings: int) -> RopeConfig:
     # A rope_scaling (the older name) that says anything replaces rope_parameters; what is inside either beats the same
     # key beside it, except for llama3's original length.
     older, newer = section.section("rope_scaling"), section.section("rope_parameters")
-    rope = older if older.fields else newer
-    if "type" in rope.fields and "rope_type" not in rope.fields:
-        rope.fields = {**rope.fields, "rope_type": rope.fields["type"]}
+    rope = older if older.members else newer
+    if "type" in rope and "rope_type" not in rope:
+        rope.members = {**rope.members, "rope_type": rope.get("type")}
     rope_type = rope.choice("rope_type", "default", ROPE_TYPES)
-    partial = rope if "partial_rotary_factor" in rope.fields else section
+    partial = rope if "partial_rotary_factor" in rope else section
     if (partial is rope or section.given("partial_rotary_factor")) and partial.number(
         "partial_rotary_factor", None
     ) != 1:
         raise partial.error("partial_rotary_factor", "1 (partial rotation is not supported)")
-    theta = (rope if "rope_theta" in rope.fields else section).number("rope_theta", 10000.0)
+    theta = (rope if "rope_theta" in rope else section).number("rope_theta", 10000.0)
     if rope_type == "default":
         return RopeConfig(rope_type, theta)
     factor = rope.number("factor", None)
@@ -232,17 +182,17 @@ def _read_rope(section: _Section, max_position_embeddings: int) -> RopeConfig:
     if high <= low:
         raise rope.error("high_freq_factor", f"more than low_freq_factor ({low})")
     key = "original_max_position_embeddings"
-    original = (section if key in section.fields else rope).integer(key, max_position_embeddings)
+    original = (section if key in section else rope).integer(key, max_position_embeddings)
     return RopeConfig(rope_type, theta, factor, low, high, original)
 
 
-def _read_text(top: _Section) -> TextConfig:
+def _read_text(top: JsonFields) -> TextConfig:
     section = top.section("text_config")
-    section.refuse_unsupported()
+    _refuse_unsupported(section, _UNSUPPORTED_TEXT)
     model_type = section.choice("model_type", "llama", TEXT_MODEL_TYPES)
     defaults = _MISTRAL if model_type == "mistral" else _LLAMA
     layers = section.integer("num_hidden_layers", 32)
-    if section.given("layer_types") and section.fields["layer_types"] != ["full_attention"] * layers:
+    if section.given("layer_types") and section.get("layer_types") != ["full_attention"] * layers:
         raise section.error("layer_types", f"'full_attention' for each of num_hidden_layers ({layers})")
     if not section.boolean("is_causal", True):
         raise section.error("is_causal", "true")
@@ -257,12 +207,12 @@ def _read_text(top: _Section) -> TextConfig:
     head_dim = section.integer("head_dim", None) if section.given("head_dim") else hidden_size // heads
     if head_dim % 2 or not head_dim:
         raise section.error("head_dim", "an even number, as rotary embedding needs")
-    if head_dim * heads > _LARGEST:
-        raise section.error("head_dim", f"at most {_LARGEST} channels in all of the num_attention_heads ({heads})")
+    if head_dim * heads > LARGEST_SIZE:
+        raise section.error("head_dim", f"at most {LARGEST_SIZE} channels in all of the num_attention_heads ({heads})")
     positions = section.integer("max_position_embeddings", defaults["max_position_embeddings"])
     context = positions
     # A window, which mistral has unless it says null, changes nothing until a sequence outgrows it: so long may one be.
-    if section.given("sliding_window") or ("sliding_window" not in section.fields and model_type == "mistral"):
+    if section.given("sliding_window") or ("sliding_window" not in section and model_type == "mistral"):
         context = min(positions, section.integer("sliding_window", 4096))
     return TextConfig(
         model_type=model_type,
@@ -283,29 +233,29 @@ def _read_text(top: _Section) -> TextConfig:
     )
 
 
-def _read_feature_layers(top: _Section, vision: VisionConfig) -> tuple[int, ...]:
-    value = top.fields.get("vision_feature_layer", -2)
+def _read_feature_layers(top: JsonFields, vision: VisionConfig) -> tuple[int, ...]:
+    value = top.get("vision_feature_layer", -2)
     layers = value if isinstance(value, list) else [value]
     states = vision.num_hidden_layers + 1
     if not layers or any(type(layer) is not int or not -states <= layer < states for layer in layers):
         raise top.error("vision_feature_layer", f"whole numbers from {-states} to {states - 1}")
-    if len(layers) * vision.hidden_size > _LARGEST:
-        raise top.error("vision_feature_layer", f"at most {_LARGEST} channels in all")
+    if len(layers) * vision.hidden_size > LARGEST_SIZE:
+        raise top.error("vision_feature_layer", f"at most {LARGEST_SIZE} channels in all")
     return tuple(layer % states for layer in layers)
 
 
-def _read_pinpoints(top: _Section, tile: int) -> tuple[tuple[int, int], ...]:
-    value = top.fields.get("image_grid_pinpoints")
+def _read_pinpoints(top: JsonFields, tile: int) -> tuple[tuple[int, int], ...]:
+    value = top.get("image_grid_pinpoints")
     value = PINPOINTS if value is None else value
     valid = isinstance(value, list) and value and all(isinstance(p, list) and len(p) == 2 for p in value)
     if not valid or any(type(side) is not int or side < tile or side % tile for p in value for side in p):
         raise top.error("image_grid_pinpoints", f"a list of [height, width], multiples of the tile size {tile}")
-    if any(height * width > _LARGEST for height, width in value):
-        raise top.error("image_grid_pinpoints", f"at most {_LARGEST} pixels each")
+    if any(height * width > LARGEST_SIZE for height, width in value):
+        raise top.error("image_grid_pinpoints", f"at most {LARGEST_SIZE} pixels each")
     return tuple((height, width) for height, width in value)
 
 
-def _read_dtype(top: _Section) -> torch.dtype | None:
+def _read_dtype(top: JsonFields) -> torch.dtype | None:
     key = "dtype" if top.given("dtype") else "torch_dtype"
     return DTYPES[top.choice(key, "", tuple(DTYPES))] if top.given(key) else None
 
@@ -316,16 +266,16 @@ def load_config(folder: Path) -> Config:
     Raises CheckpointError, naming file and key, for anything missing, malformed or not supported.
     """
     file = folder / "config.json"
-    top = _Section(file, "", read_json(file))
-    if top.fields.get("model_type") not in MODEL_TYPES:
+    top = JsonFields.of_file(file)
+    if top.get("model_type") not in MODEL_TYPES:
         raise top.error("model_type", "one of " + ", ".join(MODEL_TYPES) + " (a LLaVA folder in Hugging Face's format)")
-    if "mm_vision_tower" in top.fields and "text_config" not in top.fields:
+    if "mm_vision_tower" in top and "text_config" not in top:
         raise CheckpointError(
             f"{file}: is of the original LLaVA repository (mm_vision_tower): expected a folder in Hugging Face's format, "
             "such as llava-hf has of the same checkpoints"
         )
-    top.refuse_unsupported()
-    model_type = top.fields["model_type"]
+    _refuse_unsupported(top, _UNSUPPORTED)
+    model_type = top.get("model_type")
     vision, text = _read_vision(top), _read_text(top)
     strategy = top.choice("vision_feature_select_strategy", "default", ("default", "full"))
     if strategy == "full" and model_type == "llava_next":
@@ -333,14 +283,14 @@ def load_config(folder: Path) -> Config:
             "vision_feature_select_strategy", "'default': LLaVA-NeXT's tiles cannot be joined with a CLS token"
         )
     token_key, image_token_id = "image_token_index", top.integer("image_token_index", 32000, minimum=0)
-    if "image_token_id" in top.fields:  # the newer name, which wins
+    if "image_token_id" in top:  # the newer name, which wins
         token_key, image_token_id = "image_token_id", top.integer("image_token_id", None, minimum=0)
     if image_token_id >= text.vocab_size:
         raise top.error(token_key, f"less than text_config.vocab_size ({text.vocab_size})")
     tied, decoder_tied = (s.boolean("tie_word_embeddings", False) for s in (top, top.section("text_config")))
     tied = tied or (decoder_tied and model_type == "llava")  # LLaVA-NeXT's decoder is not asked
 
-    generation = read_generation_config(folder, top.fields, top.section("text_config").fields)
+    generation = read_generation_config(folder, top, top.section("text_config"))
     return Config(
         model_type=model_type,
         vision=vision,

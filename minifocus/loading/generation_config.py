@@ -11,7 +11,8 @@ from .. import arguments
 from ..arguments import shown
 from ..constraints import Constraints
 from ..errors import CheckpointError, InputError
-from ..files.reading import present, read_json
+from ..files.reading import present
+from .json_fields import JsonFields
 
 _CONSTRAINTS = tuple(one.name for one in fields(Constraints))
 _LENGTHS = ("max_new_tokens", "max_length", "min_length")
@@ -66,27 +67,25 @@ class GenerationConfig:
     eos_token_ids: tuple[int, ...] = ()
 
 
-def read_generation_config(folder: Path, top: dict[str, Any], text: dict[str, Any]) -> GenerationConfig:
+def read_generation_config(folder: Path, top: JsonFields, text: JsonFields) -> GenerationConfig:
     """Of `folder`/generation_config.json; without one, of config.json's own fields `top` and its text_config's `text`.
 
     The stop tokens come from the first of the three that has some. Raises CheckpointError, naming file and key.
     """
     file = folder / "generation_config.json"
-    own = read_json(file) if present(file) else None
+    own = JsonFields.of_file(file) if present(file) else None
     # Older versions of transformers wrote their defaults into text_config, a max_length of 20 among them.
-    legacy = {**{key: value for key, value in text.items() if key != "max_length"}, **_given(top)}
-    found = _given(legacy if own is None else own)
-    named = folder / "config.json" if own is None else file
+    legacy = {**{key: value for key, value in text.members.items() if key != "max_length"}, **_given(top.members)}
+    found, where = (_given(legacy), top.where) if own is None else (_given(own.members), own.where)
     try:
         constraints = Constraints(**{key: found[key] for key in _CONSTRAINTS if key in found})
         lengths = {key: arguments.whole(key, found[key], key != "min_length") for key in _LENGTHS if key in found}
     except InputError as error:
-        raise CheckpointError(f"{named}: {error}") from None
+        raise CheckpointError(f"{where}: {error}") from None
     if "min_new_tokens" in found:
         lengths.pop("min_length", None)
-    _say_what_is_lost(named, found)
-    sources = ((file, own or {}), (folder / "config.json", top), (folder / "config.json", text))
-    eos = next((_token_ids(f, s["eos_token_id"]) for f, s in sources if s.get("eos_token_id") is not None), ())
+    _say_what_is_lost(where, found)
+    eos = next((_token_ids(f) for f in (own, top, text) if f is not None and f.given("eos_token_id")), ())
     return GenerationConfig(constraints=constraints, eos_token_ids=eos, **lengths)
 
 
@@ -94,17 +93,17 @@ def _given(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value is not None}
 
 
-def _say_what_is_lost(file: Path, found: dict[str, Any]) -> None:
+def _say_what_is_lost(where: str, found: dict[str, Any]) -> None:
     if found.get("do_sample", False) is not False:
         asked = ", ".join(f"{key} {shown(found[key])}" for key in _SAMPLING if key in found)
-        _log.warning("%s: asks for %s: answers are greedy, unless generate() is given a temperature", file, asked)
+        _log.warning("%s: asks for %s: answers are greedy, unless generate() is given a temperature", where, asked)
     for key, (nothing, lost) in _LOST.items():
         if key in found and found[key] not in nothing:
-            _log.warning("%s: %s %s is not followed: answers are without %s", file, key, shown(found[key]), lost)
+            _log.warning("%s: %s %s is not followed: answers are without %s", where, key, shown(found[key]), lost)
 
 
-def _token_ids(file: Path, value: Any) -> tuple[int, ...]:
+def _token_ids(fields: JsonFields) -> tuple[int, ...]:
+    value = fields.get("eos_token_id")
     ids = value if isinstance(value, list) else [value]
-    if any(type(token) is not int for token in ids):
-        raise CheckpointError(f"{file}: eos_token_id: expected a token number or a list of them, got {shown(value)}")
+    fields.check("eos_token_id", all(type(token) is int for token in ids), "a token number or a list of them")
     return tuple(ids)

@@ -25,12 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CheckpointError, InputError
+from ..files.locks import hold_in_turn
 from ..files.reading import FOLDER, NOTHING, kind, named, present, read_bytes
-
-try:
-    import fcntl
-except ImportError:  # Windows, where saves are not kept apart
-    fcntl = None  # type: ignore[assignment]
 
 CONFIG, SELECTOR = "config.json", "selector.safetensors"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -251,40 +247,7 @@ def _sync(*paths: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
-    """`STAGING`, which no other save is in meanwhile. Afterwards it goes, if it is empty but for the lock."""
+    """`STAGING`, which no other save is in meanwhile. Afterwards it goes, if it is empty."""
     staging = folder / STAGING
-    lock = staging / _LOCK
-    while True:
-        try:
-            staging.mkdir()
-        except FileExistsError:
-            if staging.is_symlink() or kind(staging) not in (FOLDER, NOTHING):
-                raise InputError(f"{staging}: expected a folder, found something else") from None
-        try:
-            # Neither through a link nor waiting for a FIFO's reader, whatever lies there.
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        except FileNotFoundError:  # its last holder has just removed the folder
-            continue
-        try:
-            if fcntl is not None:
-                with suppress(OSError):  # a file system without locks
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not _same_file(descriptor, lock):  # its last holder has removed it: it locks nothing any more
-                continue
-            try:
-                yield staging
-            finally:
-                with suppress(OSError):
-                    if os.listdir(staging) == [_LOCK]:  # noqa: PTH208 (names)
-                        lock.unlink()
-                        staging.rmdir()
-            return
-        finally:
-            os.close(descriptor)
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
+    with hold_in_turn(staging / _LOCK):
+        yield staging

@@ -22,6 +22,7 @@ from ..arguments import brief, shown
 from ..errors import CheckpointError, InputError
 from ..files.reading import open_safetensors, present, read_json, regular
 from .config import Config
+from .json_fields import JsonFields
 from .model_folder import CONFIG
 
 # Names on disk → this package's, which are those of a fresh `save_pretrained` of transformers 5. First match wins.
@@ -75,25 +76,22 @@ def shard_files(folder: Path) -> list[Path]:
         others = sorted(p.name for p in folder.glob("*.bin"))
         hint = f" ({', '.join(others[:3])}: convert it to safetensors first)" if others else ""
         raise CheckpointError(f"{folder}: found neither {single.name} nor {index.name}{hint}")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{index}: weight_map: expected an object from tensor names to files, got {shown(weight_map)}"
-        )
+    fields = JsonFields.of_file(index)
+    weight_map = fields.get("weight_map")
+    valid = isinstance(weight_map, dict) and bool(weight_map)
+    fields.check("weight_map", valid, "an object from tensor names to files")
     files = []
-    for name in sorted({_file_name(value, index) for value in weight_map.values()}):
+    for name in sorted({_file_name(value, fields, folder) for value in weight_map.values()}):
         if not present(folder / name):
             raise CheckpointError(f"{folder / name}: listed in {index.name} but not there")
         files.append(regular(folder / name))
     return files
 
 
-def _file_name(value: object, index: Path) -> str:
+def _file_name(value: object, index: JsonFields, folder: Path) -> str:
     """The plain file name that a weight_map lists; with a separator of any system, or one of the special names, it is none."""
     if not isinstance(value, str) or value in ("", ".", "..") or any(c in value for c in "/\\:\0"):
-        raise CheckpointError(
-            f"{index}: weight_map: expected names of files in {index.parent}, got {shown(value)}, which is none"
-        )
+        raise index.error("weight_map", f"names of files in {folder}", f"{shown(value)}, which is none")
     return value
 
 

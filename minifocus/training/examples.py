@@ -17,8 +17,8 @@ from .. import cards
 from ..arguments import settle, shown
 from ..errors import CheckpointError, InputError
 from ..inputs.conversations import Conversation, Turn
-from ..inputs.image import open_image
 from ..inputs.model_inputs import num_visual_tokens
+from ..inputs.open_image import open_image
 from ..inputs.processor import Processor, guides
 from ..inputs.prompt import IMAGE, build_conversation, encode_prompt
 

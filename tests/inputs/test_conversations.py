@@ -26,7 +26,7 @@ from minifocus.evaluate import evaluate as evaluate_model
 from minifocus.evaluate import wilson
 from minifocus.inputs.conversations import Conversation, Turn, asked_alone, read_conversations
 from minifocus.inputs.foreign_media import foreign_place
-from minifocus.inputs.image import open_image
+from minifocus.inputs.open_image import open_image
 from minifocus.inputs.prompt import build_prompt
 from minifocus.trace import TokenCounts
 
@@ -230,7 +230,7 @@ Q, A = human("Why?"), gpt("So.")
 RECORDS = [
     (["SIGN"], "expected an object, got ['SIGN']"),
     (None, "expected an object, got None"),
-    ({}, "conversations: expected a list of what human and gpt say in turn, got None"),
+    ({}, "conversations: expected a list of what human and gpt say in turn, got no such key"),
     (said(Q, A, id=True), "id: expected text or a whole number, got True"),
     (said(Q, A, id=1.5), "id: expected text or a whole number, got 1.5"),
     (said(Q, A, image=""), "image: expected a picture's name or a list of them, got ''"),
@@ -244,9 +244,9 @@ RECORDS = [
     (said(A, A), "conversations[1].from: expected 'human', got 'gpt'"),
     (said(Q, A, A), "conversations[2].from: expected 'human', got 'gpt'"),
     (said({"from": "system", "value": "Be kind."}, Q, A), "conversations[0].from: expected 'human', got 'system'"),
-    (said({"role": "user", "content": "Why?"}, A), "conversations[0].from: expected 'human', got None"),
+    (said({"role": "user", "content": "Why?"}, A), "conversations[0].from: expected 'human', got no such key"),
     (said("Why?", A), "conversations[0]: expected an object with \"from\" and \"value\", got 'Why?'"),
-    (said(Q, {"from": "gpt"}), "conversations[1].value: expected text, got None"),
+    (said(Q, {"from": "gpt"}), "conversations[1].value: expected text, got no such key"),
     (said(Q, gpt(["So."])), "conversations[1].value: expected text, got ['So.']"),
     (said(Q, gpt(" \n")), "conversations[1].value: expected text, got ' \\n'"),
     (said(human("<image>\n"), A, image="a"), "conversations[0].value: expected text, got '<image>\\n'"),

@@ -416,7 +416,7 @@ def test_old_buffers_are_ignored(folder: Path) -> None:
         (dict(text_rms_norm_eps=-1), ["rms_norm_eps: expected a positive number, got -1"]),
         (dict(text_rope_parameters={"rope_type": "yarn"}), ["rope_parameters.rope_type", "default, linear, llama3", "yarn"]),
         (dict(text_rope_scaling={"type": "dynamic", "factor": 2}), ["text_config.rope_scaling", "dynamic"]),
-        (dict(text_rope_parameters={"rope_type": "linear"}), ["rope_parameters.factor: expected a positive number, got None"]),
+        (dict(text_rope_parameters={"rope_type": "linear"}), ["rope_parameters.factor: expected a positive", "got no such key"]),
         (dict(text_rope_parameters={"rope_type": "llama3", "factor": 2}), ["low_freq_factor"]),
         (dict(text_rope_parameters={"partial_rotary_factor": 0.5}), ["partial_rotary_factor"]),
         (dict(text_rope_parameters=3), ["rope_parameters: expected an object, got 3"]),

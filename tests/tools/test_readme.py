@@ -117,7 +117,7 @@ def test_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     code, _ = blocks("python")
     model = minifocus.load("weights/tiny", sampler="none")
     assert model.image_processor is not None and model.tokenizer is not None
-    from minifocus.inputs.image import open_image
+    from minifocus.inputs.open_image import open_image
 
     pixels, size = model.image_processor(open_image("examples/cards.png"))
     names = {

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 
 from minifocus import cards
 from minifocus.cards.places import GRID, PATCH, locate
-from minifocus.inputs.image import ImageProcessor, stitch
+from minifocus.inputs.anyres import stitch
+from minifocus.inputs.image_processor import ImageProcessor
 
 PROCESS = ImageProcessor(anyres=True, image_size=cards.TILE, size=cards.TILE, grid_pinpoints=cards.PINPOINTS)
 SCENES = [*islice(cards.scenes("validation", 40), 5), *islice(cards.scenes("validation", 90, dense=True), 5)]
