@@ -33,44 +33,30 @@ from sampler_options import add_option, read_options
 import minifocus
 from minifocus import cards
 from minifocus.arguments import shown
+from minifocus.cards.training import MINIATURE, CardScenes
 from minifocus.evaluate import evaluate, longest_answer
 from minifocus.files.reading import FILE, FOLDER, NOTHING, kind
 from minifocus.inputs.conversations import asked_alone, read_conversations
 from minifocus.inputs.prompt import TEMPLATES
 from minifocus.load import usable_device
 from minifocus.loading.model_folder import SELECTOR
-from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
-from minifocus.training.examples import Batches, CardScenes, Source
-from minifocus.training.loop import LOG, MOST, MOST_EXAMPLES, Process, Settings, fit, keep_freed_memory, make_optimizers
+from minifocus.samplers.vision_guided import VisionGuidedOptions
+from minifocus.training.examples import Batches, Source
+from minifocus.training.log import LOG
+from minifocus.training.loop import fit
+from minifocus.training.memory import keep_freed_memory
 from minifocus.training.model_digest import digest_of_model
 from minifocus.training.objective import AnswerObjective, Objective
+from minifocus.training.optimizers import make_optimizers
+from minifocus.training.parts import PARTS, learning_rate, new_projector, new_selector
 from minifocus.training.plot_log import draw_curve
+from minifocus.training.presets import LLAVA
+from minifocus.training.processes import Process
+from minifocus.training.settings import MOST, MOST_EXAMPLES, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("vision", "projector", "llm", "selector")
-
-# Learning rates, batch and warm-up by stage: on your own data as the LLaVA line and the paper (§4.1) have them, for the
-# miniature, a thousand times smaller, what was found to work. The selector's weights take the paper's 1e-5 in both: their
-# inputs are products of whole feature vectors (20 ± 30 in the miniature), so that a hundred times as much throws every
-# region from one scale to another within a few steps. Its bias, which the paper does not mention, moves by itself.
-DEFAULTS: dict[tuple[str, bool], dict[str, Any]] = {
-    ("align", False): dict(
-        lr_projector=1e-3, lr_selector=0.0, lr_selector_bias=0.0, lr_llm=0.0, lr_vision=0.0, batch=256, warmup=0.03
-    ),
-    ("instruct", False): dict(
-        lr_projector=1e-5, lr_selector=1e-5, lr_selector_bias=3e-4, lr_llm=1e-5, lr_vision=2e-6, batch=128, warmup=0.03
-    ),
-    ("align", True): dict(
-        lr_projector=2e-3, lr_selector=0.0, lr_selector_bias=0.0, lr_llm=0.0, lr_vision=0.0, batch=16, warmup=0.05
-    ),
-    ("instruct", True): dict(
-        lr_projector=1e-3, lr_selector=1e-5, lr_selector_bias=3e-3, lr_llm=1e-3, lr_vision=0.0, batch=16, warmup=0.05
-    ),
-}
-
-
-# What makes no other run of one: where things are (the model and the data count by what is in them), and what changes
-# neither the weights nor their order.
+# Arguments by which two runs may differ and yet be the same one: where things are (the model and the data count by what is in
+# them), and what changes neither the weights nor their order.
 NOT_OF_A_RUN = {
     *("out", "model", "data", "images", "device", "workers", "gradient_checkpointing", "skip_unusable"),
     *("images_anywhere", "save_every", "log_every", "validate", "validate_every", "validation_data"),
@@ -240,37 +226,13 @@ def load_model(arguments: argparse.Namespace, fresh: set[str], device: torch.dev
         # Refuses what is an option of neither.
         model = minifocus.load(arguments.model, "text" if sampler == "focus" else "none", device, "float32", **of_text)
         full = VisionGuidedOptions(**{name: value for name, value in options.items() if name in known})
-        if full.thumbnail != "keep" and not model.config.anyres:
-            raise minifocus.InputError(f"--thumbnail: LLaVA-1.5 has no thumbnail to {full.thumbnail}")
-        selector = LinearSelector(
-            model.config.vision.grid**2, len(pools_for(full.window, full.branches)), full.score_pool
-        )
-        with torch.no_grad():
-            # From reading everything, the selector has to find out what it can do without.
-            selector.bias[-1] = 1.0 if arguments.selector_bias is None else arguments.selector_bias
-        model.before_llm = VisionGuidedSampler(selector, full).to(device)
+        new_selector(model, full, 1.0 if arguments.selector_bias is None else arguments.selector_bias)
     else:
         model = minifocus.load(arguments.model, sampler, device, "float32", **options)
     if "projector" in fresh:
-        torch.manual_seed(arguments.seed)
-        for layer in (model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2):
-            layer.reset_parameters()
-        if model.config.anyres:
-            torch.nn.init.normal_(model.image_newline, std=model.config.text.hidden_size**-0.5)
+        new_projector(model, arguments.seed)
     model.language_model.model.recompute = arguments.gradient_checkpointing
     return model
-
-
-def learning_rate(name: str, rates: dict[str, float], model: minifocus.Llava) -> float:
-    """By a parameter's name; 0 also for what no loss reaches: the tower's norm and blocks after the features' layers."""
-    name = name.removeprefix("model.")
-    if name.startswith("vision_tower."):
-        block = name.removeprefix("vision_tower.encoder.layers.").split(".")[0]
-        unused = "post_layernorm" in name or (block.isdigit() and int(block) >= max(model.config.feature_layers))
-        return 0.0 if unused else rates["vision"]
-    if name.startswith("before_llm."):
-        return rates["selector_bias" if name.endswith(".bias") else "selector"]
-    return rates["llm" if name.startswith("language_model.") else "projector"]
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -281,13 +243,11 @@ def train(arguments: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
-    miniature = arguments.data is None
-    for name, value in DEFAULTS[arguments.stage, miniature].items():
+    preset = (MINIATURE if arguments.data is None else LLAVA)[arguments.stage]
+    for name in ("batch", "warmup", "optimizer", "turns", "lr_selector_bias", *(f"lr_{part}" for part in PARTS)):
         if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
+            setattr(arguments, name, getattr(preset, name))
     arguments.sampler = arguments.sampler or ("none" if arguments.stage == "align" else "focus")
-    arguments.optimizer = arguments.optimizer or ("muon" if miniature else "adamw")
-    arguments.turns = arguments.turns or ("independent" if miniature else "chat")
     frozen, fresh = names(arguments.freeze, "freeze", PARTS), names(arguments.fresh, "fresh", PARTS[1::2])
     rates = {part: 0.0 if part in frozen else getattr(arguments, f"lr_{part}") for part in PARTS}
     rates["selector_bias"] = 0.0 if "selector" in frozen else arguments.lr_selector_bias
@@ -307,17 +267,15 @@ def train(arguments: argparse.Namespace) -> None:
         skip_unusable=arguments.skip_unusable,
         images_anywhere=arguments.images_anywhere,
     )
+    dense = True if arguments.dense else None
     source: Source
-    if miniature:
-        source = CardScenes(first=arguments.first_scene, dense=True if arguments.dense else None)
-    else:
-        source = read(arguments.data)
+    source = CardScenes(first=arguments.first_scene, dense=dense) if arguments.data is None else read(arguments.data)
     held_out = read(arguments.validation_data) if arguments.validation_data else []
-    steps = arguments.steps or (500 if miniature else max(1, len(source) // arguments.batch))
+    steps = arguments.steps or preset.steps or max(1, len(source) // arguments.batch)
     settings = Settings(
         steps=steps,
         batch=arguments.batch,
-        micro_batch=arguments.micro_batch or (4 if miniature else 1),
+        micro_batch=arguments.micro_batch or preset.micro_batch,
         warmup_steps=round(arguments.warmup * steps),
         final_lr=arguments.final_lr,
         max_grad_norm=arguments.max_grad_norm,
@@ -344,28 +302,28 @@ def train(arguments: argparse.Namespace) -> None:
             settings.micro_batch,
             arguments.seed,
             independent,
-            arguments.max_turns or (12 if miniature else None),
+            arguments.max_turns or preset.max_turns,
             arguments.max_tokens,
-            shuffle=not miniature,
+            shuffle=preset.shuffle,
             skip_unusable=arguments.skip_unusable,
         )
         task = AnswerObjective(model, objective, arguments.seed)
         optimizers = make_optimizers(task, partial(learning_rate, rates=rates, model=model), settings)
         identity = {name: value for name, value in vars(arguments).items() if name not in NOT_OF_A_RUN}
         identity["model"] = digest_of_model(Path(arguments.model))
-        if not miniature:
+        if arguments.data is not None:
             identity["conversations"] = len(source)
             identity["data"] = hashlib.sha256(Path(arguments.data).read_bytes()).hexdigest()
 
         def validate() -> dict[str, Any]:
-            if miniature:
-                drawn = cards.questions("validation", arguments.validate, dense=True if arguments.dense else None)
-                result = evaluate(model, drawn, 16, arguments.validate, families=cards.FAMILIES)
+            count, longest = arguments.validate, 16
+            asked = (question for conversation in held_out for question in asked_alone(conversation))
+            if arguments.data is None:
+                asked = cards.questions("validation", count, dense=dense)
             else:
-                asked = (question for conversation in held_out for question in asked_alone(conversation))
-                every = list(islice(asked, arguments.validate))
-                longest = longest_answer(model, every)
-                result = evaluate(model, every, 16, len(every), max_new_tokens=longest, families=cards.FAMILIES)
+                asked = list(islice(asked, count))
+                count, longest = len(asked), longest_answer(model, asked)
+            result = evaluate(model, asked, 16, count, max_new_tokens=longest, families=cards.FAMILIES)
             return {name: result[name] for name in ("accuracy", "families", "tokens")}
 
         seconds = fit(
@@ -377,7 +335,7 @@ def train(arguments: argparse.Namespace) -> None:
             device,
             identity,
             workers=arguments.workers,
-            validate=validate if arguments.validate and (miniature or arguments.validation_data) else None,
+            validate=validate if arguments.validate else None,
             validate_every=arguments.validate_every,
             title=arguments.stage,
         )

@@ -42,7 +42,7 @@ from examples.command_line import expect_file, expect_numbers, write_text
 from minifocus import ops
 from minifocus.ops import reference
 from minifocus.samplers.vision_guided import pools_for
-from minifocus.training.loop import keep_freed_memory
+from minifocus.training.memory import keep_freed_memory
 
 from .memory import extra_memory
 from .record import environment

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import minifocus
 from examples.command_line import expect_numbers
 from minifocus import cards
-from minifocus.cards.places import GRID, locate
+from minifocus.cards.feature_map import GRID, locate
 from minifocus.trace import PictureTrace
 
 ROOT = Path(__file__).resolve().parent.parent

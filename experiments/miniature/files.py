@@ -19,7 +19,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from minifocus import cards
-from minifocus.cards.places import GRID, PATCH
+from minifocus.cards.feature_map import GRID, PATCH
 from minifocus.files.locks import hold
 from minifocus.inputs.image_processor import CLIP_MEAN, CLIP_STD
 

@@ -28,7 +28,7 @@ from torch import nn
 
 from examples.command_line import expect_numbers
 from minifocus import cards
-from minifocus.cards.places import GRID, Places, locate
+from minifocus.cards.feature_map import GRID, Places, locate
 from minifocus.inputs.conversations import Conversation, Turn
 from minifocus.inputs.processor import Processor
 from minifocus.inputs.tokenizer import Tokenizer
@@ -39,8 +39,12 @@ from minifocus.loading.model_folder import Origin
 from minifocus.rows import Rows
 from minifocus.samplers.hooks import BeforeLLM, Context, PictureFeatures, VisualTokens, uncompressed
 from minifocus.training.examples import Batch, Batches, collate, encode
-from minifocus.training.loop import MOST, Process, Settings, fit, keep_freed_memory, make_optimizers
+from minifocus.training.loop import fit
+from minifocus.training.memory import keep_freed_memory
+from minifocus.training.optimizers import make_optimizers
 from minifocus.training.packed import Guidance, forward
+from minifocus.training.processes import Process
+from minifocus.training.settings import MOST, Settings
 
 FIRST_SCENE = 60_000_000  # place in the training split
 EMPTY_KEPT = 0.1  # share of the tokens that show no thing which stay

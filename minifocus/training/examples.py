@@ -13,8 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from .. import cards
-from ..arguments import settle, shown
+from ..arguments import shown
 from ..errors import CheckpointError, InputError
 from ..inputs.conversations import Conversation, Turn
 from ..inputs.model_inputs import num_visual_tokens
@@ -210,30 +209,6 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Conversation: ...
-
-
-@dataclass(frozen=True)
-class CardScenes:
-    """The miniature's scenes, drawn when asked for: `count` of a split from its scene `first` on, or as many as it has.
-
-    Raises InputError for a scene that is not of the split.
-    """
-
-    count: int = cards.SPLIT_SIZE // 2
-    first: int = 0
-    split: str = "train"
-    dense: bool | None = None
-
-    def __post_init__(self) -> None:
-        cards.scenes(self.split, self.first)  # refuses what is none
-        settle(self, count=min(self.count, cards.SPLIT_SIZE - self.first))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> Conversation:
-        drawn = cards.scenes(self.split, self.first + index, self.dense)
-        return cards.conversation(next(scene for scene in drawn if scene.questions))
 
 
 class Batches(torch.utils.data.Dataset[Batch]):

@@ -17,8 +17,8 @@ from ..model import LlavaNetwork
 from ..samplers.text_guided import TextGuidedSampler
 from ..samplers.vision_guided import VisionGuidedSampler
 from .examples import Batch
-from .loop import MOST
 from .packed import Guidance, forward
+from .settings import MOST
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..files.writing import replace
-from .loop import read_log
+from .log import read_log
 
 PANELS = {
     "loss": lambda name: name == "loss" or name.endswith("_loss"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import minifocus
 from minifocus import cards
-from minifocus.training.loop import read_log
+from minifocus.training.log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINING = ROOT / "weights/training"

@@ -22,6 +22,7 @@ from PIL import Image
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import minifocus
+from minifocus.cards.training import CardScenes
 from minifocus.inputs.conversations import Conversation, Turn, asked_alone
 from minifocus.inputs.prompt import IMAGE, TEMPLATES, build_prompt
 from minifocus.samplers.hooks import Context, PictureFeatures, Selection
@@ -29,16 +30,7 @@ from minifocus.samplers.selector_file import save_selector
 from minifocus.samplers.text_guided import TextGuidedOptions, TextGuidedSampler
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
 from minifocus.trace import count_tokens
-from minifocus.training.examples import (
-    NO_LABEL,
-    Batch,
-    Batches,
-    CardScenes,
-    Example,
-    UnusableConversation,
-    collate,
-    encode,
-)
+from minifocus.training.examples import NO_LABEL, Batch, Batches, Example, UnusableConversation, collate, encode
 from minifocus.training.objective import AnswerObjective, Objective, balance_loss, draw_guidance
 from minifocus.training.packed import Guidance, PackedRows, forward
 

@@ -35,14 +35,19 @@ from safetensors.torch import load_file, safe_open, save_file
 
 import minifocus
 from minifocus import cards
+from minifocus.cards.training import CardScenes
 from minifocus.files import locks
 from minifocus.inputs.conversations import read_conversations
 from minifocus.samplers.selector_file import save_selector
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions
 from minifocus.training import loop
-from minifocus.training.examples import Batches, CardScenes
-from minifocus.training.loop import Log, Process, Settings, check_memory, read_log
+from minifocus.training.checkpoint import save_checkpoint
+from minifocus.training.examples import Batches
+from minifocus.training.log import Log, read_log
+from minifocus.training.memory import check_memory
 from minifocus.training.objective import AnswerObjective, Objective, draw_guidance
+from minifocus.training.processes import Process
+from minifocus.training.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "weights/tiny"
@@ -323,7 +328,9 @@ TOY = """
 import json, sys, types
 from pathlib import Path
 import torch
-from minifocus.training.loop import Process, Settings, fit
+from minifocus.training.loop import fit
+from minifocus.training.processes import Process
+from minifocus.training.settings import Settings
 
 class Task(torch.nn.Module):
     # The mean over a step's targets of a squared error, and the mean over its micro-batches of a penalty.
@@ -629,7 +636,7 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_before(toy: ModuleType, tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
         for much in (2000, 200_000):  # noticed when the file is closed, and while torch writes it
             with pytest.raises(minifocus.InputError, match=r"checkpoint\.pt: cannot be written: File too large"):
-                loop._save(tmp_path / "checkpoint.pt", {}, [], {"much": "x" * much}, 1, 0.0, {})
+                save_checkpoint(tmp_path / "checkpoint.pt", {}, [], {"much": "x" * much}, 1, 0.0, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
@@ -1017,7 +1024,7 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--fresh", "selector", "--option", "size=3"], "size: not an option of sampler 'text'; its options: "),
     (["--fresh", "selector", "--sampler", "vision", "--option", "text=all"], "text: not an option of sampler 'none'"),
     (["--window", "2", "--option", "window=4"], "--option: expected NAME=VALUE, each name once, got 'window=4'"),
-    (["--thumbnail", "drop", "--model", "{llava}"], "--thumbnail: LLaVA-1.5 has no thumbnail to drop"),
+    (["--thumbnail", "drop", "--model", "{llava}"], "thumbnail: LLaVA-1.5 has no thumbnail to drop"),
     (["--alpha", "-1"], "alpha: expected a number of at least 0 and at most 1e+06, got -1.0"),
     (["--gamma", "0.9"], "--gamma: expected 2 numbers with commas between, got '0.9'"),
     (["--gamma", "0.9,0.5"], "gamma: expected a range between 0 and 1, got 0.9 to 0.5"),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from minifocus import cards
-from minifocus.cards.places import GRID, PATCH, locate
+from minifocus.cards.feature_map import GRID, PATCH, locate
 from minifocus.inputs.anyres import stitch
 from minifocus.inputs.image_processor import ImageProcessor
 

@@ -1,0 +1,97 @@
+"""The checkpoint of a run, from which it goes on to the weights of a run that was never interrupted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..arguments import shown, whole
+from ..errors import InputError
+from ..files.reading import present, regular
+from ..files.writing import replace
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def save_checkpoint(
+    file: Path,
+    trained: dict[str, nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+    identity: dict[str, Any],
+    steps: int,
+    seconds: float,
+    averages: dict[str, float],
+) -> None:
+    """In one piece: a run that is killed here leaves the checkpoint before. InputError where it cannot be written."""
+    state = {
+        "identity": identity,
+        "steps": steps,
+        "seconds": seconds,
+        "averages": averages,
+        "parameters": {name: p.detach() for name, p in trained.items()},
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+    }
+
+    def write(unfinished: Path) -> None:
+        with unfinished.open("wb") as stream:
+            try:
+                torch.save(state, stream)
+            except RuntimeError as error:  # of torch's own writer, after the system's error
+                if isinstance(error.__context__, OSError):
+                    raise OSError(error.__context__.errno, error.__context__.strerror) from error
+                raise
+
+    replace(file, write)
+
+
+def resume(
+    file: Path,
+    trained: dict[str, nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+    identity: dict[str, Any],
+) -> tuple[int, float, dict[str, float]]:
+    """Steps already done, the seconds that they took and the log's averages, after loading what they made."""
+    if not present(file):
+        return 0, 0.0, {}
+    regular(file, InputError)
+    try:
+        # On the CPU, where the optimisers keep their counters; the rest they move to its parameter's device. Mapped, where a
+        # mapped file can be replaced: the processes of a machine share its pages, each would have a copy otherwise.
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=os.name == "posix")
+    except Exception as error:  # torch and zipfile raise many
+        raise InputError(f"{file}: not a checkpoint of a run: {shown(str(error))}") from error
+    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
+        raise InputError(
+            f"{file}: not a checkpoint of a run: expected one with an identity, got {type(state).__name__}"
+        )
+    differing = [
+        f"{name}: {shown(state['identity'].get(name))} there, {shown(identity.get(name))} here"
+        for name in sorted({*state["identity"], *identity})
+        if state["identity"].get(name) != identity.get(name)
+    ]
+    if differing:
+        raise InputError(f"{file}: of another run; name another folder or delete this one. {'; '.join(differing)}")
+    try:
+        steps, seconds, averages = state["steps"], state["seconds"], state.get("averages", {})
+        whole("steps", steps, 0)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(state["parameters"][name])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what is missing, or of another shape
+        raise InputError(
+            f"{file}: not a checkpoint of this run: {type(error).__name__}: {shown(str(error))}"
+        ) from error
+    return steps, seconds, averages
