@@ -21,6 +21,8 @@ import minifocus
 from minifocus import cards
 
 ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.slow
 TINY = ROOT / "weights/tiny"
 
 

@@ -392,6 +392,7 @@ def call(name: str, *arguments: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.skipif(psutil.virtual_memory().available < 12 * 2**30, reason="takes 9 GiB of memory")
+@pytest.mark.slow
 def test_more_than_two_to_the_31_numbers() -> None:
     """A map, and tokens, of a little more than 2^31 numbers (4 GiB each): the last regions end up in the last rows."""
     channels, cells = 2**16, 2**15 + 4

@@ -1,59 +1,138 @@
-"""What the README says is run: its links, its commands on the embedded model, its Python, its make targets."""
+"""The README and docs/ are true: their links, commands, output and Python, and every figure that comes from a record."""
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
+import math
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
 import minifocus
+from minifocus import methods
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "experiments/results"
+DOCS = ("training", "methods", "results", "operators", "checkpoints", "notes")
 PAGES = [
-    ROOT / name
-    for name in (
-        "README.md",
-        "weights/README.md",
-        "reproduction/README.md",
-        "reproduction/notes.md",
-        "examples/lmms_eval/README.md",
-    )
+    "README.md",
+    *(f"docs/{name}.md" for name in DOCS),
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "weights/README.md",
+    "examples/lmms_eval/README.md",
+    "experiments/results/README.md",
+    "experiments/results/paper/README.md",
+    "experiments/results/paper-650-steps/README.md",
 ]
+WRITTEN = [page for page in PAGES if not page.startswith("experiments/")]  # by hand
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def read(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()) if "://" not in link]
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", read(page), flags=re.DOTALL)
+
+
+def without_blocks(page: str) -> str:
+    return re.sub(r"```.*?```", "", read(page), flags=re.DOTALL)
+
+
+# ---- links and form ----
+
+
+def anchors(page: str) -> set[str]:
+    """GitHub's names for a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", without_blocks(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page)) if "://" not in link]
     for link in links:
-        assert (page.parent / link).exists(), link
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(str(target.resolve().relative_to(ROOT))), link
+
+
+def test_every_page_of_docs_is_linked() -> None:
+    assert {file.stem for file in (ROOT / "docs").glob("*.md")} == set(DOCS)
+    written = "".join(map(read, WRITTEN))
+    for name in DOCS:
+        assert f"{name}.md" in written
+
+
+def test_the_readme_is_short() -> None:
+    assert len(read("README.md").splitlines()) <= 130
+    prose = [line for line in without_blocks("README.md").splitlines() if not line.startswith(("|", "!"))]
+    shown = [re.sub(r"\]\([^)]*\)", "]", line) for line in prose]  # as it is read: without the links' targets
+    assert max(map(len, shown)) <= 100
+
+
+def test_the_path_is_short() -> None:
+    """The README says how many lines its seven files have, with the two that it names beside them."""
+    files = re.findall(r"^\d\. \[(minifocus/[\w/]+\.py)\]", read("README.md"), flags=re.MULTILINE)
+    files += ["minifocus/rows.py", "minifocus/samplers/hooks.py"]
+    assert len(files) == 9
+    (limit,) = re.findall(r"fewer than (\d+)\slines", read("README.md"))
+    assert sum(len(read(file).splitlines()) for file in files) < int(limit)
+
+
+def test_the_idea_s_names_are_in_its_files() -> None:
+    rows = re.findall(r"^\| `(.+?)` \| .*? \| (.+) \|$", read("README.md").split("## The idea")[1], flags=re.MULTILINE)
+    rows = list(itertools.takewhile(lambda row: "python" not in row[0], rows))
+    assert 12 <= len(rows) <= 16
+    for _, where in rows:
+        (target,) = re.findall(r"\]\((minifocus/[^)]+)\)", where)
+        names = re.findall(r"`(\w+)`", where)
+        assert names
+        for name in names:
+            assert re.search(rf"^ *(class|def) {name}\b", read(target), flags=re.MULTILINE), where
+
+
+# ---- commands ----
+
+
+def commands(page: str) -> list[str]:
+    """Lines of the shell that a page shows, in blocks and in its text."""
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"^\$ (.*)$", "".join(blocks(page, "console")), flags=re.MULTILINE)
+    lines += re.findall(r"`((?:python|pytest|make) [^`]+)`", without_blocks(page))
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+EVERY = sorted({line for page in WRITTEN for line in commands(page)})
 
 
 def test_make_targets_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"\bmake (\w+)", "".join(page.read_text() for page in PAGES)))
-    assert {"demo", "test"} <= targets
+    targets = {shlex.split(line, comments=True)[1] for line in EVERY if line.startswith("make ")}
+    assert {"demo", "check", "test", "weights"} <= targets
     for target in targets:
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+        assert re.search(rf"^{target}:", read("Makefile"), flags=re.MULTILINE), target
 
 
 def test_commands_on_the_embedded_model(tmp_path: Path) -> None:
-    commands = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-    ours = [
-        shlex.split(line, comments=True)[1:]
-        for line in commands
-        if line.startswith("python examples/") and "--model" not in line
-    ]
-    assert len(ours) >= 4
+    found = [shlex.split(line, comments=True) for line in EVERY if line.startswith("python examples/")]
+    ours = [words[1:] for words in found if "--model" not in words]
+    ours.sort(key=lambda words: "--data" in words)  # after the command that draws the data
+    assert len(ours) >= 6
     for folder in ("examples", "weights"):  # what the commands write goes elsewhere
         (tmp_path / folder).symlink_to(ROOT / folder)
     for arguments in ours:
@@ -61,78 +140,76 @@ def test_commands_on_the_embedded_model(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
 
 
-def test_the_operators_benchmark() -> None:
-    command = [sys.executable, "benchmarks/operators.py", "--quick"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.splitlines()[-1])
-    recorded = json.loads((ROOT / "experiments/results/operators_cpu.json").read_text())
-    assert [case["operator"] for case in report["cases"]] == [case["operator"] for case in recorded["cases"]]
-    assert all(bar["met"] for case in recorded["cases"] for bar in case["bars"].values())
+def shown_by_help(program: tuple[str, ...]) -> str:
+    command = [sys.executable, *program, "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-def test_the_methods_table_is_the_record_s() -> None:
-    record = json.loads((ROOT / "experiments/results/compare.json").read_text())
-    found = {(one["method"], one["budget"]): one["accuracy"] for one in record["results"]}
-    lines = (ROOT / "README.md").read_text().split("| | 50 % | 39 % | 25 % |\n", 1)[1].splitlines()[1:]
-    rows = [line.strip("| ").split("|") for line in lines[: lines.index("")]]
-    assert len(rows) >= 10
-    for name, *cells in rows:
-        method = re.sub(r"[`*]", "", name).strip().replace(", flipped", " (flipped)")
-        for budget, cell in zip((0.5, 0.39, 0.25), cells, strict=False):
-            if cell.strip():
-                assert cell.strip(" *") == f"{100 * found[method, budget]:.1f}", (method, budget)
-
-
-def test_the_recorded_mutants_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every change that the script makes still applies, and the record is of these: none has survived."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    from mutate_kernels import mutants
-
-    record = json.loads((ROOT / "experiments/results/mutants.json").read_text())
-    assert [(row["file"], row["mutant"]) for row in record["mutants"]] == [mutant[:2] for mutant in mutants()]
-    assert {row["outcome"] for row in record["mutants"]} == {"noticed"}
-    assert f"({len(record['mutants'])} lines" in (ROOT / "README.md").read_text()
-
-
-def test_options_of_the_commands_on_your_own_model() -> None:
-    """Those need a checkpoint that is not here: their options at least are those of --help."""
-    commands = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines() if "--model" in line]
-    tried = 0
-    for line in commands:
+def test_options_of_the_commands_that_take_long_or_a_model_of_yours() -> None:
+    """They are not run here: their programs are there, and their options are those of --help."""
+    known = cache(shown_by_help)
+    tried = set()
+    for line in EVERY:
         words = shlex.split(line, comments=True)
-        script = next(word for word in words if word.startswith("examples/"))
-        shown = subprocess.run(
-            [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        for option in words[words.index(script) + 1 :]:
+        if "-m" in words:
+            module = words[words.index("-m") + 1]
+            if module.endswith(".NAME"):  # of a rule
+                continue
+            assert importlib.util.find_spec(module), line
+            if "lmms_eval" in module:  # which test_lmms_eval.py tries, in an environment of its own
+                continue
+            program: tuple[str, ...] = ("-m", module)
+        elif "--model" in words and (script := next(word for word in words if "/" in word)).startswith("examples/"):
+            program = (script,)
+        else:
+            continue
+        for option in words[words.index(program[-1]) + 1 :]:
             if option.startswith("--"):
-                assert option in shown, line
-                tried += 1
-    assert tried > 10
+                assert re.search(rf"{option}\b", known(program)), line
+        tried.add(program)
+    assert len(tried) >= 8
+
+
+def test_the_demo_s_output() -> None:
+    """All but the times, which are another run's."""
+    done = subprocess.run(
+        [sys.executable, "examples/generate.py"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
+    )
+    (block,) = blocks("README.md", "console")
+    command, block = block.split("\n", 1)
+    assert command == "$ python examples/generate.py"
+    shown, came = (re.sub(r"[\d.]+ s\b|\d+ tokens/s", "TIME", text).splitlines() for text in (block, done.stdout))
+    assert shown == came and "TIME" in shown[-1]
+    assert f"all {re.findall('[0-9]+', came[2])[0]} visual tokens" in " ".join(read("README.md").split())
+
+
+# ---- Python ----
+
+
+def run_block(page: str, names: dict[str, Any], number: int = 0) -> dict[str, Any]:
+    exec(compile(blocks(page, "python")[number], page, "exec"), names)
+    return names
 
 
 def test_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
-    code, _ = blocks("python")
-    model = minifocus.load("weights/tiny", sampler="none")
-    assert model.image_processor is not None and model.tokenizer is not None
-    from minifocus.inputs.open_image import open_image
+    run_block("README.md", {})
+    assert capsys.readouterr().out.startswith("936 TokenCounts(full=")
 
-    pixels, size = model.image_processor(open_image("examples/cards.png"))
+    model = minifocus.load("weights/tiny", sampler="none")
+    prompt = model.processor("examples/cards.png", "Is there a red card?")
     names = {
-        "input_ids": torch.tensor([[1] + [model.config.image_token_id] * model.num_visual_tokens(size) + [5, 6]]),
-        "pixel_values": pixels[None],
-        "image_sizes": torch.tensor([size]),
+        "input_ids": prompt.input_ids[None],
+        "pixel_values": prompt.tiles[0][None],
+        "image_sizes": torch.tensor(prompt.sizes),
         "attention_mask": None,
     }
-    exec(compile(code, "README.md", "exec"), names)
+    run_block("docs/checkpoints.md", names)
     assert "TokenCounts(full=" in capsys.readouterr().out
     assert len(names["answers"]) == 2 and names["logits"].shape[:2] == names["input_ids"].shape  # type: ignore[arg-type,union-attr]
 
 
 def test_python_of_the_operators() -> None:
-    _, code = blocks("python")
     names = {
         "cells": torch.randn(6 * 5, 8),
         "grid_hw": torch.tensor([[6, 5]]),
@@ -144,6 +221,296 @@ def test_python_of_the_operators() -> None:
         "hidden": torch.randn(30, 16),
         "positions": torch.arange(30),
     }
-    exec(compile(code, "README.md", "exec"), names)
-    assert len(names["tokens"]) == len(names["source"]) == 1 + 2 + 8 + 1  # type: ignore[arg-type]
-    assert torch.equal(names["positions"], names["index"]) and len(names["hidden"]) == int(names["count"])  # type: ignore[arg-type]
+    run_block("docs/operators.md", names)
+    assert len(names["tokens"]) == len(names["source"]) == 1 + 2 + 8 + 1
+    assert torch.equal(names["positions"], names["index"]) and len(names["hidden"]) == int(names["count"])
+
+
+def test_python_of_a_method(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The method that docs/methods.md adds can be loaded by its name, and drops half of the map."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(methods, "METHODS", dict(methods.METHODS))
+    names = run_block("docs/methods.md", {})
+    assert "every-second" in methods.names() and "TokenCounts(full=" in capsys.readouterr().out
+    picture = names["model"].generate("examples/cards.png", "Is there a red card?").pictures[0]
+    layout = picture.layout
+    cells = layout.cells(picture.entered)
+    assert int((cells >= 0).sum()) == math.ceil(layout.height * layout.width / 2)
+    assert int((cells < 0).sum()) == layout.leading + layout.height
+
+
+def test_the_methods_are_listed() -> None:
+    table = read("docs/methods.md").split("| `--sampler` |", 1)[1].split("\n\n", 1)[0]
+    first = [line.split("|")[1] for line in table.splitlines()[2:]]
+    assert sorted(re.findall(r"`([\w+-]+)`", "".join(first)), key=methods.names().index) == methods.names()
+    training_free = len(methods.names()) - len(("focus", "vision", "text", "none"))
+    assert f"{training_free} training-free methods" in read("README.md")
+
+
+# ---- citation and CI ----
+
+
+def test_citation() -> None:
+    cited = yaml.safe_load(read("CITATION.cff"))
+    assert cited["version"] == minifocus.__version__ and cited["license"] == "MIT"
+    (paper,) = cited["references"]
+    authors = ", ".join(f"{one['given-names']} {one['family-names']}" for one in paper["authors"])
+    assert f"{authors}: *{paper['title']}*, {paper['year']}." in " ".join(read("README.md").split())
+    assert paper["url"] in read("README.md") and paper["url"].endswith(
+        paper["identifiers"][0]["value"][len("arXiv:") :]
+    )
+
+
+def test_github_runs_what_a_contributor_runs() -> None:
+    (job,) = yaml.safe_load(read(".github/workflows/test.yml"))["jobs"].values()
+    (step,) = [step for step in job["steps"] if "run" in step]
+    assert step["run"] == ".ci/run" and step["env"] == {"MINIFOCUS_BUILD": "cpu"} and job["timeout-minutes"] == 90
+
+
+# ---- figures ----
+
+
+@cache
+def record(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def accuracy_rows() -> list[str]:
+    rows = []
+    for scenes, by_sampler in record("accuracy.json")["results"].items():
+        for sampler, found in by_sampler.items():
+            low, high = (100 * end for end in found["interval_95"])
+            families = " | ".join(f"{100 * share:.1f}" for share in found["families"].values())
+            tokens = f"{100 * found['tokens']['equivalent']:.1f} %"
+            exact = f"{100 * found['accuracy']:.1f} % ({low:.1f} – {high:.1f})"
+            rows.append(f"| {scenes} | {sampler} | {exact} | {families} | {tokens} |")
+    return rows
+
+
+def parameters() -> list[str]:
+    file = ROOT / "weights/tiny/model.safetensors"
+    return [f"{sum(value.numel() for value in load_file(file).values()) / 1e6:.1f} million parameters"]
+
+
+def size() -> list[str]:
+    return [f"a trained model of {(ROOT / 'weights/tiny/model.safetensors').stat().st_size / 1e6:.0f} MB"]
+
+
+def scales() -> list[str]:
+    looked = record("accuracy.json")["where"]
+    share = {
+        things: {scale: f"{100 * one:.0f} %" for scale, one in of.items()} for things, of in looked["scales"].items()
+    }
+    mixed, dense = (of["none"]["count"] for of in record("accuracy.json")["results"].values())
+    training = json.loads(read("weights/training/record.json"))["seconds"]
+    return [
+        f"{mixed} about scenes as they come, {dense} about dense ones",
+        f"1×1 to {share['text']['1x1']} of the regions with text, to {share['things']['1x1']} of those with other things, "
+        f"and to {share['empty']['1x1']} of the empty ones, {share['empty']['4x4']} of which become a single token",
+        f'Of {looked["questions"]} "read" questions',
+        f"every digit of the asked card in {100 * looked['asked_card_covered']:.1f} %",
+        f"in {sum(training.values()) / 60:.0f} minutes",
+    ]
+
+
+def two_forms() -> list[str]:
+    found = record("paper-650-steps/results.json")
+
+    def row(arm: str) -> str:
+        seeds = found["arms"][arm].values()
+        exact = ", ".join(f"{100 * seed['accuracy']:.1f}" for seed in seeds)
+        tokens = ", ".join(f"{100 * seed['tokens']['equivalent']:.{int(arm != 'control')}f}" for seed in seeds)
+        return f"| {exact} % | {'100' if arm == 'control' else tokens} % |"
+
+    speed = found["speed"]["focus"]
+    times = f"{speed['times_as_fast']:.2f} times as fast as none, one by one {speed['times_as_fast_alone']:.2f} times"
+    return [
+        f"{found['steps']} steps each, three seeds, {found['questions']} dense questions",
+        f"| all tokens {row('control')}",
+        f"(`--straight-through`) {row('focus')}",
+        f"factor as printed {row('printed')}",
+        f"and then {found['steps']} {row('single')}",
+        times,
+    ]
+
+
+def mean(arm: str) -> tuple[str, str]:
+    """Exact answers and tokens of an arm of the paper's tables, over its seeds, in percent."""
+    seeds = record("paper/results.json")["arms"][arm].values()
+    exact, tokens = (
+        fmean(values) for values in zip(*((s["accuracy"], s["tokens"]["equivalent"]) for s in seeds), strict=True)
+    )
+    return f"{100 * exact:.1f} %", f"{100 * tokens:.0f} %"
+
+
+def error(*arms: str) -> float:
+    """1.96 standard errors of the difference of two arms, in points."""
+    found = record("paper/results.json")["arms"]
+    shares = [[seed["accuracy"] for seed in found[arm].values()] for arm in arms]
+    questions = record("paper/results.json")["questions"]
+    return 196 * math.sqrt(sum(fmean(of) * (1 - fmean(of)) / questions / len(of) for of in shares))
+
+
+def paper_in_miniature() -> list[str]:
+    found = record("paper/results.json")
+    exact = {arm: mean(arm)[0] for arm in found["arms"]}
+    tokens = {arm: mean(arm)[1] for arm in found["arms"]}
+    control, both = ([100 * s["accuracy"] for s in found["arms"][arm].values()] for arm in ("control", "focus"))
+    stages = json.loads(read("weights/training/record.json"))["seconds"]
+    first = sum(seconds for stage, seconds in stages.items() if stage != "focus")
+    one_seed = found["arms"]["control"]["1"]["accuracy"]
+    unsaid = 196 * math.sqrt(2 * one_seed * (1 - one_seed) / found["questions"])
+    return [
+        f"{first / 60:.0f} minutes of them for the first three stages",
+        f"{found['steps']} steps of {found['batch']} conversations",
+        f"asked {found['questions']} dense questions",
+        f"differences below {unsaid:.1f} points",
+        f"all tokens {exact['control']}. Vision-guided {exact['vision']} at {tokens['vision']} of the tokens, "
+        f"text-guided {exact['text']} at {tokens['text']}, both {exact['focus']} at {tokens['focus']} and "
+        f"{found['speed']['focus']['times_as_fast']:.2f} times as fast",
+        f"{fmean(control) - fmean(both):.1f} ± {error('control', 'focus'):.1f} points below all tokens",
+        f"has {exact['avgpool']} at {tokens['avgpool']}; random tokens {exact['random']} at {tokens['random']}",
+        f"do best here ({exact['window-1']} at {tokens['window-1']})",
+        f"do worst ({exact['window-12']})",
+        f"costs nothing here ({exact['direct']} at {tokens['direct']})",
+        f"lose almost everything ({exact['like-60']})",
+        f"at {tokens['vision']} ({exact['unlike-40'][:-2]} and {exact['vision']})",
+    ]
+
+
+def beside_transformers() -> list[str]:
+    found = record("end_to_end.json")
+    sides, load, cold = found["sides"], found["load"], found["cold_start"]
+
+    def ratios(side: str, *more: str) -> str:
+        figures = [f"{sides[side][what]['ratio_to_transformers']:.2f}" for what in ("prefill", "decode", "memory")]
+        return f"| {figures[0]} | {figures[1]} | {' | '.join(more or ('', ''))} | {figures[2]} |".replace(
+            "|  |  |", "| | |"
+        )
+
+    unchecked = load["none_unchecked"]["ratio_to_transformers"]
+    loading = f"{load['none']['ratio_to_transformers']:.2f}"
+    compiled = [
+        f"{a / b:.2f}"
+        for a, b in zip(*(sides[side]["prefill"]["rounds"] for side in ("focus", "focus_reference")), strict=True)
+    ]
+    none = ratios(
+        "none",
+        f"{loading}, or {unchecked:.2f} with `check_finite=False`",
+        f"{cold['none']['ratio_to_transformers']:.2f}",
+    )
+    return [
+        f"transformers {found['versions']['transformers'].rsplit('.', 1)[0]} (sdpa)",
+        f"{len(compiled)} rounds",
+        f"reads {found['model']['visual_tokens']} visual tokens",
+        f"| `none` (the same computation) {none}",
+        f'| `focus` (`selector="variance"`) {ratios("focus")}',
+        f"| `focus`, operators in plain PyTorch {ratios('focus_reference')}",
+        f"prefill is {sides['half']['decoder_prefill_rate_to_none']:.1f} times as fast",
+        f"({compiled[0]}, {compiled[1]} and {compiled[2]} of the prefill with plain PyTorch)",
+        f"Loading takes {loading} of the time",
+        f"without it, {unchecked:.2f}",
+    ]
+
+
+def operator_rows() -> list[str]:
+    rows = []
+    for case in record("operators_cpu.json")["cases"]:
+        peers, extra = case["peer ÷ minifocus"], case["extra_bytes"]
+        plain = "reference" if "reference" in peers else "indexing"
+        copy = f"{peers['copy']:.2f}" if "copy" in peers else ""
+        name = f"`{case['operator']}`, {case['sizes'].removeprefix('1 × ').replace('%', ' %')}"
+        memory = f"{extra['minifocus'] / 1e6:.3g} MB; {extra[plain] / 1e6:.3g} MB"
+        row = f"| {name} | {1000 * case['seconds']['minifocus']:.2g} ms | {peers[plain]:.1f} | {copy} | {memory} |"
+        rows.append(row.replace("|  |", "| |"))
+    return rows
+
+
+def method_figures() -> list[str]:
+    found = {(one["method"], one["budget"]): one for one in record("compare.json")["results"]}
+    listed = ["similarity", "focus", "fopru", "vtc-cls", "text", "fastv", "pyramiddrop", "aim"]
+    listed += ["globalcom2", "prumerge", "random"]
+    rows = []
+    for name in listed:
+        key = name.replace("similarity", "similarity (flipped)")
+        cells = (f"{100 * found[key, b]['accuracy']:.1f}" if (key, b) in found else "" for b in (0.5, 0.39, 0.25))
+        shown = f"`{name}`" + (", flipped" if name == "similarity" else "")
+        rows.append(f"| {shown} | {' | '.join(cells)} |".replace("|  |", "| |"))
+    rule, focus = (f"{found[key, 0.39]['prefill_ratio']:.2f}" for key in ("similarity (flipped)", "focus"))
+    questions = record("compare.json")["questions"]
+    budgets = sorted((100 * budget for method, budget in found if method == "random"), reverse=True)
+    return [
+        *rows,
+        f"± is about {196 * math.sqrt(0.97 * 0.03 / questions):.0f} point near the top",
+        f"and {196 * math.sqrt(0.25 / questions):.1f} in the middle",
+        f"{', '.join(f'{b:.0f}' for b in budgets[:-1])} and {budgets[-1]:.0f} % of the tokens",
+        f"{questions} questions about dense scenes",
+        f"With all tokens it is {100 * found['none', 1.0]['accuracy']:.1f}",
+        f"({rule} against {focus} of the prefill)",
+    ]
+
+
+def mutants_recorded() -> list[str]:
+    return [f"{len(record('mutants.json')['mutants'])} lines, every barrier among them"]
+
+
+FIGURES: dict[str, list[Callable[[], Iterable[str]]]] = {
+    "README.md": [accuracy_rows, parameters, size],
+    "weights/README.md": [parameters],
+    "docs/methods.md": [method_figures],
+    "docs/operators.md": [mutants_recorded],
+    "docs/results.md": [
+        accuracy_rows,
+        parameters,
+        scales,
+        two_forms,
+        paper_in_miniature,
+        beside_transformers,
+        operator_rows,
+    ],
+}
+
+
+@pytest.mark.parametrize("page", FIGURES)
+def test_figures_are_the_records(page: str) -> None:
+    """Each is built from its record and looked for; a figure with a decimal point that no record gave fails."""
+    text = " ".join(read(page).replace("**", "").replace("*least*", "least").split())
+    for figure in (figure for figures in FIGURES[page] for figure in figures()):
+        assert figure in text, figure
+        text = text.replace(figure, "")
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)|§[\d.]+|LLaVA-1\.5", "", text)
+    assert not re.findall(r"(?<![\w.])\d+\.\d+", re.sub(r"Python [≥\d. ]+|torch [≥\d. ]+", "", text))
+
+
+def test_records_say_how_they_were_made() -> None:
+    records = [file for file in RESULTS.rglob("*.json") if "commit" in json.loads(file.read_text())]
+    assert {file.name for file in records} >= {"accuracy.json", "compare.json", "end_to_end.json", "operators_cpu.json"}
+    for file in records:
+        found = json.loads(file.read_text())
+        assert not found["dirty"] and found["command"] and found["versions"] and found["machine"], file
+
+
+def test_no_kernel_spills() -> None:
+    assert not any(one["spill_store_bytes"] or one["spill_load_bytes"] for one in record("ptxas.json")["kernels"])
+
+
+# ---- the records are of what is there ----
+
+
+def test_the_operators_benchmark() -> None:
+    command = [sys.executable, "-m", "experiments.operators", "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    recorded = record("operators_cpu.json")
+    assert [case["operator"] for case in report["cases"]] == [case["operator"] for case in recorded["cases"]]
+    assert all(bar["met"] for case in recorded["cases"] for bar in case["bars"].values())
+
+
+def test_the_recorded_mutants_are_those_of_the_kernels() -> None:
+    """Every change that the script makes still applies, and the record is of these: none has survived."""
+    from experiments.kernels.mutate import mutants
+
+    found = record("mutants.json")
+    assert [(row["file"], row["mutant"]) for row in found["mutants"]] == [mutant[:2] for mutant in mutants()]
+    assert {row["outcome"] for row in found["mutants"]} == {"noticed"}
