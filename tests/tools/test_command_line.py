@@ -65,10 +65,9 @@ def test_what_ends_a_script(
     assert said.err.count("\n") == bool(line)
 
 
-PROGRAM = f"""
+PROGRAM = """
 import sys
-sys.path.append({str(ROOT / "examples")!r})
-import command_line
+from examples import command_line
 command_line.begin()
 import os, time
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +102,7 @@ def main():
 command_line.run(main)
 """
 MAYBE_BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+MAYBE_BUFFERED["PYTHONPATH"] = str(ROOT)
 
 
 def shell(tmp_path: Path, line: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -158,7 +158,9 @@ def interrupted(program: str, tmp_path: Path) -> tuple[int, bytes, bytes]:
     """What came of Ctrl-C after the first line of output."""
     file = tmp_path / "interrupted.py"
     file.write_text(program, encoding="utf-8")
-    running = subprocess.Popen([sys.executable, file], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running = subprocess.Popen(
+        [sys.executable, file], env=MAYBE_BUFFERED, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert running.stdout is not None
     first = running.stdout.readline()
     running.send_signal(signal.SIGINT)
