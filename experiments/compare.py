@@ -38,6 +38,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import cycle, islice
 from multiprocessing import get_context
@@ -57,6 +58,7 @@ from minifocus.inputs.open_image import open_image
 from .flops import decoder_flops, vision_flops
 from .memory import extra_memory
 from .record import ROOT, environment
+from .timing import interleaved
 
 BUDGETS = (0.75, 0.5, 0.39, 0.25, 0.12)
 TOLERANCE = 0.005  # of a budget that is searched for, in shares of the uncompressed tokens
@@ -159,27 +161,26 @@ def measure(
     model: minifocus.Llava, settings: list[Setting], asked: list[tuple[Any, str]], new_tokens: int
 ) -> list[dict[str, Any]]:
     """Time, memory, tokens and FLOPs of every setting, on single questions."""
-    runs: list[list[dict[str, Any]]] = [[] for _ in settings]
-    for number, (image, question) in enumerate([asked[0], *asked]):
-        for own, setting in zip(runs, settings, strict=True):
-            use(model, setting)
-            answer, memory = extra_memory(
-                lambda i=image, q=question: model.generate(i, q, max_new_tokens=new_tokens), model.device.type == "cuda"
-            )
-            if number:  # the first question warms up
-                tiles = model.num_tiles((image.height, image.width))
-                flops = decoder_flops(model.config, answer.layer_tokens) + vision_flops(model.config, tiles)
-                decoded = decoding_steps(answer)
-                own.append(
-                    {
-                        "prefill": answer.prefill_seconds,
-                        "decode": answer.decode_seconds / decoded if decoded else math.nan,
-                        "memory": memory,
-                        "flops": flops,
-                        **vars(answer.tokens),
-                    }
-                )
-        print(f"question {number} of {len(asked)}", file=sys.stderr, flush=True)
+    questions = [asked[0], *asked]  # the first one warms up
+
+    def answer(setting: Setting, number: int) -> dict[str, Any]:
+        image, question = questions[number]
+        use(model, setting)
+        found, memory = extra_memory(
+            lambda: model.generate(image, question, max_new_tokens=new_tokens), model.device.type == "cuda"
+        )
+        tiles = model.num_tiles((image.height, image.width))
+        decoded = decoding_steps(found)
+        return {
+            "prefill": found.prefill_seconds,
+            "decode": found.decode_seconds / decoded if decoded else math.nan,
+            "memory": memory,
+            "flops": decoder_flops(model.config, found.layer_tokens) + vision_flops(model.config, tiles),
+            "tokens": vars(found.tokens),
+        }
+
+    answering = {number: partial(answer, setting) for number, setting in enumerate(settings)}
+    runs = list(interleaved(answering, len(asked), warm_up=1, title="question").values())
 
     def middle(values: list[float]) -> float | None:
         real = [value for value in values if value is not None and not math.isnan(value)]
@@ -196,7 +197,7 @@ def measure(
                 "method": setting.method,
                 "budget": setting.budget,
                 "options": setting.options,
-                "tokens": {name: fmean(one[name] for one in own) for name in vars(answer.tokens)},
+                "tokens": {name: fmean(one["tokens"][name] for one in own) for name in own[0]["tokens"]},
                 "gflops": fmean(one["flops"] for one in own) / 1e9,
                 "prefill_seconds": middle([one["prefill"] for one in own]),
                 "decode_seconds_per_token": middle([one["decode"] for one in own]),
@@ -295,7 +296,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
 
 def random_model(folder: Path) -> Path:
     """end_to_end.py's random LLaVA-NeXT, with the miniature's tokenizer."""
-    from sides import FULL, Settings, make_checkpoint
+    from .end_to_end_programs import FULL, Settings, make_checkpoint
 
     make_checkpoint(Settings(FULL, folder, "float32", "cpu", 0, 0))
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):

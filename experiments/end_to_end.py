@@ -58,6 +58,7 @@ from examples.command_line import Refused, expect_file, expect_numbers, write_te
 
 from .end_to_end_programs import FULL, QUICK, SAMPLERS, THEIRS, Settings, SideFailed, Worker
 from .record import ROOT, environment, relative
+from .timing import interleaved, ratio
 
 BARS = {"prefill": 1.03, "decode": 1.03, "load": 0.5, "cold_start": 0.5}  # ratios to transformers: at most
 HALF_BAR = 1.7  # the decoder's prefill rate with half the visual tokens, ÷ that with all: at least
@@ -89,7 +90,7 @@ def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
     return {
         name: {
             "seconds": median(rounds),
-            "ratio_to_transformers": median(a / b for a, b in zip(rounds, seconds[THEIRS], strict=True)),
+            "ratio_to_transformers": ratio(rounds, seconds[THEIRS]),
             "rounds": rounds,
         }
         for name, rounds in seconds.items()
@@ -125,11 +126,8 @@ def measure_sides(settings: Settings, rounds: int) -> dict[str, Any]:
     for name, worker in workers.items():
         worker.ask("load")
         first[name] = worker.ask("run")["seconds"]["prefill"]
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-    for number in range(rounds):
-        print(f"round {number + 1} of {rounds}", file=sys.stderr)
-        for name, worker in workers.items():
-            results[name].append(worker.ask("run"))
+    asking = {name: lambda _, worker=worker: worker.ask("run") for name, worker in workers.items()}
+    results: dict[str, list[dict[str, Any]]] = interleaved(asking, rounds, title="round")
 
     tokens = {name: [run["tokens"] for run in results[name]] for name in (THEIRS, "none")}
     same = tokens[THEIRS] == tokens["none"]
@@ -143,9 +141,8 @@ def measure_sides(settings: Settings, rounds: int) -> dict[str, Any]:
     for name, worker in workers.items():
         sides[name] = {key: figures[name] for key, figures in times.items()} | {
             "decode_tokens_per_second": 1 / times["decode"][name]["seconds"],
-            "decoder_prefill_rate_to_none": median(
-                a / b
-                for a, b in zip(*(times["decoder_prefill"][side]["rounds"] for side in ("none", name)), strict=True)
+            "decoder_prefill_rate_to_none": ratio(
+                *(times["decoder_prefill"][side]["rounds"] for side in ("none", name))
             ),
             "first_prefill": {"seconds": first[name]},
             "memory": worker.ask("memory"),
@@ -160,16 +157,15 @@ def measure_sides(settings: Settings, rounds: int) -> dict[str, Any]:
 def measure_load(settings: Settings, rounds: int) -> dict[str, Any]:
     """Seconds of the load call alone, each time in a fresh process."""
     calls: dict[str, dict[str, Any]] = {THEIRS: {}, "none": {}, "none_unchecked": {"check_finite": False}}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds):
-        print(f"load {number + 1} of {rounds}", file=sys.stderr)
-        workers = {name: Worker(settings, name.removesuffix("_unchecked")) for name in calls}
-        for worker in workers.values():
-            worker.ask("threads")  # answered only after its imports: from then on one works at a time
-        for name, options in calls.items():
-            seconds[name].append(workers[name].ask("load", **options))
-            workers[name].close()
-    return summary(seconds)
+
+    def load(name: str) -> float:
+        worker = Worker(settings, name.removesuffix("_unchecked"))
+        worker.ask("threads")  # answered only after its imports, which are not timed
+        seconds = worker.ask("load", **calls[name])
+        worker.close()
+        return seconds
+
+    return summary(interleaved({name: lambda _, name=name: load(name) for name in calls}, rounds, title="load"))
 
 
 def measure_cold_start(folder: Path, picture: Path, rounds: int) -> dict[str, Any]:
@@ -179,18 +175,20 @@ def measure_cold_start(folder: Path, picture: Path, rounds: int) -> dict[str, An
     if not picture.exists():
         return {"skipped": f"--picture: there is no {relative(picture)}"}
     programs = {THEIRS: THEIRS_COLD, "none": OURS_COLD}
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
     answers: dict[str, str] = {}
-    for number in range(rounds):
-        print(f"cold start {number + 1} of {rounds}", file=sys.stderr)
-        for name, program in programs.items():
-            command = [sys.executable, "-c", program, str(folder.resolve()), str(picture.resolve()), QUESTION, "32"]
-            started = time.perf_counter()
-            done = command_line.call(command, cwd=ROOT, stdout=PIPE, stderr=PIPE)
-            seconds[name].append(time.perf_counter() - started)
-            if done.returncode:
-                raise SideFailed(f"cold start of {name}: status {done.returncode}\n{done.stderr}")
-            answers[name] = done.stdout.strip()
+
+    def start(name: str) -> float:
+        command = [sys.executable, "-c", programs[name], str(folder.resolve()), str(picture.resolve()), QUESTION, "32"]
+        started = time.perf_counter()
+        done = command_line.call(command, cwd=ROOT, stdout=PIPE, stderr=PIPE)
+        seconds = time.perf_counter() - started
+        if done.returncode:
+            raise SideFailed(f"cold start of {name}: status {done.returncode}\n{done.stderr}")
+        answers[name] = done.stdout.strip()
+        return seconds
+
+    starting = {name: lambda _, name=name: start(name) for name in programs}
+    seconds = interleaved(starting, rounds, title="cold start")
     same = answers[THEIRS] == answers["none"]
     return summary(seconds) | {
         "picture": relative(picture), "question": QUESTION, "answers": answers, "same_answer": same
@@ -287,7 +285,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "peak_memory": ours["memory"]["ratio_to_transformers"],
     }
     native, plain = (report["sides"][name]["prefill"]["rounds"] for name in ("focus", "focus_reference"))
-    report["focus_prefill_native_to_reference"] = median(a / b for a, b in zip(native, plain, strict=True))
+    report["focus_prefill_native_to_reference"] = ratio(native, plain)
     return report | {"bars": judge(report)}
 
 

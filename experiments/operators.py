@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,6 +47,7 @@ from minifocus.training.memory import keep_freed_memory
 
 from .memory import extra_memory
 from .record import environment
+from .timing import interleaved, ratio
 
 POOLS = pools_for(4, 3)
 FLAT = [side for pool in POOLS for side in pool]
@@ -249,17 +251,10 @@ def measure(case: Case, clock: Clock, rounds: int) -> dict[str, Any]:
             failed[name] = f"{type(error).__name__}: {error}"[:300]
             del case.runs[name]
     extra = {name: extra_memory(run, clock.gpu)[1] for name, run in case.runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in case.runs}
-    for _ in range(rounds):
-        for name, run in case.runs.items():
-            times[name].append(clock.seconds(run, case.calls))
-    own = times["minifocus"]
+    timed = {name: partial(clock.seconds, run, case.calls) for name, run in case.runs.items()}
+    times = interleaved({name: lambda _, call=call: call() for name, call in timed.items()}, rounds)
     seconds = {name: median(values) for name, values in times.items()}
-    ratios = {
-        name: median(peer / mine for peer, mine in zip(values, own, strict=True))
-        for name, values in times.items()
-        if name != "minifocus"
-    }
+    ratios = {name: ratio(values, times["minifocus"]) for name, values in times.items() if name != "minifocus"}
     figures: dict[str, float | None] = {**ratios, "microseconds": seconds["minifocus"] * 1e6}
     if extra["minifocus"] is not None and extra.get("reference"):
         figures["extra"] = extra["minifocus"] / extra["reference"]
@@ -289,8 +284,8 @@ def print_case(result: dict[str, Any]) -> None:
     if result["tflop_per_second"]:
         rate += f", {result['tflop_per_second']:.3f} TFLOP/s"
     print(f"{result['operator']}, {result['sizes']}: {result['seconds']['minifocus'] * 1e6:.0f} µs, {rate}")
-    for name, ratio in result["peer ÷ minifocus"].items():
-        print(f"    {ratio:6.2f} × as fast as {name} ({result['seconds'][name] * 1e6:.0f} µs)")
+    for name, times in result["peer ÷ minifocus"].items():
+        print(f"    {times:6.2f} × as fast as {name} ({result['seconds'][name] * 1e6:.0f} µs)")
     for name, reason in result["failed"].items():
         print(f"    not measured: {name}: {reason}")
     for name, size in result["extra_bytes"].items():

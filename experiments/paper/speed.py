@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from functools import lru_cache, partial
 from itertools import islice
 from statistics import fmean, median
 from typing import Any
@@ -13,6 +14,7 @@ from examples.sampler_options import read_options
 from minifocus import cards
 
 from ..flops import decoder_flops, vision_flops
+from ..timing import interleaved, ratio
 from .arms import ARMS, SEEDS, Recipe, model_of
 
 BATCH = 16  # as evaluate.py answers them
@@ -38,34 +40,39 @@ def time_models(models: dict[str, minifocus.Llava], rounds: int) -> dict[str, di
     times_as_fast       the median over rounds of the first model's time ÷ this one's; `alone`: likewise
     gflops              mean over questions
     """
+
     asked = cards.questions("test", (rounds + 1) * BATCH, FIRST_SCENE, dense=True)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    flops: dict[str, list[int]] = {name: [] for name in models}
-    for number in range(rounds + 1):
-        images, questions, _, _ = zip(*islice(asked, BATCH), strict=True)
-        for name, model in models.items():
-            begun = time.perf_counter()
-            answers = model.generate_batch(images, questions, max_new_tokens=16)
-            between = time.perf_counter()
-            one = number % BATCH
-            model.generate(images[one], questions[one], max_new_tokens=16)
-            if number:  # the first round warms up
-                seconds[name].append((between - begun, time.perf_counter() - between))
-                for image, answer in zip(images, answers, strict=True):
-                    tiles = model.num_tiles((image.height, image.width))
-                    flops[name].append(
-                        decoder_flops(model.config, answer.layer_tokens) + vision_flops(model.config, tiles)
-                    )
-    reference = next(iter(seconds.values()))
+
+    @lru_cache(maxsize=1)  # drawn once for all models of a round
+    def questions_of(number: int) -> tuple[Any, ...]:
+        return tuple(zip(*islice(asked, BATCH), strict=True))
+
+    def answer(model: minifocus.Llava, number: int) -> tuple[float, float, float]:
+        images, questions, _, _ = questions_of(number)
+        begun = time.perf_counter()
+        answers = model.generate_batch(images, questions, max_new_tokens=16)
+        between = time.perf_counter()
+        model.generate(images[number % BATCH], questions[number % BATCH], max_new_tokens=16)
+        ended = time.perf_counter()
+        tiles = [model.num_tiles((image.height, image.width)) for image in images]
+        flops = fmean(
+            decoder_flops(model.config, one.layer_tokens) + vision_flops(model.config, count)
+            for one, count in zip(answers, tiles, strict=True)
+        )
+        return between - begun, ended - between, flops
+
+    answering = {name: partial(answer, model) for name, model in models.items()}
+    rounds_of = {name: list(zip(*own, strict=True)) for name, own in interleaved(answering, rounds, warm_up=1).items()}
+    first_batches, first_alone, _ = next(iter(rounds_of.values()))
     return {
         name: {
-            "samples_per_second": BATCH / median(batch for batch, _ in own),
-            "times_as_fast": median(a[0] / b[0] for a, b in zip(reference, own, strict=True)),
-            "samples_per_second_alone": 1 / median(alone for _, alone in own),
-            "times_as_fast_alone": median(a[1] / b[1] for a, b in zip(reference, own, strict=True)),
-            "gflops": fmean(flops[name]) / 1e9,
+            "samples_per_second": BATCH / median(batches),
+            "times_as_fast": ratio(first_batches, batches),
+            "samples_per_second_alone": 1 / median(alone),
+            "times_as_fast_alone": ratio(first_alone, alone),
+            "gflops": fmean(flops) / 1e9,
         }
-        for name, own in seconds.items()
+        for name, (batches, alone, flops) in rounds_of.items()
     }
 
 
