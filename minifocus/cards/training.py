@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..arguments import settle
 from ..inputs.conversations import Conversation
@@ -36,35 +36,22 @@ class CardScenes:
 
 # A thousand times smaller than what the paper trains: its rates are what was found to work. Turns about one picture are asked
 # each for itself, and scenes are drawn at random, so that there is nothing to shuffle.
+_INSTRUCT = Preset(
+    lr_projector=1e-3,
+    lr_selector=1e-5,
+    lr_selector_bias=3e-3,
+    lr_llm=1e-3,
+    lr_vision=0.0,
+    batch=16,
+    micro_batch=4,
+    warmup=0.05,
+    optimizer="muon",
+    turns="independent",
+    max_turns=12,
+    shuffle=False,
+    steps=500,
+)
 MINIATURE = {
-    "align": Preset(
-        lr_projector=2e-3,
-        lr_selector=0.0,
-        lr_selector_bias=0.0,
-        lr_llm=0.0,
-        lr_vision=0.0,
-        batch=16,
-        micro_batch=4,
-        warmup=0.05,
-        optimizer="muon",
-        turns="independent",
-        max_turns=12,
-        shuffle=False,
-        steps=500,
-    ),
-    "instruct": Preset(
-        lr_projector=1e-3,
-        lr_selector=1e-5,
-        lr_selector_bias=3e-3,
-        lr_llm=1e-3,
-        lr_vision=0.0,
-        batch=16,
-        micro_batch=4,
-        warmup=0.05,
-        optimizer="muon",
-        turns="independent",
-        max_turns=12,
-        shuffle=False,
-        steps=500,
-    ),
+    "align": replace(_INSTRUCT, lr_projector=2e-3, lr_selector=0.0, lr_selector_bias=0.0, lr_llm=0.0),
+    "instruct": _INSTRUCT,
 }
