@@ -35,7 +35,7 @@ from ..errors import InputError
 from ..files.reading import FILE, FOLDER, NOTHING, kind, named, opened
 from ..loading.json_fields import JsonFields
 from .foreign_media import foreign_key, foreign_place
-from .prompt import IMAGE
+from .template_writer import IMAGE
 
 # How many records a message about all that cannot be used has room for.
 LISTED = 5

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from .prompt import IMAGE
+from .template_writer import IMAGE
 
 _PICTURE = "image|img|picture|pic|photo|screenshot|pixel"
 _OTHER = "video|vid|movie|frame|audio|sound|speech|wav|point_?cloud|pcd|media"

@@ -26,6 +26,7 @@ from minifocus.inputs import prompt as prompts
 from minifocus.inputs.chat_template import ChatTemplate, read_chat_template
 from minifocus.inputs.conversations import Conversation, Turn
 from minifocus.inputs.prompt import TEMPLATES, build_conversation, build_prompt
+from minifocus.inputs.template_writer import Frame
 from minifocus.training.examples import NO_LABEL, encode
 
 TINY = Path(__file__).resolve().parents[2] / "weights/tiny"
@@ -407,7 +408,7 @@ def test_words_that_a_template_changes(folder: Path) -> None:
         encode(model.processor, conversation)
     # What stands around the words may change while a process lives, as a date does.
     frames = prompts._known_writer(model.template).frames
-    frames |= dict.fromkeys(frames, prompts._Frame(["yesterday", ""], []))
+    frames |= dict.fromkeys(frames, Frame(["yesterday", ""], []))
     assert build_prompt(" Is it?", 1, model.template) == prompt
     model = templated(folder, start + WORDS + "{{ strftime_now(' %f') }}!{% endfor %}")
     prompt = build_prompt("Is it?", 1, model.template)
