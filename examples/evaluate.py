@@ -74,7 +74,7 @@ def questions_of(arguments: argparse.Namespace) -> tuple[Iterable[Asked], int]:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """What argparse does not."""
+    """Check what argparse does not."""
     expect_numbers(arguments, 1, "count batch max_new_tokens")
     expect_numbers(arguments, 0, "seed")
     if arguments.data is not None and (arguments.split or arguments.dense):

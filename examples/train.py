@@ -146,7 +146,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """What argparse does not, and what nothing that is called later does."""
+    """Check what neither argparse nor the library checks."""
     expect_numbers(arguments, 1, "steps max_turns max_tokens save_every log_every validate_every")
     expect_numbers(arguments, 1, "batch micro_batch", MOST_EXAMPLES)
     expect_numbers(arguments, 0, "first_scene validate seed")
@@ -171,7 +171,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def check_out(out: Path) -> None:
-    """What a run only writes when it is over: whether it will be able to."""
+    """Check at the beginning that what a run writes at its end can be written."""
     for name, fits in (("model", (FOLDER, NOTHING)), ("curve.png", (FILE, NOTHING))):
         found = kind(out / name)
         if found not in fits and not (out / name).is_symlink():

@@ -97,7 +97,7 @@ def wilson(right: int, asked: int, z: float = 1.959964) -> list[float]:
 
 
 def longest_answer(model: Llava, questions: Iterable[Asked]) -> int:
-    """So many new tokens that what goes on for longer than every expected answer is wrong already."""
+    """A number of new tokens that is enough: an answer longer than every expected one is wrong already."""
     if model.tokenizer is None:
         raise InputError(f"model: {model.folder} has no tokenizer to read answers with")
     return 8 + max(len(model.tokenizer.encode(expected).ids) for _, _, expected, _ in questions)

@@ -85,7 +85,7 @@ def _boxes(size: tuple[int, int], trace: PictureTrace) -> list[tuple[int, tuple[
 
 
 def _draw_scales(picture: Image.Image, trace: PictureTrace) -> Image.Image:
-    """Every token's box outlined; the coarser it is, the paler the picture inside, as less of it is left."""
+    """Outline every token's box. The coarser the token, the paler the picture inside, as less of it is left."""
     sheet = picture.copy()
     veil = Image.new("L", picture.size, 0)
     boxes = _boxes(picture.size, trace)
@@ -101,7 +101,7 @@ def _draw_scales(picture: Image.Image, trace: PictureTrace) -> Image.Image:
 
 
 def _draw_importance(picture: Image.Image, trace: PictureTrace) -> Image.Image:
-    """Dropped tokens dark; kept ones tinted by their importance, relative to the largest (no tint where none was scored)."""
+    """Darken dropped tokens, and tint kept ones by their importance relative to the largest."""
     boxes = _boxes(picture.size, trace)
     kept = set(trace.kept.tolist())
     light = Image.new("L", picture.size, 255)

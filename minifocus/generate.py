@@ -1,4 +1,4 @@
-"""From prompts to answers: the prompts are read once, then one token after another is chosen, in a batch or as a stream."""
+"""From prompts to answers: read the prompts once, then choose one token after another, in a batch or as a stream."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .trace import Answer, count_layer_tokens, count_tokens, trace_pictures
 
 
 class Generation:
-    """A batch of prompts, prompts[i] about images[i] (a path, a PIL image, several of them, or None), on its way to answers."""
+    """Answers a batch: prompts[i] about images[i] (a path, a PIL image, several of them, or None)."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Generation:
 
     @torch.inference_mode()
     def prefill(self) -> torch.Tensor:
-        """Read the prompts: logits [B, V] of their first answers' tokens, float32, on the CPU."""
+        """Read the prompts; return the logits [B, V] of each answer's first token, float32, on the CPU."""
         started = time.perf_counter()
         network, inputs = self.network, self.inputs
         self.inputs = []  # the pixels need not stay for as long as the answer is made
@@ -74,7 +74,7 @@ class Generation:
 
     @torch.inference_mode()
     def decode(self, chosen: list[int | None]) -> torch.Tensor:
-        """One more token in every row: the logits after it."""
+        """Append a token to every row; return the logits [B, V] of the next."""
         started = time.perf_counter()
         # A row that has ended is fed any token: nobody reads what it gives.
         tokens = torch.tensor([0 if token is None else token for token in chosen], device=self.network.device)
@@ -85,7 +85,7 @@ class Generation:
         return logits
 
     def answers(self) -> list[Answer]:
-        """Those of the tokens so far: of all, once `tokens` has ended."""
+        """The answers as far as they are made: whole ones once `tokens` has ended."""
         traces = trace_pictures(self.read)
         return [
             Answer(
@@ -118,7 +118,7 @@ class Row:
             self.generator.manual_seed(options.seed)
 
     def choose(self, logits: torch.Tensor) -> int | None:
-        """The next token by logits [V]; None, and the answer is over, at a stop token."""
+        """Choose the next token by logits [V]. A stop token ends the answer and gives None."""
         if self.finish:
             return None
         logits = self.constraints.apply(logits, self.prompt_ids, self.token_ids, self.stop_ids)
@@ -161,7 +161,7 @@ class Stream(Iterator[str]):
         return next(self._pieces)
 
     def _generate(self, generation: Generation) -> Iterator[str]:
-        """A generator's variables, the generation with its caches among them, go when it ends."""
+        """A generator of its own, so that the caches are freed when the answer ends."""
         decoder = StreamDecoder(generation.tokenizer)
         for (token,) in generation.tokens():
             if token is not None and (piece := decoder.push(token)):

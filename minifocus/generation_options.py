@@ -1,4 +1,4 @@
-"""How an answer is decoded: what the caller says, else the folder's generation_config.json, else greedy and 256 tokens."""
+"""How an answer is decoded. The caller's options come first, then generation_config.json, then greedy and 256 tokens."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Options:
 
     @classmethod
     def of(cls, given: GenerationOptions) -> Options:
-        """InputError for a name that is none of the fields, and for a value out of range."""
+        """Options by name. Raises InputError for an unknown name and a value out of range."""
         known = cls.__dataclass_fields__
         if unknown := set(given) - set(known):
             listed = ", ".join(sorted(unknown))[:100]
@@ -77,7 +77,7 @@ class Options:
         arguments.settle(self, **checked)
 
     def constraints(self, of_folder: GenerationConfig, prompt_length: int) -> Constraints:
-        """Those that were given, and the folder's for a prompt of so many tokens."""
+        """The constraints that were given; for the others the folder's, for a prompt of this length."""
         given = {field.name: getattr(self, field.name) for field in fields(Constraints)}
         given = {name: value for name, value in given.items() if value is not None}
         least = max(of_folder.min_length - prompt_length, of_folder.constraints.min_new_tokens)

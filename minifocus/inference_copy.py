@@ -1,4 +1,4 @@
-"""A network as it answers, beside the same network as it is trained."""
+"""A copy of a network that answers while the network itself may be trained."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .model import LlavaNetwork
 
 
 def at_inference(network: LlavaNetwork) -> LlavaNetwork:
-    """The network with its samplers of this moment and in no training, whose Eq. 2 would change what they answer.
+    """A copy in evaluation mode, with the samplers of this moment: in training, Eq. 2 would change the answers.
 
-    It is a copy that shares parameters, buffers and hooks: nothing is switched in the network itself, which another thread
-    may be training, or giving another sampler, meanwhile.
+    The copy shares parameters, buffers and hooks. The network itself is not switched, for another thread may be training it,
+    or may give it another sampler.
     """
     copies: dict[int, nn.Module] = {}
 

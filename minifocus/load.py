@@ -1,4 +1,4 @@
-"""The public model: loaded from a folder, asked, given another sampler, saved."""
+"""The public model: load it from a folder, ask it, change its sampler, save it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Llava(LlavaNetwork):
 
     @property
     def config(self) -> Config:
-        """One for the network and the processor."""
+        """The config, which network and processor share."""
         return self.processor.config
 
     @config.setter
@@ -68,12 +68,12 @@ class Llava(LlavaNetwork):
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """None for a folder without one: only text asks for it."""
+        """The tokenizer, or None for a folder without one: only text needs it."""
         return self.processor.tokenizer
 
     @property
     def template(self) -> Template:
-        """In which prompts are written: the folder's own chat template, or a name in `minifocus.inputs.prompt.TEMPLATES`."""
+        """The template of prompts: the folder's own chat template, or a name in `minifocus.inputs.prompt.TEMPLATES`."""
         return self.processor.template
 
     @template.setter
@@ -144,7 +144,7 @@ class Llava(LlavaNetwork):
         return placed
 
     def set_sampler(self, name: str, **options: Unpack[SamplerOptions]) -> None:
-        """Sample by another method from now on: `name` and `options` as for `load`. Raises InputError, CheckpointError."""
+        """Use another method from now on; `name` and `options` are those of `load`. Raises InputError and CheckpointError."""
         method = methods.build(name, self.config, self.folder, options)
         if name in ("focus", "vision") and options.get("selector") is None and not self.origin.holds_weights():
             raise CheckpointError(f"{self.folder / SELECTOR}: is another model's: the weights beside it have changed")
@@ -230,7 +230,7 @@ def load(
 
 
 def usable_device(name: str | torch.device) -> torch.device:
-    """The device of that name, on which numbers can be kept and read. Raises InputError for any other."""
+    """The device of that name. Raises InputError where it cannot hold numbers."""
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which meta tensors, for one, do not have

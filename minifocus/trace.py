@@ -89,7 +89,7 @@ def count_layer_tokens(prefill: Prefill, row: int) -> list[int]:
 
 
 def trace_pictures(prefill: Prefill) -> list[list[PictureTrace]]:
-    """Per row and picture, what entered, what was kept and how it was scored, as places in the uncompressed sequence."""
+    """Per row and picture: which tokens entered, which were kept, and their scores, as places in the uncompressed sequence."""
     return [
         [_trace(prefill, row, number, visual) for number, visual in enumerate(own)]
         for row, own in enumerate(prefill.pictures)

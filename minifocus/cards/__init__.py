@@ -1,4 +1,4 @@
-"""The miniature: pictures of cards and shapes that can be drawn anywhere, and questions about them (see `drawing`)."""
+"""The miniature: drawn pictures of cards and shapes, and questions about them (see `drawing`)."""
 
 from .drawing import (
     COLOURS,

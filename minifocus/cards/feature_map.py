@@ -1,4 +1,4 @@
-"""Where the things of a drawn scene are among the patches that a model of 112-pixel tiles sees."""
+"""Where a scene's things lie on the feature map: the patches that show them, in tiles of 112 pixels."""
 
 from __future__ import annotations
 

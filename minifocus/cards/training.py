@@ -1,4 +1,4 @@
-"""The miniature as something to train on: its scenes, as conversations, and the settings that were found to work."""
+"""Train on the miniature: its scenes as conversations, and the settings that work for it."""
 
 from __future__ import annotations
 

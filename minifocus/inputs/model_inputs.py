@@ -1,4 +1,4 @@
-"""What a model takes, as processors of transformers return it, checked; and how many tiles and tokens a picture has in it."""
+"""Check what processors of transformers return, and count the tiles and tokens of a picture in it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def num_visual_tokens(config: Config, size: tuple[int, int]) -> int:
 
 
 def check_names(given: dict[str, object]) -> None:
-    """Keyword arguments that a model does not read: InputError for those that are not PROCESSOR_KEYS."""
+    """Refuse, with InputError, keyword arguments that are not PROCESSOR_KEYS."""
     for name in given:
         if name not in PROCESSOR_KEYS:
             raise InputError(f"{name[:100]}: not an argument of forward")

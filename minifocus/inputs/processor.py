@@ -1,4 +1,4 @@
-"""Pictures and a question → what a model reads of them: tiles, and token ids with a placeholder for every visual token."""
+"""Turn pictures and a question into what a model reads: tiles, and token ids with a placeholder for every visual token."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Processor:
             )
 
     def __call__(self, images: Images, prompt: str, template: Template | None = None) -> ModelInput:
-        """A question about a picture (a path or a PIL image), about several, or about none (None). Raises InputError."""
+        """Prepare a question about a picture (a path or a PIL image), several, or none (None). Raises InputError."""
         if not isinstance(prompt, str):
             raise InputError(f"prompt: expected text, got {type(prompt).__name__}")
         sources, config = _as_list(images), self.config

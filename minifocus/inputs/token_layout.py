@@ -1,4 +1,4 @@
-"""Which token of a picture's uncompressed sequence stands where: the order in which LLaVA and LLaVA-NeXT read a picture."""
+"""The order in which LLaVA and LLaVA-NeXT read a picture: which token of its uncompressed sequence stands where."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods that shorten what the language model reads of a picture, by name."""
+"""The registry of methods: FocusLLaVA's samplers, and the field's methods that need no training, by name."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ Given = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Method:
-    """The names of its options, and the samplers that it makes of those that are given, for a model and its folder."""
+    """A method: the names of its options, and how its samplers are made of given options, a config and a folder."""
 
     options: frozenset[str]
     make: Callable[[Given, Config, Path], Samplers]

@@ -1,4 +1,4 @@
-"""What the methods share that act inside the language model: whom they score, how much is kept, and attention weights.
+"""What the methods inside the language model share: tokens to choose from, and attention weights.
 
 Weights are computed for the few queries that a method asks for (or block by block), beside the layer's own fused
 attention; no layer's whole attention is ever in memory.

@@ -1,6 +1,7 @@
 """Training LLaVA with FocusLLaVA's samplers (paper §3.2, §3.3 and §4.1).
 
-In the order in which a step goes: `examples.py` (conversations as tokens), `packed.py` (a batch of conversations through
-the model, with tokens hidden by masks instead of removed), `objective.py` (what is minimised), `loop.py` (steps,
-checkpoints, several processes), `curve.py` (the picture of a run).
+Read them in the order of a step: `examples.py` turns conversations into tokens, `packed.py` sends a batch of them through the
+model and hides tokens by masks instead of removing them, `objective.py` computes the loss, and `loop.py` takes the steps.
+Around these: `presets.py` and `settings.py` (what a run is told), `parts.py` and `optimizers.py` (what is trained, and how
+fast), `processes.py`, `memory.py`, `checkpoint.py`, `log.py`, `plot_log.py` and `model_digest.py`.
 """

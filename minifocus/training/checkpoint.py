@@ -1,4 +1,4 @@
-"""The checkpoint of a run, from which it goes on to the weights of a run that was never interrupted."""
+"""The checkpoint of a run. A run that goes on from it ends in the weights of a run that was never interrupted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save_checkpoint(
     seconds: float,
     averages: dict[str, float],
 ) -> None:
-    """In one piece: a run that is killed here leaves the checkpoint before. InputError where it cannot be written."""
+    """Write the whole checkpoint or none: a run that is killed here leaves the one before. Raises InputError."""
     state = {
         "identity": identity,
         "steps": steps,
@@ -55,7 +55,7 @@ def resume(
     optimizers: Sequence[torch.optim.Optimizer],
     identity: dict[str, Any],
 ) -> tuple[int, float, dict[str, float]]:
-    """Steps already done, the seconds that they took and the log's averages, after loading what they made."""
+    """Load a checkpoint into the parameters and optimisers; return the steps done, their seconds and the log's averages."""
     if not present(file):
         return 0, 0.0, {}
     regular(file, InputError)

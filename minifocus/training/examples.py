@@ -29,7 +29,7 @@ _log = logging.getLogger("minifocus")
 
 
 class UnusableConversation(InputError):
-    """One conversation cannot be trained on; others can."""
+    """This conversation cannot be trained on; others can."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def encode(
 
 
 class _Token(NamedTuple):
-    """One of a conversation, as `Example` has them."""
+    """One token of a conversation, with what `Example` says of it."""
 
     id: int
     instruction: bool
@@ -178,7 +178,7 @@ class _Token(NamedTuple):
 
 
 def _tokens(processor: Processor, turns: Sequence[tuple[str, int, str]], counts: Sequence[int]) -> list[list[_Token]]:
-    """Of each turn (question, its number of pictures, answer) its tokens; `counts` are the placeholders of each picture."""
+    """The tokens of each turn (question, its number of pictures, answer). `counts` has the placeholders of each picture."""
     tokenizer, config = processor.text_tokenizer, processor.config
     known = {token_id: tokenizer.token(token_id) for token_id in processor.stop_token_ids()}
     end = None if tokenizer.eos_token_id is None else tokenizer.token(tokenizer.eos_token_id)
@@ -241,7 +241,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def conversation(self, position: int, skipped: int = 0) -> Conversation:
-        """At a position, or `skipped` conversations after it in its epoch's order, which begins anew at its end."""
+        """The conversation at a position, or `skipped` after it. At the end of an epoch's order, it begins again."""
         epoch, index = divmod(position, len(self.source))
         index = (index + skipped) % len(self.source)
         if self.shuffle:
@@ -286,12 +286,12 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
 
 def _leave_to_the_first(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal: the one that these read for ends them."""
+    """Ctrl-C reaches all processes of a terminal. Workers ignore it, for the process that they read for ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _OrError(torch.utils.data.Dataset[Any]):
-    """Errors as values: raised in a worker process, they would come with its traceback in their text."""
+    """Batches, or errors as values: raised in a worker, an error would carry the worker's traceback in its text."""
 
     def __init__(self, batches: Batches):
         self.batches = batches

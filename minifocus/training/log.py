@@ -1,4 +1,4 @@
-"""The log of a run: a JSON object a line."""
+"""The log of a run, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LOG = "log.jsonl"
 
 
 class Log:
-    """One JSON object per line, of the first process; lines of steps that a resumed run repeats are dropped.
+    """The first process writes it. A resumed run drops the lines of the steps that it repeats.
 
-    The file is a new one, so that none is written to that a link in the run's folder leads to. Raises InputError where it
-    cannot be written.
+    It always begins a new file: the old name may be a link to a file elsewhere. Raises InputError where the file cannot be
+    written.
     """
 
     def __init__(self, file: Path, first_step: int):
@@ -40,7 +40,7 @@ class Log:
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a log, without a last one that was cut off. Raises InputError where one is not of a run."""
+    """The lines of a log, but for a last one that was cut off. Raises InputError where a line is not of a run."""
     lines: list[dict[str, Any]] = []
     if not present(file):
         return lines

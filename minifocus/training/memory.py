@@ -1,4 +1,4 @@
-"""Memory of a run: whether a GPU has enough, and how a CPU's is kept."""
+"""The memory of a run: refuse what a GPU has no room for, and keep what a CPU has freed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import InputError
 
 
 def check_memory(task: nn.Module, device: torch.device, bf16: bool) -> None:
-    """Whether a GPU has room for what every process keeps beside the weights: rather than run out of it after minutes."""
+    """Refuse at once, with InputError, a run whose gradients and optimiser states a GPU has no room for."""
     if device.type != "cuda":
         return
     trained = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
@@ -26,10 +26,10 @@ def check_memory(task: nn.Module, device: torch.device, bf16: bool) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that is freed: the arrays of a step on a CPU are the same again in the next.
+    """Have glibc keep freed memory, for the next step on a CPU needs arrays of the same sizes again.
 
-    By default each large one is a new mapping, whose pages the system has to clear. Nothing happens where the C library
-    is another.
+    By default every large array is a new mapping, whose pages the system has to clear. With another C library this does
+    nothing.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Which model a run began from, by what is in its folder: equal content is the same model, however it is written."""
+"""A digest that says which model a run began from. Folders of equal content have the same, however they are written."""
 
 from __future__ import annotations
 

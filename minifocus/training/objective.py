@@ -1,4 +1,4 @@
-"""What is minimised: the answers' cross-entropy and the balance loss, with randomness in the samplers (paper §3.2, §3.3)."""
+"""The loss: the answers' cross-entropy and the balance loss, with samplers that draw at random (paper §3.2, §3.3)."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def balance_loss(logits: torch.Tensor, alpha: float = 0.1, weights: torch.Tensor
 def draw_guidance(
     objective: Objective, depth: int, seed: int, position: int, size: int, model: LlavaNetwork
 ) -> Guidance:
-    """How the examples at `position` … `position + size - 1` of a run are sampled: it follows from the seed alone."""
+    """Draw how the examples at `position` … `position + size - 1` of a run are sampled. The seed alone decides."""
     low, high = (round(share * depth) for share in objective.layers)
     pooled, layers, gammas = [], [], []
     for place in range(position, position + size):
@@ -84,7 +84,7 @@ def draw_guidance(
 
 
 class AnswerObjective(nn.Module):
-    """A model with its loss. Parameters: the model's, under `model.`. InputError for a sampler that is not for training."""
+    """A model with its loss; its parameters are the model's. Raises InputError for a sampler that cannot be trained with."""
 
     def __init__(self, model: LlavaNetwork, objective: Objective, seed: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which optimiser takes which parameter, at which rate."""
+"""The optimisers: which one takes which parameter, and at which learning rate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOT_FOR_MUON = ("embed", "lm_head", "heads.", "selector.")
 def make_optimizers(
     module: nn.Module, lr_of: Callable[[str], float], settings: Settings
 ) -> list[torch.optim.Optimizer]:
-    """Optimisers over the parameters whose learning rate, by name, is above 0; the others are frozen."""
+    """Optimisers of the parameters whose learning rate, found by name, is above 0. The others are frozen."""
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         lr = lr_of(name)

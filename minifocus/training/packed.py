@@ -1,4 +1,4 @@
-"""A batch of whole conversations through the model, each of whose turns is guided by its own question.
+"""Send a batch of whole conversations through the model. Every turn is guided by its own question.
 
 At inference a prompt has one question, and what the text-guided sampler leaves out is removed. In training a picture has
 several questions behind it, sampled at several layers, and every shape is to stay what it is: tokens are hidden by a mask
@@ -37,7 +37,7 @@ class PackedRows(Rows):
     independent: bool
 
     def attention_mask(self) -> torch.Tensor:
-        """Text looks at what its turn sees; what is shared, and pictures, at whatever some turn sees."""
+        """Text attends to what its turn sees. Pictures, and what turns share, attend to whatever some turn sees."""
         turns = self.seen.shape[1]
         views = torch.cat([self.seen, self.seen.any(dim=1, keepdim=True)], dim=1)
         view = self.turn.where((self.turn >= 0) & (self.picture < 0), turns)
@@ -128,7 +128,7 @@ def forward(model: LlavaNetwork, batch: Batch, guidance: Guidance, independent: 
 
 
 class _SomePictures(BeforeLLM):
-    """A sampler for those pictures, in order, that are to be pooled."""
+    """A sampler that pools some pictures, in their order, and leaves the others as they are."""
 
     def __init__(self, sampler: BeforeLLM, pooled: Sequence[bool]):
         super().__init__()
@@ -171,7 +171,7 @@ class _Item:
 
 
 def _items(rows: PackedRows, answers: torch.Tensor, sampler: InsideLLM | None) -> list[list[_Item]]:
-    """Per example, what the text-guided sampler has to decide; `answers` marks the tokens that have no say."""
+    """Per example, the questions that the text-guided sampler decides on. `answers` marks tokens that do not guide it."""
     if not isinstance(sampler, TextGuidedSampler):
         return []
     names = (rows.turn, rows.picture, rows.instruction, rows.newline, rows.valid, answers)

@@ -1,4 +1,4 @@
-"""The parts of a model that are trained: begun anew where that is asked for, each at its own learning rate."""
+"""The parts of a model that can be trained: how to begin one anew, and the learning rate of each."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ PARTS = ("vision", "projector", "llm", "selector")
 
 
 def new_selector(model: Llava, options: VisionGuidedOptions, bias: float = 1.0) -> None:
-    """Give the model a vision-guided sampler whose selector has still to be trained. Raises InputError.
+    """Give the model a vision-guided sampler with an untrained selector. Raises InputError.
 
-    It leans to the finest scale by `bias`: from reading everything, the selector has to find out what it can do without.
+    The selector leans to the finest scale by `bias`. So it begins by reading everything, and learns what it can leave out.
     """
     check_thumbnail(options.thumbnail, model.config.anyres)
     branches = len(pools_for(options.window, options.branches))
@@ -31,7 +31,7 @@ def new_selector(model: Llava, options: VisionGuidedOptions, bias: float = 1.0) 
 
 
 def new_projector(model: LlavaNetwork, seed: int) -> None:
-    """Begin the projector anew, and LLaVA-NeXT's newline with it."""
+    """Give the projector, and LLaVA-NeXT's newline, new random values."""
     torch.manual_seed(seed)
     for layer in (model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2):
         layer.reset_parameters()
@@ -40,7 +40,7 @@ def new_projector(model: LlavaNetwork, seed: int) -> None:
 
 
 def learning_rate(name: str, rates: dict[str, float], model: LlavaNetwork) -> float:
-    """By a parameter's name; 0 also for what no loss reaches: the tower's norm and blocks after the features' layers."""
+    """The learning rate of the parameter `name`. It is 0 where no loss reaches: behind the layers whose features are read."""
     name = name.removeprefix("model.")
     if name.startswith("vision_tower."):
         block = name.removeprefix("vision_tower.encoder.layers.").split(".")[0]

@@ -1,4 +1,4 @@
-"""The picture of a run: its losses, the share of each scale and the tokens kept, from its log."""
+"""Draw a run from its log: the losses, the share of each scale, and the tokens kept."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PANELS = {
 
 
 def draw_curve(log: Path, picture: Path) -> None:
-    """Write a PNG. Raises ImportError without matplotlib, InputError where one is no log or the other cannot be written."""
+    """Write a PNG. Raises ImportError without matplotlib, and InputError for what is no log and a file that cannot be written."""
     import matplotlib  # only here: nothing else needs it
 
     matplotlib.use("Agg")

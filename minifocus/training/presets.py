@@ -1,4 +1,4 @@
-"""What a run is trained with unless it is told otherwise, by stage."""
+"""Presets: the settings of a stage that a run takes unless it is given others."""
 
 from __future__ import annotations
 

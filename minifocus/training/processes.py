@@ -1,4 +1,4 @@
-"""The processes that share a run, one for each GPU."""
+"""The processes that share a run: one for each GPU, started by torchrun."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..files.locks import hold
 
 @dataclass(frozen=True)
 class Process:
-    """One of the processes that share a run: `torchrun` sets the environment that says which."""
+    """One process of a run. torchrun's environment says which."""
 
     rank: int
     count: int
 
     @staticmethod
     def join(device: torch.device) -> Process:
-        """Meet the others, if there are any."""
+        """Join the process group, if there are other processes."""
         if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
             # Imported with a group there, as DistributedDataParallel would, it keeps that group's threads alive beyond
             # `leave`, and now and then Python aborts at its end.
@@ -49,7 +49,7 @@ class Process:
         return int(total)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process has, in the order of their ranks."""
+        """The `value` of every process, in the order of their ranks."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -57,7 +57,7 @@ class Process:
         return values
 
     def first(self, work: Callable[[], object]) -> None:
-        """Have the first do this while the others wait. An InputError of its is one of all, so that none waits for ever."""
+        """The first process does `work` while the others wait. An InputError is raised in all, so that none waits for ever."""
         refused: InputError | None = None
         if self.rank == 0:
             try:
@@ -70,7 +70,7 @@ class Process:
 
     @contextmanager
     def alone(self, folder: Path) -> Iterator[None]:
-        """Be the only run that writes into `folder` (see `locks.hold`): the first holds it, for all of them."""
+        """Within it, no other run writes into `folder`: the first process holds the lock for all (see `locks.hold`)."""
         with ExitStack() as held:
             self.first(lambda: held.enter_context(hold(folder)))
             yield
