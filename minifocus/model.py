@@ -1,4 +1,4 @@
-"""The network: pictures are encoded, put among the words of a prompt, and read by the decoder, with the samplers' two hooks.
+"""The network. It encodes pictures, puts them among the words of a prompt, and reads both; samplers act at two hooks.
 
 encode_pictures → embed → prefill → logits. Shapes: B rows, S tokens, L decoder layers, C channels, g patches a tile's side.
 """
@@ -24,7 +24,7 @@ from .vision import Projector, VisionTower
 
 @dataclass(frozen=True)
 class Prefill:
-    """What became of a batch on its way through the decoder.
+    """A batch after its way through the decoder.
 
     rows        the decoder's normed last hidden states, of the tokens that reached its end
     pictures    per row, per picture: its tokens as they entered the decoder
@@ -204,7 +204,7 @@ class LlavaNetwork(nn.Module):
         attention_mask: torch.Tensor | None = None,
         instruction_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Rows]:
-        """All of the above: logits [B, T, vocabulary] of the T tokens that reached the decoder's end, and these."""
+        """Encode, embed and prefill: logits [B, T, vocabulary] of the T tokens that reach the decoder's end, and these tokens."""
         pictures = self.encode_pictures(tiles, sizes, self.before_llm)
         rows, visual = self.embed(input_ids, pictures, attention_mask, instruction_mask, self.before_llm)
         rows = self.prefill(rows, visual).rows

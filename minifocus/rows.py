@@ -1,4 +1,4 @@
-"""A batch of token rows on their way through the decoder, and what each of their tokens is."""
+"""A batch of token rows on their way through the decoder, with what each token is."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Rows:
         return replace(self, hidden=hidden)
 
     def pictures(self) -> list[tuple[int, torch.Tensor]]:
-        """(row, columns of its tokens) of every picture; those that `newline` marks are not among them."""
+        """(row, columns of its tokens) of every picture, without the tokens that `newline` marks."""
         scored = (self.picture >= 0) & ~self.newline & self.valid
         found = []
         for row in range(len(self.valid)):
@@ -69,14 +69,14 @@ class Rows:
         return found
 
     def attention_mask(self) -> torch.Tensor | None:
-        """Who may look at whom, bool [B, 1, S, S]; None when plain causal attention says it all."""
+        """Which token attends to which, bool [B, 1, S, S]; None where plain causal attention is meant."""
         if bool(self.valid.all()):
             return None
         return causal_mask(self.valid[:, None, :])[:, None]
 
 
 def causal_mask(visible: torch.Tensor) -> torch.Tensor:
-    """`visible` [B, S or 1, S], who may be looked at by whom → the same among earlier tokens only, bool [B, S, S]."""
+    """`visible` [B, S or 1, S], which key each query may see → the same among earlier tokens only, bool [B, S, S]."""
     size = visible.shape[-1]
     causal = torch.ones(size, size, dtype=torch.bool, device=visible.device).tril()
     itself = torch.eye(size, dtype=torch.bool, device=visible.device)  # or softmax over nothing would give NaN

@@ -26,12 +26,12 @@ def visual_tokens_of(context: Context, rows: Rows, row: int, column: int) -> Vis
 
 
 def num_entered(visual: VisualTokens) -> int:
-    """How many of a picture's tokens entered the decoder, those that no sampler scores not among them."""
+    """The number of a picture's tokens that entered the decoder, not counting those that no sampler scores."""
     return int((~visual.layout.unscored(visual.source)).sum())
 
 
 def newlines_of(rows: Rows, row: int, column: int) -> int:
-    """How many tokens `rows.newline` marks of the picture that a token belongs to."""
+    """The number of tokens that `rows.newline` marks in the picture of the token at `column`."""
     own = rows.newline[row] & rows.valid[row] & (rows.picture[row] == rows.picture[row, column])
     return int(own.sum())
 
@@ -67,7 +67,7 @@ def queries_and_keys(
 
 
 def last_query(layer: DecoderLayer, rows: Rows, config: TextConfig) -> torch.Tensor:
-    """The attention that the last token of each row pays in a layer: softmax over all keys, mean over heads, [B, S]."""
+    """The attention of each row's last token in a layer: softmax over all keys, mean over heads, [B, S]."""
     q, k = queries_and_keys(layer, rows, config, rows.valid.shape[1] - 1)
     logits = (q @ k.transpose(2, 3)).masked_fill(~rows.valid[:, None, None], -torch.inf)
     return logits.softmax(dim=-1).mean(dim=1)[:, 0]

@@ -58,7 +58,7 @@ class FoPru(RankingPruner):
         return [(received if self.axis == "column" else torch.cat(paid, dim=1))[:, 1:, None]]
 
     def scores(self, picture: PictureFeatures) -> torch.Tensor:
-        """By "rows" a token's score is that of its row, so that rows leave one after another; the budget cuts the last."""
+        """With "rows" a token has the score of its row. So rows leave one after another, and the budget cuts the last."""
         own = cues(picture)[:, 0]
         if self.strategy == "rank":
             return own

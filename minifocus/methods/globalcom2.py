@@ -1,4 +1,4 @@
-"""GlobalCom² ("globalcom2"; Liu et al. 2025): the thumbnail decides how much of each tile stays, and has a say in what.
+"""GlobalCom² ("globalcom2"; Liu et al. 2025): the thumbnail decides how much of each tile stays, and helps to decide what.
 
 Scores are the class token's logits, mean over heads, in the tower's last block. With s_j the thumbnail's summed over what
 tile j shows and σ = softmax(s / τ) over the n tiles, tile j keeps R·(1 + σ_j - 1/n) of its tokens; the thumbnail keeps R.
@@ -71,6 +71,6 @@ class GlobalCom2(RankingPruner):
 
 
 def unit(values: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
-    """Values [n] over their length in each view [n] int64."""
+    """Values [n], divided by their Euclidean length in each view [n] int64."""
     length = values.new_zeros(int(view.max()) + 1).index_add(0, view, values.square()).sqrt()
     return values / length[view].clamp(min=1e-12)

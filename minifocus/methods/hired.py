@@ -63,7 +63,7 @@ class HiRED(RankingPruner):
 
 
 def per_tile(picture: PictureFeatures, thumbnail: torch.Tensor) -> torch.Tensor:
-    """A map of the thumbnail [g, g] → its sum over what each tile shows [1 + tiles]; the first is 0."""
+    """Sum a map of the thumbnail [g, g] over the part that each tile shows: [1 + tiles], of which the first is 0."""
     height, width = picture.map.shape[:2]
     shown = views(picture)[picture.layout.leading :].view(height, width)
     rows, cols = (

@@ -72,7 +72,7 @@ class Pooling(BeforeLLM):
         return VisualTokens(*with_newlines(picture, leading, body, row, self.options.window), layout)
 
     def pool_map(self, x: torch.Tensor) -> Piece:
-        """A map [H, W, C] → its pooled tokens, the raster number of the cell where each begins, the cells each covers."""
+        """Pool a map [H, W, C]: the tokens, the raster number of the cell where each begins, and the cells that each covers."""
         (height, width), window, pooled = x.shape[:2], self.options.window, self.pool(x)
         rows, columns = (torch.arange(count, device=x.device) * window for count in pooled.shape[:2])
         covered = [(height - rows).clamp(max=window), (width - columns).clamp(max=window)]

@@ -122,7 +122,7 @@ class PruMerge(RankingPruner):
 
 
 def outliers(scores: torch.Tensor) -> int:
-    """How many lie above the third quartile by 1.5 interquartile ranges; at least 1."""
+    """The number of scores above the third quartile by 1.5 interquartile ranges; at least 1."""
     low, high = scores.float().quantile(scores.new_tensor([0.25, 0.75], dtype=torch.float32)).tolist()
     return max(int((scores > high + 1.5 * (high - low)).sum()), 1)
 

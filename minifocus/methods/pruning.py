@@ -1,4 +1,4 @@
-"""What the methods share that keep some of a picture's tokens as they are: how many stay, and where they compete.
+"""What pruning methods share: how many of a picture's tokens stay, and which tokens compete with each other.
 
 Thumbnail tokens and map cells compete; newlines (and LLaVA-1.5's class token, where it is kept) always stay, and count.
 Tokens keep their order, and newlines their places, so that what is left reads like a picture with holes.
@@ -36,7 +36,7 @@ class Budget:
         arguments.settle(self, ratio=arguments.share("ratio", self.ratio), keep=keep)
 
     def of(self, competing: int, fixed: int) -> int:
-        """How many of `competing` tokens stay beside `fixed` ones that always do: at least 1 where there are any."""
+        """The number of `competing` tokens that stay, beside `fixed` ones that always do. It is at least 1 where there are any."""
         wanted = self.keep if self.keep is not None else math.floor(self.ratio * (competing + fixed) + 0.5) - fixed
         return min(max(wanted, 1), competing)
 
@@ -56,7 +56,7 @@ class PruningOptions(Budget):
 
 
 def spread(total: int, room: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """`total` shared out in proportion to `weights`, to no one more than its `room`; what is cut off goes to the others.
+    """Share `total` out in proportion to `weights`. No one gets more than its `room`; the rest goes to the others.
 
     Whole numbers by largest remainder, the first among equals. The result sums to `total` or to all the room there is.
     """
@@ -88,14 +88,14 @@ def top(scores: torch.Tensor, groups: torch.Tensor, counts: Sequence[int]) -> to
 
 
 def views(picture: PictureFeatures) -> torch.Tensor:
-    """[n] int64, the view each competing token is from: 0 is the thumbnail (LLaVA-1.5: the only one), tiles follow."""
+    """The view of each competing token, [n] int64: 0 is the thumbnail (LLaVA-1.5: the only view), tiles follow."""
     whole, small = (cue[..., 0] for cue in looked_at(picture))
     tile = (whole - small[0, 0]).long().flatten()
     return torch.cat([tile.new_zeros(small.numel()), tile]) if picture.layout.newlines else tile
 
 
 def looked_at(picture: PictureFeatures) -> tuple[torch.Tensor, torch.Tensor]:
-    """`picture.cues`; InputError where the picture was encoded without the sampler that wants them."""
+    """`picture.cues`. Raises InputError where the picture was encoded without the sampler."""
     if picture.cues is None:
         raise InputError(
             "before_llm: expected pictures that were encoded with this sampler, got one encoded without it"
@@ -104,7 +104,7 @@ def looked_at(picture: PictureFeatures) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def cues(picture: PictureFeatures) -> torch.Tensor:
-    """[n, K], what was taken from the tower for each competing token."""
+    """What was taken from the tower for each competing token, [n, K]."""
     whole, small = (cue[..., 1:].flatten(0, 1) for cue in looked_at(picture))
     return torch.cat([small, whole]) if picture.layout.newlines else whole
 
@@ -121,7 +121,7 @@ def coordinates(layout: Layout, places: torch.Tensor) -> torch.Tensor:
 
 
 class Pruner(BeforeLLM):
-    """Keeps a budget of a picture's tokens, which a method chooses; each tile has its own share of it."""
+    """Keeps as many of a picture's tokens as the budget says. A method chooses which."""
 
     def __init__(self, options: Budget):
         super().__init__()
@@ -138,11 +138,11 @@ class Pruner(BeforeLLM):
         return torch.cat([number[:, None, None].expand(-1, patches, 1), *self.look(tower, states)], dim=-1)
 
     def budget(self, competing: int, fixed: int) -> int:
-        """How many of `competing` tokens stay, beside `fixed` ones that always do."""
+        """The number of `competing` tokens that stay, beside `fixed` ones that always do."""
         return self.options.of(competing, fixed)
 
     def groups(self, picture: PictureFeatures) -> torch.Tensor:
-        """[n] int64, among whom a token competes."""
+        """The group in which each token competes, [n] int64."""
         view = views(picture)
         per = self.options.per if isinstance(self.options, PruningOptions) else "tile"
         if per == "picture":
@@ -150,7 +150,7 @@ class Pruner(BeforeLLM):
         return view.clamp(max=1) if per == "map" else view
 
     def allocate(self, picture: PictureFeatures, groups: torch.Tensor, total: int) -> list[int]:
-        """How many tokens stay of each group; in proportion to their sizes."""
+        """The number of tokens that stay in each group, in proportion to its size."""
         room = groups.bincount().tolist()
         return spread(total, room, room)
 
@@ -159,7 +159,7 @@ class Pruner(BeforeLLM):
         """bool [n], which `total` of the competing tokens stay: the thumbnail's, then the map's in raster order."""
 
     def merge(self, picture: PictureFeatures, tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-        """What the kept ones of the competing tokens [n, C] become: themselves."""
+        """The kept ones of the competing tokens [n, C], as the language model reads them: unchanged."""
         return tokens[kept]
 
     def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:

@@ -1,4 +1,4 @@
-"""Choices that look at nothing: "random" tokens, and a "uniform" grid. What any method has to beat."""
+"""Baselines that look at nothing: "random" tokens, and a "uniform" grid. Any method has to beat them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Similarity to the thumbnail ("similarity"; FocusLLaVA §6): what the vision-guided sampler's selector is compared with.
+"""Similarity to the thumbnail ("similarity"; FocusLLaVA §6): the paper compares its learned selector with this.
 
 A token's score is the mean inner product of its feature X_i with those of the thumbnail X_g. The paper keeps the highest.
 What covers most of a picture covers most of its thumbnail too, so that this keeps what is common; with `flip` it keeps

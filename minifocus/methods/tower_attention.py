@@ -1,4 +1,4 @@
-"""What samplers read off the vision tower's attention. A block's input is normed and projected again for it."""
+"""Attention weights of the vision tower, for samplers. They norm and project a block's input once more."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def reachable_block(config: Config) -> int:
 
 
 def check_block(config: Config, given: int | None, default: int) -> int:
-    """An option `block`, or `default`; InputError where the tower does not come that far."""
+    """The option `block`, or `default`. Raises InputError for a block that the tower does not reach."""
     if max(config.feature_layers) < 1:
         raise InputError(
             "sampler: this model's vision features come from before its first block, which has no attention"

@@ -1,7 +1,6 @@
-"""Which code runs the operators: the compiled halves where they are there, else plain PyTorch.
+"""Choose the code that runs the operators: the compiled halves where they were built, else plain PyTorch.
 
-MINIFOCUS_BACKEND=native or =reference forces one; unset, native is taken where it is there, and one logged line says why where
-it is not.
+MINIFOCUS_BACKEND=native or =reference forces one. Unset, it is native where that was built; where not, one logged line says why.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ _log = logging.getLogger("minifocus")
 
 
 def schemas() -> list[str]:
-    """Those of schemas.inc, which csrc/register.cpp includes: needed here where that is not loaded."""
+    """The operators' schemas. csrc/register.cpp includes the same file; Python needs it where nothing compiled is loaded."""
     lines = Path(__file__).with_name("schemas.inc").read_text(encoding="utf-8").splitlines()
     return list(ast.literal_eval("(" + "\n".join(line for line in lines if not line.startswith("//")) + ")"))
 
 
 def _load() -> tuple[dict[str, str], torch.library.Library]:
-    """Load what is to serve; → the backend of each kind of device, and the library that holds the reference's kernels."""
+    """Load the halves. Returns each device's backend, and the library that holds the reference's kernels."""
     wanted = os.environ.get("MINIFOCUS_BACKEND", "")
     if wanted not in ("", "native", "reference"):
         raise RuntimeError(f"MINIFOCUS_BACKEND: expected native or reference, got {shown(wanted)}")
@@ -58,15 +57,15 @@ def _load() -> tuple[dict[str, str], torch.library.Library]:
 
 
 def _not_built(half: str) -> str:
-    """Why, in the words of csrc/build.py, which wrote it down when minifocus was installed."""
+    """The reason why a half is missing, as csrc/build.py wrote it down when minifocus was installed."""
     record = Path(__file__).with_name("_build.txt")
     lines = record.read_text().splitlines() if record.exists() else []
     return next((line for line in lines if line.startswith(f"{half}: not built")), f"_{half}.abi3.so is not there")
 
 
 def _on_own_indices(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, called with copies of its index tensors: they are checked in one pass and used in others, between
-    which another thread may write to them."""
+    """The function, called with copies of its index tensors. It checks them first and uses them later, and another thread
+    may write to them in between."""
 
     def call(*arguments: Any, **named: Any) -> Any:
         def own(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What torch has to know of the operators besides their kernels: the shapes of their outputs, for tracing, and their gradients.
+"""What torch needs besides kernels: the shapes of the operators' outputs, for tracing, and their gradients.
 
 Gradients are of the first order and in reverse: what torch would silently take for zeros raises NotImplementedError, a
 RuntimeError. That is forward mode (torch.func.jvp), second derivatives of all but gather_tokens, and gradients of importance.

@@ -75,7 +75,7 @@ class BeforeLLM(nn.Module, ABC):
     tower_blocks: Sequence[int] = ()
 
     def cues(self, tower: VisionTower, states: Mapping[int, torch.Tensor]) -> torch.Tensor | None:
-        """What to take from the vision tower for the patches of all N tiles: [N, g², K], or None.
+        """Cues from the vision tower for the patches of all N tiles: [N, g², K], or None.
 
         `states` are what the tower's forward gave, those of `tower_blocks` among them.
         """
@@ -100,7 +100,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Context:
-    """What an inside-LLM sampler may know besides the rows before a layer.
+    """What an inside-LLM sampler is told besides the rows before a layer.
 
     pictures  per row, per picture: its tokens as they entered the decoder
     previous  the layer that has just been run and its input, of the same tokens; None before the first
@@ -150,9 +150,10 @@ def leading_tokens(picture: PictureFeatures, count: int | None = None) -> Piece:
 
 
 def with_newlines(picture: PictureFeatures, leading: Piece, body: Piece, row: torch.Tensor, window: int = 1) -> Piece:
-    """`leading`, then the map's tokens `body`, which come in order of their `row` [n] int64, with a newline after each row.
+    """Join `leading` and the map's tokens `body`, and put a newline after each row of the map.
 
-    Rows are of `window` × `window` windows. The newline has the place of the one after the window's last row of cells.
+    `row` [n] int64 says which row of `window` × `window` windows a token of `body` is in; it never falls. A newline takes
+    the place of the one after the last row of cells in its windows.
     """
     tokens, _, extent = body
     if picture.newline is None:

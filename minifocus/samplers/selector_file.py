@@ -1,4 +1,4 @@
-"""The file of a learned selector, selector.safetensors, read strictly: its weights, and the options that it was trained with."""
+"""The file of a learned selector, selector.safetensors: its weights, and the options of its training. It is read strictly."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _in_order(content: bytes) -> bytes:
 
 
 def save_learned(sampler: BeforeLLM | None, folder: Path) -> bool:
-    """Write what is learned of a before-LLM sampler into a folder that has no selector; False where nothing is.
+    """Write the learned part of a before-LLM sampler into a folder without a selector; False where nothing is learned.
 
     Raises InputError for what could not be read again, and OSError.
     """

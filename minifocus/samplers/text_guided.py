@@ -64,7 +64,7 @@ class TextGuidedSampler:
 
     @torch.no_grad()
     def __call__(self, index: int, layer: DecoderLayer, rows: Rows, context: Context) -> Selection | None:
-        """Eq. 6 to 9 before layer `index`, if it is the sampler's; several pictures are scored each for itself."""
+        """Eq. 6 to 9, before the sampler's layer. Each of several pictures is scored by itself."""
         if index != self.layer:
             return None
         width = rows.valid.shape[1]

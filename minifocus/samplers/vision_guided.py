@@ -65,7 +65,7 @@ class VisionGuidedOptions:
 
 
 def check_thumbnail(thumbnail: str, anyres: bool) -> None:
-    """Whether a model has the thumbnail that a sampler's option speaks of: "keep", "compress" or "drop". Raises InputError."""
+    """Raise InputError where the option `thumbnail` is to change a thumbnail that the model does not have."""
     if not anyres and thumbnail != "keep":
         raise InputError(f"thumbnail: LLaVA-1.5 has no thumbnail to {thumbnail}")
 
@@ -144,7 +144,7 @@ class VisionGuidedSampler(BeforeLLM):
         return _SampledMap(tokens, source, extent, offsets, choice, logits)
 
     def _weight(self, logits: torch.Tensor, choice: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """What a region's tokens are multiplied by in training (Eq. 2): its branch's probability."""
+        """The factor of a region's tokens in training (Eq. 2): the probability of its branch."""
         chosen = logits.softmax(dim=-1).gather(1, choice[:, None]).squeeze(1)
         factor = chosen / chosen.detach() if self.options.straight_through else chosen
         return factor.to(wide(dtype))
