@@ -36,7 +36,7 @@ class Budget:
         arguments.settle(self, ratio=arguments.share("ratio", self.ratio), keep=keep)
 
     def of(self, competing: int, fixed: int) -> int:
-        """The number of `competing` tokens that stay, beside `fixed` ones that always do. It is at least 1 where there are any."""
+        """The number of `competing` tokens that stay, beside `fixed` ones that always do: at least 1 where there are any."""
         wanted = self.keep if self.keep is not None else math.floor(self.ratio * (competing + fixed) + 0.5) - fixed
         return min(max(wanted, 1), competing)
 
