@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """CLIP's x·σ(1.702x). It is not GELU: taking one for the other moves logits by 0.04 at a scale of 4."""
+    """CLIP's x·σ(1.702x). It is not GELU: to confuse the two moves logits of scale 4 by 0.04."""
     return x * torch.sigmoid(1.702 * x)
 
 

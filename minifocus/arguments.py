@@ -1,6 +1,6 @@
-"""Checks of what a caller passes in. Each returns the value as a plain Python one, or raises InputError.
+"""Checks of a caller's arguments. Each returns the value as a plain Python one, or raises InputError.
 
-numpy's scalars are numbers like Python's own. Booleans are not, nor are strings, arrays and tensors, of one element too.
+numpy's scalars count as numbers, like Python's own. Booleans, strings, arrays and tensors do not, not even of one element.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ import torch
 
 from .errors import InputError
 
-LARGEST = 2**63 - 1  # of a whole number that torch takes
+LARGEST = 2**63 - 1  # the largest whole number that torch takes
 
 _brief = reprlib.Repr()
 _brief.maxstring = _brief.maxother = 100
 
 
 def shown(value: object) -> str:
-    """`value` as a message repeats it: never longer than a line, whatever it is. Of an array, its type and shape."""
+    """`value` as an error message shows it, cut to about a line. An array is shown by its type and shape."""
     try:
-        if isinstance(value, int) and abs(value) > LARGEST:  # Python itself refuses to write out long ones
+        if isinstance(value, int) and abs(value) > LARGEST:  # Python refuses to write out very long ones
             return f"a whole number of {value.bit_length()} bits"
         if isinstance(value, np.ndarray | torch.Tensor) and value.ndim:
             return f"{type(value).__name__} of {value.dtype} {reprlib.repr(list(value.shape))}"
         text = _brief.repr(value)
-    except Exception:  # a __repr__ of anybody's
+    except Exception:  # the value's own __repr__ may raise anything
         return f"a {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:150]} … {text[-45:]}"
 
 
 def brief(text: str) -> str:
-    """A name, or somebody else's words, as a message repeats it: in full, or the beginning and end of what is too long."""
+    """A name, or a library's words, as an error message shows it. Of a very long text, only the beginning and the end."""
     return text if len(text) <= 500 else f"{text[:150]} … {text[-45:]}"
 
 
@@ -110,7 +110,7 @@ def _listed(names: Sequence[object]) -> str:
 
 
 def path(name: str, value: object) -> Path:
-    """A path, which need not lead anywhere. An empty one, which Path takes for the working directory, is none."""
+    """A path. It need not exist. An empty one is refused, as Path would take it for the working directory."""
     if isinstance(value, str | os.PathLike) and value != "":
         return Path(value)
     raise InputError(f"{name}: expected a path, got {shown(value)}")
@@ -124,6 +124,6 @@ def tensor(name: str, value: object) -> torch.Tensor:
 
 
 def settle(options: Any, **checked: object) -> None:
-    """Put checked values in the place of a frozen dataclass' own, from its `__post_init__`."""
+    """Replace fields of a frozen dataclass by their checked values, from its `__post_init__`."""
     for name, value in checked.items():
         object.__setattr__(options, name, value)

@@ -1,4 +1,4 @@
-"""What an answer may say next: penalties and bans on tokens, as transformers' logits processors of the same names have them."""
+"""Penalties and bans on the next token. They equal transformers' logits processors of the same names."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .errors import InputError
 
 @dataclass(frozen=True)
 class Constraints:
-    """What came before counts from the prompt's first token on, each image placeholder among them.
+    """The tokens that came before are those of the prompt and of the answer so far. Each image placeholder counts as one.
 
     repetition_penalty     above 0: of every token that came before, a positive logit is divided by it and a negative one
                            multiplied; 1 changes nothing
-    no_repeat_ngram_size   no run of so many tokens may come twice; 0: any may
-    bad_words_ids          runs of tokens that may not be completed; one that is a stop token alone is passed over
-    suppress_tokens        tokens that may not be said; numbers that the vocabulary lacks are passed over
-    begin_suppress_tokens  tokens that may not be said first
-    min_new_tokens         no stop token before the answer has so many
+    no_repeat_ngram_size   no run of this many tokens may come twice; 0: no such ban
+    bad_words_ids          runs of tokens that may not be completed; a run that is one stop token is ignored
+    suppress_tokens        tokens that may not be generated; numbers outside the vocabulary are ignored
+    begin_suppress_tokens  tokens that may not come first in the answer
+    min_new_tokens         no stop token before the answer has this many tokens
     """
 
     repetition_penalty: float = 1.0
@@ -49,9 +49,9 @@ class Constraints:
     def apply(
         self, logits: torch.Tensor, prompt: Sequence[int], answer: Sequence[int], stop_ids: Collection[int]
     ) -> torch.Tensor:
-        """The next token's logits [V], float32 on the CPU, as these constraints leave them: -inf where a token is banned.
+        """The next token's logits [V], float32 on the CPU, after these constraints: -inf where a token is banned.
 
-        Raises InputError where no token is left.
+        Raises InputError where every token is banned.
         """
         if self == _NONE:
             return logits

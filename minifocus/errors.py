@@ -1,7 +1,7 @@
-"""The two exceptions a user of minifocus has to know."""
+"""The two exceptions that minifocus raises for a user's mistakes."""
 
-# Longer texts lose their middle. A message names what came (`arguments.shown`); it is never a picture written as text, and
-# neither is a library's own message that it ends in.
+# Longer texts lose their middle, so that no message repeats a whole picture that was passed in as text. What a message quotes
+# is already short (`arguments.shown`); a library's own message, which some end in, may not be.
 LONGEST = 6000
 
 
@@ -12,8 +12,8 @@ class _Brief(ValueError):
 
 
 class CheckpointError(_Brief):
-    """A model folder cannot be used: the text names the file or key, what was expected and what was found."""
+    """A model folder cannot be used. The text names the file or key, what was expected and what was found."""
 
 
 class InputError(_Brief):
-    """An argument, picture or prompt cannot be used: the text names it, what was expected and what came."""
+    """An argument, picture or prompt cannot be used. The text names it, what was expected and what was given."""

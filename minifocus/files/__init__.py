@@ -1,1 +1,1 @@
-"""Files on the disk: opened (`reading`), written whole or not at all (`writing`), and held by one process (`locks`)."""
+"""Files on the disk: how they are read (`reading`), written whole or not at all (`writing`), and locked (`locks`)."""

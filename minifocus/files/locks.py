@@ -1,8 +1,8 @@
-"""One at a time in a folder, by locks that the system gives back when their holder dies, however that ends.
+"""Locks that let one writer at a time into a folder. The system releases them when their holder dies.
 
-There are two, for neither of the system's two locks does what both need. `hold` is for runs, which take hours: who comes
-second is refused at once. Its lock is POSIX's, which is the process' own: the workers that a killed run leaves behind keep
-nobody out. `hold_in_turn` is for saves, which take seconds: who comes second waits. Its lock is BSD's, which goes with the
+There are two, because neither of the system's locks does what both need. `hold` is for runs, which take hours: a second run
+is refused at once. It uses a POSIX lock, which belongs to the process: workers that a killed run leaves behind keep nobody
+out. `hold_in_turn` is for saves, which take seconds: a second save waits. It uses a BSD lock (flock), which belongs to the
 open file: threads of one process wait for each other too.
 """
 
@@ -27,7 +27,7 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
-# What systems say where a disk has no locks; NFS without its lock daemon is one.
+# The errors on a disk that has no locks, such as NFS without its lock daemon.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _log = logging.getLogger("minifocus")
@@ -37,13 +37,13 @@ _guard = threading.Lock()
 
 @contextlib.contextmanager
 def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Make `folder`, if it is not there, and be the only one that writes into it meanwhile.
+    """Make `folder` if need be, and be the only process that writes into it inside the block.
 
-    InputError, which names the folder and the other process, where someone else holds it, and where it cannot be made or
-    written. A thread that holds it already may hold it again. Folders that were made and stay empty are removed.
+    A thread that holds the folder may hold it again. Folders that were made and stay empty are removed. Raises InputError
+    where another process or thread holds the folder, and where it cannot be made or written.
 
-    The file of the lock is removed at the end; one that a killed process left is locked by nobody. Where the system or the
-    disk has no locks, a warning says that nothing keeps two runs apart.
+    The lock's file is removed at the end. One that a killed process left behind is not locked. Where the system or the disk
+    has no locks, the log warns that nothing keeps two runs apart.
     """
     folder = Path(folder)
     name = str(folder) if len(str(folder)) <= 1000 else shown(str(folder))
@@ -54,7 +54,7 @@ def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
             owner, depth = _held.get(key, (thread, 0))
             if owner != thread:
                 raise InputError(f"{name}: another thread of this process writes into it")
-            # Not opened again: closing a file gives back all of a process' locks on it.
+            # It is not opened twice: closing a file releases all of the process' locks on it.
             descriptor = None if depth else _lock(folder)
             _held[key] = thread, depth + 1
     except OSError as error:
@@ -68,7 +68,7 @@ def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
                 del _held[key]
             if descriptor is not None:
                 with contextlib.suppress(OSError):
-                    (folder / NAME).unlink()  # before it is given back: see `_lock`
+                    (folder / NAME).unlink()  # before the lock is released: see `_in_place`
                 os.close(descriptor)
         for empty in made:
             with contextlib.suppress(OSError):
@@ -77,10 +77,10 @@ def hold(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def hold_in_turn(file: Path) -> Iterator[None]:
-    """Make the folder of `file`, which is a lock, and be the only one in it, after whoever is there already.
+    """Make the folder of the lock `file`, wait until nobody else holds it, and hold it inside the block.
 
-    At the end both go, if nothing else is in the folder. Where the system or the disk has no locks, nobody waits. Raises
-    InputError where the folder or the lock is something else, and OSError.
+    At the end, folder and file are removed if nothing else is in the folder. Where the system or the disk has no locks,
+    nobody waits. Raises InputError where the folder or the file is of another kind, and OSError.
     """
     folder = file.parent
     while True:
@@ -112,7 +112,7 @@ def hold_in_turn(file: Path) -> Iterator[None]:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Those folders that were not there, the innermost first."""
+    """Make the folder. Returns the folders that were not there before, the innermost first."""
     made = []
     for one in (folder, *folder.parents):
         if one.exists() or one.is_symlink():
@@ -142,7 +142,7 @@ def _lock(folder: Path) -> int:
 
 
 def _open(file: Path) -> int:
-    """A descriptor of a lock, which is made if need be: neither through a link nor waiting for a FIFO."""
+    """Open a lock's file, or make it. Links are not followed and a FIFO is not waited for."""
     options = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(file, options, 0o666)
@@ -157,7 +157,7 @@ def _open(file: Path) -> int:
 
 
 def _in_place(descriptor: int, file: Path) -> bool:
-    """Whether it is still that file: one that its last holder has removed since it was opened locks nothing any more."""
+    """Whether `file` is still the one that was opened. If its last holder has removed it meanwhile, locking it is useless."""
     try:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except FileNotFoundError:
@@ -165,7 +165,7 @@ def _in_place(descriptor: int, file: Path) -> bool:
 
 
 def _take(descriptor: int, folder: Path) -> bool:
-    """Whether the lock is taken; False where there are none. InputError where someone else has it."""
+    """Take the lock: True if it is taken, False where there are no locks. InputError where another process has it."""
     why = "this system has none"
     if fcntl is not None:
         try:

@@ -1,7 +1,7 @@
-"""Where the files of a model's folder are opened: regular files, to which links may lead, and nothing else.
+"""Opening files: only regular files, or links to them.
 
-A FIFO would be waited for, a device read for ever. Whoever opens a file by its path through a library asks `regular` first.
-What is there by name but cannot be read is an error and never the same as an absent file.
+Reading a FIFO could wait for ever, and reading a device need not end. Code that has a library open a file by its path asks
+`regular` first. A file that is there but cannot be read is an error; it is never treated as absent.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-# Bytes of a tokenizer's file, and of another JSON file, of which Python makes objects of twenty times its size: ten times
-# what any has.
+# The largest tokenizer file, and the largest other JSON file, in bytes: ten times what any known one has. Of JSON, Python
+# makes objects that take twenty times the file's size.
 _LONGEST_TEXT, _LONGEST_JSON = 2**28, 2**25
 
 Failure = type[CheckpointError] | type[InputError]
 
 
 def kind(path: str | os.PathLike[str]) -> str:
-    """What has this name, links followed: FILE, FOLDER, NOTHING, or words for what else it is. It raises nothing."""
+    """What is at a path, links followed: FILE, FOLDER, NOTHING, or words for anything else. Raises nothing."""
     try:
         return _KINDS.get(stat.S_IFMT(Path(path).stat().st_mode), "something that is not a file")
     except (FileNotFoundError, NotADirectoryError):
@@ -48,12 +48,12 @@ def kind(path: str | os.PathLike[str]) -> str:
 
 
 def present(path: str | os.PathLike[str]) -> bool:
-    """Whether anything at all has this name."""
+    """Whether anything at all is at a path."""
     return kind(path) != NOTHING
 
 
 def regular(path: str | os.PathLike[str], failure: Failure = CheckpointError) -> Path:
-    """`path`, if a regular file is there; else an error of the class `failure` that says what is."""
+    """`path`, if a regular file is there. Otherwise raises `failure`, which says what is there."""
     found = kind(path)
     if found == NOTHING:
         raise failure(f"{named(path)}: there is no such file")
@@ -64,10 +64,10 @@ def regular(path: str | os.PathLike[str], failure: Failure = CheckpointError) ->
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], failure: Failure = CheckpointError) -> Iterator[BinaryIO]:
-    """A regular file's content, as a stream."""
+    """A regular file, opened for reading as bytes."""
     file = regular(path, failure)
     try:
-        # Looked at once more when it is open: a FIFO that has taken the file's place meanwhile is not waited for.
+        # Opened so that a FIFO which has just taken the file's place is not waited for; its kind is then checked once more.
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
         raise failure(f"{named(path)}: cannot be read: {error.strerror}") from error
@@ -78,7 +78,7 @@ def opened(path: str | os.PathLike[str], failure: Failure = CheckpointError) -> 
 
 
 def read_bytes(path: str | os.PathLike[str], failure: Failure = CheckpointError, most: int = _LONGEST_TEXT) -> bytes:
-    """All of a regular file of at most `most` bytes."""
+    """The content of a regular file of at most `most` bytes."""
     with opened(path, failure) as stream:
         try:
             content = stream.read(most + 1)
@@ -90,7 +90,7 @@ def read_bytes(path: str | os.PathLike[str], failure: Failure = CheckpointError,
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The JSON object in a file of a model's folder, or a CheckpointError that names it."""
+    """The JSON object in a file of a model's folder. Raises CheckpointError, which names the file."""
     try:
         fields = json.loads(read_bytes(path, most=_LONGEST_JSON).decode("utf-8"))
     except CheckpointError:
@@ -104,7 +104,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """The library's reader of a safetensors file, from `safe_open`; what fails in it is a CheckpointError."""
+    """A safetensors file, opened by the library's `safe_open`. Its errors are raised as CheckpointError."""
     file = regular(path)
     try:
         with safe_open(file, framework="pt") as stored:
@@ -114,5 +114,5 @@ def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
 
 
 def named(path: str | bytes | os.PathLike[str]) -> str:
-    """A path as a message names it: in full, or the beginning and end of what is too long to be one."""
+    """A path as an error message names it. Of a very long one, only the beginning and the end."""
     return brief(os.fsdecode(path).encode(errors="backslashreplace").decode())

@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all."""
+"""Writing a file whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _UNFINISHED = ".unfinished-"
 
 
 def replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a new file beside `file`, which then takes its name: a link of that name leads nowhere any more.
+    """Have `write` fill a new file beside `file`, then give it that name. A link of that name is replaced, not followed.
 
-    Raises InputError where it cannot be made, and leaves nothing behind.
+    Raises InputError where the file cannot be written, and leaves nothing behind.
     """
     unfinished = file.with_name(_UNFINISHED + uuid.uuid4().hex[:8])
     try:
@@ -32,7 +32,7 @@ def replace(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what was left unfinished there when a process was killed."""
+    """Remove the unfinished files that a killed process left in `folder`."""
     for file in folder.glob(f"{_UNFINISHED}*"):
         with suppress(OSError):
             file.unlink()

@@ -1,1 +1,1 @@
-"""What comes in: pictures, prompts and conversations, and what a model makes tiles and tokens of."""
+"""A model's inputs: pictures → tiles, and prompts and conversations → tokens."""

@@ -1,6 +1,6 @@
-"""LLaVA-NeXT's grid of tiles: which grid a picture gets, and the feature map that its tiles become.
+"""LLaVA-NeXT's grid of tiles: the resolution that a picture gets, and the feature map that its tiles are joined to.
 
-Sizes are (height, width) throughout. A resolution that the grid may have is a "pinpoint".
+The resolutions to choose from are called pinpoints. Sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..errors import InputError
 
 
 def select_best_resolution(size: tuple[int, int], pinpoints: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """The pinpoint that keeps most of the picture's pixels; then the one that wastes least; then the first."""
+    """The pinpoint that keeps most of the picture's pixels. Of several, the one with the least padding; then the first."""
     height, width = size
     pinpoints = list(pinpoints)
     if height < 1 or width < 1 or not pinpoints:

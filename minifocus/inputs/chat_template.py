@@ -1,7 +1,7 @@
-"""The chat template of a model's folder: the text that its checkpoint was trained with, written in Jinja's language.
+"""The chat template of a model's folder: a Jinja template for the text that the checkpoint was trained with.
 
-It is found where transformers finds it, and rendered as transformers renders it, in another process: see
-`minifocus.inputs.template_renderer`. Neither that process nor jinja2 is asked for before a template is.
+It is found where transformers finds it, and rendered as transformers renders it, but in another process: see
+`template_renderer.py`. That process starts, and jinja2 is looked for, only when a template is rendered.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from ..errors import CheckpointError, InputError
 from ..files.reading import FOLDER, kind, present, read_bytes
 from ..loading.json_fields import JsonFields
 
-_LONGEST = 2**20  # bytes of a template, which has a few thousand
+_LONGEST = 2**20  # bytes of a template; usual ones have a few thousand
 
-# As transformers takes them: {"role": "user" or "assistant", "content": text or a list of parts}, a part being
+# Messages as transformers takes them: {"role": "user" or "assistant", "content": text or a list of parts}, a part being
 # {"type": "text", "text": ...} or {"type": "image", ...}.
 Message = dict[str, Any]
 Special = tuple[tuple[str, str], ...]
 
 
 class TemplateFails(CheckpointError):
-    """A template that could be read fails over these messages; it may not over others."""
+    """A valid template fails with these messages. It may not with others."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
     """
-    place    the file that it came from, with the key where it is a part of that
-    source   in Jinja's language
-    special  what it knows as bos_token, eos_token, ...: the tokenizer's
-    fault    why it cannot be used: whoever names another template need not care
+    place    the file that it came from, and the key in it if there is one
+    source   the template itself, in Jinja's language
+    special  its variables bos_token, eos_token and so on, from the tokenizer
+    fault    why it cannot be used, raised only when it is: another template may be named instead
     """
 
     place: str
@@ -50,10 +50,10 @@ class ChatTemplate:
     fault: str = ""
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """What transformers' apply_chat_template(messages) gives.
+        """Equals transformers' apply_chat_template(messages).
 
-        Raises InputError where the template itself refuses the messages, else CheckpointError where it is none, fails, or
-        takes more time or memory than any needs.
+        Raises InputError if the template itself refuses the messages. Raises CheckpointError if it is not valid, fails, or
+        takes more time or memory than any template needs.
         """
         if self.fault:
             raise CheckpointError(f"{self.place}: {self.fault}")
@@ -78,11 +78,11 @@ class ChatTemplate:
 
 
 def read_chat_template(folder: Path, special: Special) -> ChatTemplate | None:
-    """The folder's template, None where it has none. Of several with names, it is the one called "default".
+    """The folder's template; None if it has none. Of several named ones, it is the one called "default".
 
-    The order is that of transformers' processors, and then of its tokenizers: processor_config.json, chat_template.json,
-    chat_template.jinja, additional_chat_templates/default.jinja, tokenizer_config.json. Raises CheckpointError for a file
-    that cannot be read as what it is.
+    The files are tried in the order of transformers' processors, then of its tokenizers: processor_config.json,
+    chat_template.json, chat_template.jinja, additional_chat_templates/default.jinja, tokenizer_config.json. Raises
+    CheckpointError for a file that cannot be read.
     """
     processor = JsonFields.of_file(folder / "processor_config.json", default={})
     if found := _of_field(processor, special):
@@ -109,7 +109,7 @@ def read_chat_template(folder: Path, special: Special) -> ChatTemplate | None:
 
 
 def _of_field(fields: JsonFields, special: Special) -> ChatTemplate | None:
-    """The template in a JSON file: text, {name: text}, or a list of {"name": name, "template": text}."""
+    """The template in a JSON file, written as text, {name: text}, or a list of {"name": name, "template": text}."""
     key, value = "chat_template", fields.get("chat_template")
     place = f"{fields.where}: {key}"
     if isinstance(value, list) and all(isinstance(one, dict) for one in value):
@@ -147,14 +147,14 @@ def _read(file: Path) -> str:
 
 
 class _Renderer:
-    """The other process. There is one for all templates; after one that it did not survive, the next gets a new one."""
+    """The process that renders. All templates share one; if a template ends it, the next template starts a new one."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """The reply to a request; None where the process ended over it."""
+        """The reply to a request; None if the request ended the process."""
         line = json.dumps(request).encode() + b"\n"
         with self._lock:
             if self._process is None or self._process.poll() is not None:
@@ -166,7 +166,7 @@ class _Renderer:
                 reply = self._process.stdout.readline()
             except BrokenPipeError:
                 reply = b""
-            except BaseException:  # of an interrupted request, the reply would be taken for the next one's
+            except BaseException:  # the reply to an interrupted request would be taken for the next one's
                 self._end()
                 raise
             if not reply.endswith(b"\n"):
@@ -178,7 +178,7 @@ class _Renderer:
     def _start(self) -> subprocess.Popen[bytes]:
         if find_spec("jinja2") is None:
             raise CheckpointError("the package jinja2, which renders a folder's chat template, is not installed")
-        if getattr(sys, "frozen", False) or not sys.executable:  # a program of its own would be started again
+        if getattr(sys, "frozen", False) or not sys.executable:  # a frozen program would start itself again
             raise CheckpointError(
                 "a folder's chat template is rendered by a Python interpreter, and this process has none to start: "
                 "expected template= with the name of one that is built in"
@@ -206,7 +206,7 @@ class _Renderer:
             self._end()
 
     def forget(self) -> None:
-        """In a fork: the process is its parent's, which may have had the lock."""
+        """In a forked child: the process belongs to the parent, in which a thread may have held the lock."""
         self.__init__()  # type: ignore[misc]
 
 

@@ -6,13 +6,13 @@ A file is a JSON list of records, or, where its name ends in .jsonl, one record 
      "conversations": [{"from": "human", "value": "<image>\\nWhat does the sign say?"}, {"from": "gpt", "value": "stop"}],
      "families": ["read"]}                        (optional, not LLaVA's: the family of each question)
 
-The two sides take turns, and there is one `<image>` in the questions for each picture. The only one of a question goes to
-its front, as in LLaVA's own training: in many of its records it stands at the end, where no word of the question would come
-after the picture. A question without an answer at the end is left out. What else is not so is refused with the file, the
-record and the key: also a picture, film or sound under another key or another placeholder, of which the conversation would
-lose what it is about, and system words, tools or an answer's weight. Other keys are of no concern here.
+The two sides take turns, and the questions hold one `<image>` for each picture. If a question holds only one, it is moved to the
+front, as in LLaVA's own training: many of its records have it at the end, where no word of the question would follow the
+picture. A last question without an answer is left out. Anything else is refused, with the file, the record and the key. So are
+pictures, films and sounds under another key or placeholder, which the conversation would lose, and also system prompts, tools
+and weights of answers. Other keys are ignored.
 
-Pictures are named from their folder and lie inside it, unless the caller asks for others. A link in it may lead anywhere.
+Pictures are named relative to their folder and lie inside it, unless the caller allows others. A link in it may lead anywhere.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ..loading.json_fields import JsonFields
 from .foreign_media import foreign_key, foreign_place
 from .template_writer import IMAGE
 
-# How many records a message about all that cannot be used has room for.
+# How many unusable records an error message lists.
 LISTED = 5
 
 _log = logging.getLogger("minifocus")
@@ -45,7 +45,7 @@ _log = logging.getLogger("minifocus")
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A question with its `<image>` places, the answer to it, and its family if it has one."""
+    """A question with its `<image>` places, its answer, and the question's family if it has one."""
 
     question: str
     answer: str
@@ -54,7 +54,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns about `images`, which are in the order of the `<image>` places. `id` need not be unique: LLaVA's are not."""
+    """Turns about `images`, in the order of the `<image>` places. `id` need not be unique: LLaVA's are not."""
 
     id: str
     images: tuple[Path | Image.Image, ...]
@@ -71,8 +71,8 @@ def read_conversations(
     """All records of a file, in its order. Pictures are named relative to `image_folder`: by default the file's own.
 
     A record without an id gets its number, from 0. A first turn of "gpt" answers nothing and is left out, as LLaVA's own
-    training does; a "system" turn is refused. Pictures are looked for, but not opened: whoever opens one
-    (`minifocus.inputs.open_image`) checks it. A name that leads out of the folder (absolute, or by "..") is refused, unless
+    training does; a "system" turn is refused. Pictures have to be there, but are not opened and checked yet:
+    see `minifocus.inputs.open_image`. A name that leads out of the folder (absolute, or by "..") is refused, unless
     `images_anywhere` says that the file's author may name every picture of this machine.
 
     Raises InputError for records that do not follow the format or name a picture that is not there: how many, and the
@@ -106,8 +106,8 @@ def asked_alone(
 ) -> Iterator[tuple[tuple[Path | Image.Image, ...], str, str, str | None]]:
     """Each turn as if it were the only one, about all of the pictures: (images, question, answer, family).
 
-    The question keeps its `<image>` places if they are all of the conversation's. Otherwise it loses them, and
-    `build_prompt` puts all of the pictures in front of it: so a later turn is asked about what the first one showed.
+    A question that holds all of the `<image>` places keeps them. Otherwise it loses its own, and `build_prompt` puts all of the
+    pictures in front. So a later turn is asked about the pictures of the first.
     """
     for turn in conversation.turns:
         question = turn.question
@@ -146,7 +146,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Of a key that is there twice, json would silently drop the first."""
+    """A JSON object. A key that is there twice is an error, where json would silently drop the first."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise ValueError(f"a key is there twice in {shown(pairs)}")
@@ -154,7 +154,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _conversation(place: str, value: Any, number: int, folder: Path, images_anywhere: bool) -> Conversation:
-    """Check one record. Errors begin with its place, then the key."""
+    """Check one record. Errors begin with its place in the file, then the key."""
     if not isinstance(value, dict):
         raise InputError(f"{place}: expected an object, got {shown(value)}")
     record = JsonFields(value, place, failure=InputError)
@@ -175,7 +175,7 @@ def _conversation(place: str, value: Any, number: int, folder: Path, images_anyw
 
 
 def _refuse_what_is_not_used(record: JsonFields, turns: tuple[Turn, ...], read: str, pictures: bool) -> None:
-    """What would be left out of a conversation without a word, and changes what it teaches. `read` has its pictures."""
+    """Refuse what would be silently lost although it changes what the conversation teaches. `read` is the key of its pictures."""
     said = [_turn(record, i) for i, turn in enumerate(record.get("conversations")) if isinstance(turn, dict)]
     for fields in (record, *said):
         others = {key: value for key, value in fields.members.items() if fields is not record or key != read}
@@ -199,11 +199,11 @@ def _picture(record: JsonFields, folder: Path, name: str, anywhere: bool) -> Pat
     """The file that a record names."""
     if "://" in name[:16] or name[:5].lower() == "data:":
         raise record.error("image", "the name of a file, and not a URL", shown(name))
-    # As Windows reads it, which takes both kinds of slash: a name leads out on every system or on none.
+    # Read as Windows does, with both kinds of slash, so that a name leads out of the folder on every system or on none.
     drive, way = ntpath.splitdrive(name)
     if not anywhere and (drive or way.startswith(("/", "\\")) or ntpath.normpath(way).split("\\")[0] == ".."):
         raise record.error("image", f"a name inside of {named(folder)} (images_anywhere takes others)", shown(name))
-    file = folder / (name if anywhere else os.path.normpath(name))  # not by way of a link's own ..
+    file = folder / (name if anywhere else os.path.normpath(name))  # so that a .. after a link stays in this folder
     found = kind(file)
     if found == FILE:
         return file
@@ -237,14 +237,14 @@ def _turn(record: JsonFields, number: int) -> JsonFields:
 
 
 def _picture_first(question: str) -> str:
-    """Where a question has one picture, its place is in front, on a line of its own; several stay where they are."""
+    """Move a question's only `<image>` to the front, on a line of its own. Several stay where they are."""
     if question.count(IMAGE) != 1 or question.startswith(IMAGE):
         return question
     return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}"
 
 
 def _value(record: JsonFields, number: int, side: str) -> str:
-    """What `side` says in a turn: text with words, and with `<image>` places in a question only."""
+    """The text of a turn, which has to be by `side`. It has words, and `<image>` places only in a question."""
     turn = record.get("conversations")[number]
     if not isinstance(turn, dict):
         raise record.error(f"conversations[{number}]", 'an object with "from" and "value"', shown(turn))
@@ -255,6 +255,6 @@ def _value(record: JsonFields, number: int, side: str) -> str:
     said.check("value", side != "gpt" or IMAGE not in value, f"an answer without {IMAGE}")
     try:
         value.encode()
-    except UnicodeEncodeError:  # JSON can write half of a surrogate pair, a tokenizer cannot read it
+    except UnicodeEncodeError:  # JSON can hold half of a surrogate pair, which a tokenizer cannot read
         raise said.error("value", "whole characters") from None
     return value

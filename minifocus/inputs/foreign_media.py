@@ -1,8 +1,8 @@
-"""How other projects' records name a picture, a film or a sound, in keys and in the text.
+"""Finding pictures, films and sounds that a record names as other projects do, in keys and in the text.
 
-Here a picture is under "image" and its place is `<image>`. What is named in another way would be lost without a word, and the
-conversation trained on as one about nothing. The names are a closed list, and some stand for other things too: so a key counts
-only where it holds something, and what may be HTML's or a program's not where the text looks like either.
+Here a picture is under "image" and its place is `<image>`. A medium that is named in another way would be lost silently, and the
+conversation would be trained on without it. The names are a closed list. Some have other meanings too: so a key counts only if
+it holds something, and a word in brackets that may be HTML or code does not count where the text looks like either.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PLACE = re.compile(
     rf"(?P<more>(?:[ _:#-]?(?:{_MORE}))*) ?[|/]? ?>",
     re.IGNORECASE,
 )
-# A word in brackets alone may be a tag or a type that the text is about.
+# In a text that looks like code, a plain word in brackets may be a tag or a type.
 _CODE = re.compile(
     r"`|\b(?:html5?|xml|svg|jsx|css)\b|<\w+\s[^<>]*=|<\w+\s*/?>\s*(?:tags?|elements?|components?)\b"
     r"|</(?!(?:image|img|picture|pic|photo|video|vid|audio|sound|speech)\b)",
@@ -40,7 +40,7 @@ _CODE = re.compile(
 def foreign_key(fields: Mapping[str, Any], pictures: bool) -> str | None:
     """A key that names a medium and holds something; None if there is none.
 
-    `pictures`: the conversation has some. What only has a medium's name in its own, such as "image_id", then is about them.
+    `pictures` says that the conversation has some. A key such as "image_id", with more than a medium's name, is then about them.
     """
     for key, value in fields.items():
         medium = _medium(key)
@@ -51,7 +51,7 @@ def foreign_key(fields: Mapping[str, Any], pictures: bool) -> str | None:
 
 @lru_cache(maxsize=1024)
 def _medium(key: str) -> str | None:
-    """ "all" of a key is a medium's name, or "part"; None if nothing is."""
+    """Whether "all" of a key, or "part" of it, is a medium's name; None if nothing is."""
     if len(key) > 100:
         return None
     found = _KEY.fullmatch(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key).lower())
@@ -59,7 +59,7 @@ def _medium(key: str) -> str | None:
 
 
 def foreign_place(text: str, pictures: bool) -> str | None:
-    """A placeholder for a medium that is none of ours; None if there is none. `pictures`: as in `foreign_key`."""
+    """A placeholder for a medium other than `<image>`; None if there is none. `pictures`: as in `foreign_key`."""
     for found in _PLACE.finditer(text):
         word = found[0]
         if word == IMAGE or (pictures and found["picture"]):

@@ -1,8 +1,8 @@
-"""Picture → tiles: resized, cut, and normalised as CLIP's were.
+"""Picture → tiles: resized, cut, and normalised as for CLIP.
 
-LLaVA-1.5 takes the centre of the picture as one tile. LLaVA-NeXT takes a thumbnail of the whole picture and, row by
-row, the tiles of the grid resolution ("pinpoint") that fits it best. Both equal transformers' Pillow processors bit for
-bit. Sizes are (height, width) throughout.
+LLaVA-1.5 takes the centre of the picture as one tile. LLaVA-NeXT takes a thumbnail of the whole picture and then, row by row,
+the tiles of the grid resolution ("pinpoint") that fits it best. The values equal those of transformers' Pillow processors bit
+for bit. Sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PROCESSORS = {"llava": ("CLIPImageProcessor", "LlavaImageProcessor"), "llava_ne
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What a folder's processor file asks for. `size` is the shortest edge after resizing, or (height, width)."""
+    """The settings of a folder's processor file. `size` is the shortest edge after resizing, or (height, width)."""
 
     anyres: bool
     image_size: int
@@ -55,7 +55,7 @@ class ImageProcessor:
         """From `image_processor` in processor_config.json, else preprocessor_config.json, else the model's defaults.
 
         model_type is "llava" or "llava_next"; image_size and grid_pinpoints are the model's own (config.json). Raises
-        CheckpointError, naming file and key, for what this package does not do and for what the model cannot take.
+        CheckpointError, naming file and key, for a setting that this package does not support, or that does not fit the model.
         """
         anyres, square = model_type == "llava_next", (image_size,) * 2
         pinpoints = tuple((height, width) for height, width in grid_pinpoints) if anyres else ()
@@ -64,9 +64,9 @@ class ImageProcessor:
         fields = _read_fields(Path(folder), of_the_model)
         for key in ("do_resize", "do_rescale", "do_normalize"):
             fields.check(key, fields.get(key, True) is True, "true (nothing else is supported)")
-        # Null is transformers' default nowhere: of a flag it is a no, and of a number an error.
+        # Null never means transformers' default: for a flag it means no, and for a number it is an error.
         fields.check("use_square_size", fields.get("use_square_size", False) in (False, None), "false")
-        # In LLaVA-NeXT do_pad evens out a batch and touches no pixel; elsewhere it pads the picture to a square.
+        # In LLaVA-NeXT do_pad only fills up a batch with empty tiles; elsewhere it pads the picture to a square.
         fields.check("do_pad", anyres or fields.get("do_pad", False) in (False, None), "false (no padding to a square)")
         kind = str(fields.get("image_processor_type", _PROCESSORS[model_type][0]))
         kind = kind.removesuffix("Fast").removesuffix("Pil")
@@ -102,7 +102,7 @@ class ImageProcessor:
         else:
             tile = _resize_and_crop(image, self._resized(size), side, self.resample)
             pixels = np.asarray(tile).transpose(2, 0, 1)[None]
-        # A byte has 256 values: normalise those, in the order and precision of transformers, and look the pixels up.
+        # A byte has 256 values: normalise these, in the order and precision of transformers, and look the pixels up in them.
         levels = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
         values = np.empty(pixels.shape, dtype=np.float32)
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
@@ -110,7 +110,7 @@ class ImageProcessor:
         return torch.from_numpy(values), size
 
     def seen(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) of what the model sees of a picture of (h, w); beyond its edges where it is padded."""
+        """(left, top, right, bottom) of what the model sees of a picture of (h, w). It exceeds a picture that is padded."""
         if self.anyres:
             return 0, 0, size[1], size[0]
         ends = []
@@ -122,7 +122,7 @@ class ImageProcessor:
         return left, top, right, bottom
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
-        """LLaVA-1.5: what a picture of (h, w) is resized to, before its centre is cut out."""
+        """LLaVA-1.5: the size to which a picture of (h, w) is resized before its centre is cut out."""
         if isinstance(self.size, tuple):
             return self.size
         return int(self.size * size[0] / min(size)), int(self.size * size[1] / min(size))
@@ -142,7 +142,7 @@ class ImageProcessor:
 
 
 def _read_fields(folder: Path, of_the_model: dict[str, Any]) -> JsonFields:
-    """The fields of the folder's processor; `of_the_model` are those of a folder that has no file for it."""
+    """The fields of the folder's processor file. Without one they are `of_the_model`."""
     newer = JsonFields.of_file(folder / "processor_config.json", default={})
     if newer.given("image_processor"):
         return newer.section("image_processor")
@@ -165,20 +165,20 @@ def _read_edges(fields: JsonFields, key: str) -> int | tuple[int, int]:
 def _resize(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
     height, width = size
     if width > image.width and width * image.height > MAX_PIXELS:
-        # Pillow before 13 widens every row before it drops any. For a sliver millions of rows tall, drop first.
+        # Pillow before 13 resizes all rows first. A sliver of millions of rows is shortened before it is widened.
         image = image.resize((image.width, height), resample)
     return image.resize((width, height), resample)
 
 
 def _resize_and_crop(image: Image.Image, size: tuple[int, int], side: int, resample: int) -> Image.Image:
-    """The central side x side square of `image` resized to `size`; black where the resized picture is smaller."""
+    """The central side x side square of `image` resized to `size`, with black around a smaller picture."""
     height, width = size
     top, left = (height - side) // 2, (width - side) // 2
     y0, y1 = max(top, 0), min(top + side, height)
     x0, x1 = max(left, 0), min(left + side, width)
     if height * width <= MAX_PIXELS:
         region = _resize(image, size, resample).crop((x0, y0, x1, y1))
-    else:  # only what is kept is computed
+    else:  # resize only the part that is kept
         first_y, last_y, *box_y = _source(image.height, height, y0, y1)
         first_x, last_x, *box_x = _source(image.width, width, x0, x1)
         part = image.crop((first_x, first_y, last_x, last_y))
@@ -187,9 +187,9 @@ def _resize_and_crop(image: Image.Image, size: tuple[int, int], side: int, resam
 
 
 def _source(length: int, resized: int, start: int, stop: int) -> tuple[int, int, float, float]:
-    """The pixels [first, last) of an axis that make [start, stop) of the resized one, and that one's ends from `first`.
+    """The pixels [first, last) of an axis that make [start, stop) of the resized axis, and its start and stop from `first`.
 
-    They include the filter's reach (3 for Lanczos). Pillow holds the ends in float32, so they must be small numbers.
+    The pixels include the filter's reach (3 for Lanczos). Pillow holds start and stop in float32, so they must be small.
     """
     step = length / resized
     reach = 3 * max(step, 1) + 1

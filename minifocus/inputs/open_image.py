@@ -14,9 +14,9 @@ from ..errors import InputError
 from ..files.reading import FILE, kind, named, opened
 from .transparency import Stored, over_white
 
-MAX_PIXELS = 89_478_485  # 1 GiB / 12: Pillow's own warning limit, held here as an error and by this package itself
+MAX_PIXELS = 89_478_485  # 1 GiB / 12: Pillow's own warning limit, which this package enforces itself, as an error
 
-# A closed list: other plugins do more than decode. EPS runs Ghostscript, ICO and ICNS hide a second size inside.
+# A closed list, because other plugins do more than decode: EPS runs Ghostscript, and ICO and ICNS hold a second size.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF")
 _AS_CONTENT = "; a file's content goes in as PIL.Image.open(io.BytesIO(content))"
 _ORIENTATION = {  # EXIF tag 0x0112 → what a viewer does
@@ -34,7 +34,7 @@ def open_image(source: str | os.PathLike[str] | Image.Image, max_pixels: int = M
     """A file or a Pillow image as RGB, as a viewer shows it: upright, first frame, transparency over white.
 
     The size is checked before anything is decoded. Raises InputError, naming the file, for a missing or unreadable
-    file, a picture without pixels and one of more than `max_pixels`.
+    file, a picture without pixels, and one of more than `max_pixels`.
     """
     limit = whole("max_pixels", max_pixels, 1)
     if isinstance(source, Image.Image):
@@ -61,7 +61,7 @@ def _read(source: Image.Image | BinaryIO, name: str, max_pixels: int) -> Image.I
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source, name, max_pixels)
-        Image.init()  # registers every decoder, so that the list holds those of this Pillow
+        Image.init()  # registers every decoder of this Pillow
         with Image.open(source, formats=[known for known in _FORMATS if known in Image.OPEN]) as image:
             return _to_rgb(image, name, max_pixels)
     except InputError:
@@ -71,7 +71,7 @@ def _read(source: Image.Image | BinaryIO, name: str, max_pixels: int) -> Image.I
         raise InputError(f"{name}: not a picture that can be read: expected one of {formats}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{name}: over the limit of {max_pixels} pixels: {error}") from error
-    except Exception as error:  # Pillow's decoders raise nearly every class there is on damaged data
+    except Exception as error:  # on damaged data, Pillow's decoders raise nearly any class
         raise InputError(f"{name}: not a picture that can be read: {str(error)[:300]}") from error
 
 
@@ -93,21 +93,21 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         image = _to_eight_bits(image, name)
     image = over_white(image, opaque)
     image = image.transpose(_ORIENTATION[orientation]) if orientation in _ORIENTATION else image
-    image.info = {}  # the orientation is spent
+    image.info = {}  # the orientation has been applied and must not be again
     return image
 
 
 def _to_eight_bits(image: Image.Image, name: str) -> Image.Image:
     """A deep grey picture as 8-bit grey, rescaled where Pillow would clip.
 
-    16-bit values span 0…65535, other whole numbers 0…255 or 0…65535, floats 0…1 or 0…255. Values outside that have no known
-    white: their own range is used.
+    16-bit values span 0…65535, other whole numbers 0…255 or 0…65535, floats 0…1 or 0…255. For values outside of that no
+    white is known, so their own range is used.
     """
     values = np.asarray(image).astype(np.float64)
     low, high = float(values.min()), float(values.max())
     if not math.isfinite(high - low):
         raise InputError(f"{name}: the picture holds NaN or infinite values")
-    # Of 32-bit integers Pillow makes also what it reads of 16 bits: all such PPMs, and, in older versions, such PNGs.
+    # Pillow also reads 16-bit files as 32-bit integers: all such PPMs and, in older versions, such PNGs.
     deep = image.mode != "I" or image.format in ("PNG", "PPM")
     for white in (1.0, 255.0) if image.mode == "F" else (65535.0,) if deep else (255.0, 65535.0):
         if low >= 0 and high <= white:

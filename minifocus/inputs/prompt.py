@@ -1,11 +1,11 @@
-"""The user's question → the text that a model was trained to answer; and a conversation → the text that it is trained on.
+"""A question → the prompt to answer, and a conversation → the text to train on.
 
-A folder's own chat template says what that is (`chat_template.py`). A folder without one is asked in the named template
-that its vocabulary, or else its decoder, is usually trained with; `template=` names one for any folder.
+Both are written with the folder's own chat template (`chat_template.py`). A folder without one gets the named template that
+its vocabulary, or else its decoder, is usually trained with. `template=` names one for any folder.
 
-The named templates are the hub's, with two exceptions. "chatml" has the system's words that LLaVA-1.6-34B was trained with,
-which the hub's leaves out. "vicuna_v1" is for asking: LLaVA and its published scores have the system's words in front of
-Vicuna's prompt, which the hub's ("vicuna") leaves out. None holds a BOS token: the tokenizer puts it in front.
+The named templates are those of the hub's checkpoints, with two exceptions. "chatml" has the system prompt that LLaVA-1.6-34B
+was trained with; the hub's lacks it. "vicuna_v1" has the system prompt with which LLaVA's published scores were measured; the
+hub's, "vicuna", lacks it. None holds a BOS token: the tokenizer adds it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .. import arguments
 from ..errors import InputError
 from .chat_template import ChatTemplate, Message
-from .template_writer import IMAGE as IMAGE  # part of what a prompt is, wherever one is asked for
+from .template_writer import IMAGE as IMAGE  # callers take it from here, with the functions that use it
 from .template_writer import TemplateWriter
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ TEMPLATES = {
     "raw": "{question}",
 }
 
-_ANSWERS = dict.fromkeys(("vicuna", "vicuna_v1", "mistral"), " {answer}")  # else the answer follows at once
-_TURN_ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}  # else nothing of the template's own
-# What follows the system's words, which a conversation has once.
+_ANSWERS = dict.fromkeys(("vicuna", "vicuna_v1", "mistral"), " {answer}")  # with others the answer follows at once
+_TURN_ENDS = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}  # others write nothing after an answer
+# What begins each question after the system prompt, which a conversation has once.
 _TURN_BEGINS = {"vicuna_v1": "USER: ", "chatml": "<|im_start|>user\n"}
 
 
 def _render_named(name: str, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    """Messages whose content is text, in one of TEMPLATES. A prompt to go on from is a part of each question."""
+    """Write messages whose content is text with one of TEMPLATES. Each question ends with the prompt for its answer."""
     before, _, after = TEMPLATES[name].partition("{question}")
     begin = _TURN_BEGINS.get(name, before)
     text = before.removesuffix(begin)
@@ -66,10 +66,10 @@ Template = str | ChatTemplate  # the name of one of TEMPLATES, or a folder's own
 
 @dataclass(frozen=True)
 class Prompt:
-    """`instruction` is the span of the user's own words in `text`: without white space and `<image>` at either end.
+    """A prompt's text, and `instruction`, the span of the user's own words in it.
 
-    An `<image>` between the words stays inside the span. It is empty when a raw text has no words. Where a template changes
-    the words beyond recognition, it is all that follows the last picture.
+    The span has no white space or `<image>` at either end; an `<image>` between the words stays inside. It is empty when a raw
+    text has no words. Where a template changes the words so that they are not found, it is all that follows the last picture.
     """
 
     text: str
@@ -81,8 +81,8 @@ class TurnSpans:
     """Where a turn is in a conversation's text.
 
     instruction  the span of the user's own words, as in `Prompt`
-    asked        where the prompt ends that asks for the answer
-    ended        where the token ends that ends the answer
+    asked        where the prompt for the answer ends
+    ended        where the answer ends, with the token that ends it
     """
 
     instruction: tuple[int, int]
@@ -91,7 +91,7 @@ class TurnSpans:
 
 
 def detect_template(tokenizer: Tokenizer | None, text_model_type: str) -> str:
-    """The name of the template that a folder's vocabulary, or else its `text_config.model_type`, stands for."""
+    """The name of the template that fits a folder's vocabulary, or else its `text_config.model_type`."""
     if tokenizer is not None and tokenizer.token_id("<|start_header_id|>") is not None:
         return "llama3"
     if tokenizer is not None and tokenizer.token_id("<|im_start|>") is not None:
@@ -100,7 +100,7 @@ def detect_template(tokenizer: Tokenizer | None, text_model_type: str) -> str:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> Encoding:
-    """A template's text as tokens. One that writes its BOS token itself gets no special tokens from the tokenizer."""
+    """Tokenize what a template wrote. If it begins with the BOS token itself, the tokenizer adds no special tokens."""
     bos = tokenizer.special_tokens.get("bos_token")
     return tokenizer.encode(text, special=not (bos and text.startswith(bos)))
 
@@ -108,9 +108,9 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> Encoding:
 def build_prompt(question: str, num_images: int, template: Template) -> Prompt:
     """Put `question` into a template, with one `<image>` for each picture.
 
-    A question without `<image>` gets the pictures in front; one that has some keeps its own places, as far as the folder's
-    template does. The template "raw" takes the text as it stands and adds nothing. Raises InputError for an unknown
-    template, for a question without words, and when the places are not as many as the pictures.
+    A question without `<image>` gets the pictures in front. One that has some keeps their places, as far as the folder's
+    template keeps them. The template "raw" takes the text as it stands and adds nothing. Raises InputError for an unknown
+    template, for a question without words, and when there are not as many places as pictures.
     """
     writer = _writer(template)
     messages = [{"role": "user", "content": writer.content(question, num_images)}]
@@ -124,12 +124,12 @@ def build_prompt(question: str, num_images: int, template: Template) -> Prompt:
 def build_conversation(
     turns: Sequence[tuple[str, int, str]], template: Template, ends: Sequence[str], end: str | None
 ) -> tuple[str, list[TurnSpans]]:
-    """The text of turns, each (question, its number of pictures, answer), to train on, and where they are in it.
+    """Turns, each (question, number of its pictures, answer) → the text to train on, and each turn's place in it.
 
-    It is what the template makes of them, but for one thing: where none of `ends`, the tokens that end an answer when it is
-    made, follows an answer, `end` does, in place of the white space there. The hub's template for Vicuna, for one, writes
-    nothing there, and a model that is never shown where to end never does. Raises InputError, also for a template that
-    does not go on from the prompt that it asks with.
+    The template writes the text, with one addition. `ends` are the tokens that end an answer in generation. If none of them
+    follows an answer, `end` is put there, in place of white space. The hub's template for Vicuna, for one, writes no such token,
+    and a model that is never shown where to end never does. Raises InputError, also for a template whose conversation does not
+    begin with the prompt for its answer.
     """
     writer = _writer(template)
     messages = []
@@ -160,7 +160,7 @@ def build_conversation(
 
 
 def _words(text: str, begin: int, end: int) -> tuple[int, int]:
-    """The span of the words from `begin` to `end`: see `Prompt`."""
+    """The span of the words between `begin` and `end`: see `Prompt`."""
     words = text[begin:end].replace(IMAGE, " " * len(IMAGE))
     last = len(words.rstrip())
     first = min(len(words) - len(words.lstrip()), last)
@@ -168,7 +168,7 @@ def _words(text: str, begin: int, end: int) -> tuple[int, int]:
 
 
 def check_name(template: object) -> None:
-    """Raises InputError for what is not the name of one of TEMPLATES."""
+    """Raises InputError if `template` is not the name of one of TEMPLATES."""
     arguments.choice("template", template, tuple(TEMPLATES))
 
 

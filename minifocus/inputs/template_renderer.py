@@ -1,13 +1,13 @@
 """The program that renders chat templates: `python -I -S template_renderer.py FOLDER…`, with the folders to find jinja2 in.
 
-A template is a program that came with a checkpoint. Jinja's sandbox keeps it from the interpreter's insides, but bounds neither
-its time nor its memory, which no check of its text can. So it runs in a process of its own that has little of both and, by the
-time it begins, cannot open anything: no file, no socket, no pipe. `chat_template.py` starts it, without the package: it
-imports no torch, and is there in a moment.
+A template is a program that comes with a checkpoint. Jinja's sandbox keeps it away from the interpreter, but limits neither its
+time nor its memory, and no check of the template's text can. So it runs in its own process, which has little of both and cannot
+open anything once it has started: no file, no socket, no pipe. `chat_template.py` starts this file outside of the package: it
+imports no torch, and starts at once.
 
 Each line of the input is a request, {"source": ..., "variables": {...}}, and each line of the output the reply to it:
 {"text": ...}, or {"fault": "syntax", "line": ...}, "refused" (its own raise_exception) or "failed", each with "words".
-A template that takes more time than it may ends the process, which is its reply.
+A template that runs out of time ends the process without a reply.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ import time
 from datetime import datetime
 from typing import Any
 
-SECONDS = 2.0  # of processor time, where a usual template takes a ten-thousandth
-MEMORY = 2**29  # bytes of address space, of which a new interpreter with jinja2 has a tenth
-LONGEST = 2**20  # characters of the text, besides those that some multiple of the request explains
+SECONDS = 2.0  # of processor time; a usual template takes a ten-thousandth of it
+MEMORY = 2**29  # bytes of address space; the interpreter with jinja2 takes a tenth of it
+LONGEST = 2**20  # characters of the text, beyond a multiple of the request's length
 
 
 def main() -> None:
+    # With -I -S, only the standard library is on the path. jinja2 is wherever the asking process has it, be that a virtual
+    # environment, PYTHONPATH or a zip file; its folders come last, so that none hides a module of the standard library.
     sys.path += sys.argv[1:]
     environment = sandbox()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever presses Ctrl-C means the program that asks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the program that asks
     prepare()
     limit()
     compiled = functools.lru_cache(maxsize=16)(environment.from_string)
@@ -42,14 +44,14 @@ def main() -> None:
 
 
 def prepare() -> None:
-    """What Python and Jinja read only when a template first needs it, while there is still something to read it with."""
+    """Import what Python and Jinja import only when a template needs it, while files can still be opened."""
     for name in ("jinja2.debug", "jinja2.constants", "encodings.unicode_escape", "pprint", "textwrap"):
         importlib.import_module(name)
     time.localtime()
 
 
 def limit() -> None:
-    """What a template can use up or open, from now on, where the system has such limits."""
+    """Limit what a template can use or open from now on, as far as the system has such limits."""
     with contextlib.suppress(ImportError):
         import resource
 
@@ -60,7 +62,7 @@ def limit() -> None:
 
 @contextlib.contextmanager
 def deadline() -> Any:
-    """The system ends the process when the time is up, whatever it is in the middle of."""
+    """Inside the block, the system ends the process when the time is up, whatever it is doing."""
     if not hasattr(signal, "setitimer"):
         yield
         return
@@ -96,7 +98,7 @@ def brief(words: object) -> str:
 
 
 def sandbox() -> Any:
-    """Jinja as chat templates are written for: with the settings and names that transformers gives them."""
+    """Jinja with the settings and names that transformers gives to chat templates."""
     from jinja2 import TemplateError
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
@@ -105,7 +107,7 @@ def sandbox() -> Any:
     from jinja2.utils import Namespace
 
     class Generation(Extension):
-        """{% generation %} … {% endgeneration %}, which marks what the model is to say. Here it is text like any other."""
+        """{% generation %} … {% endgeneration %}, which marks the model's own words. Here it is text like any other."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -118,7 +120,7 @@ def sandbox() -> Any:
             return str(caller())
 
     class Names(Namespace):
-        """`namespace`, without the names that lead into the interpreter."""
+        """`namespace`, but without the names that lead into the interpreter."""
 
         def __init__(*arguments: Any, **values: Any):
             own, *rest = arguments

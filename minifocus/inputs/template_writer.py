@@ -1,7 +1,7 @@
-"""Messages as a template writes them, and where the texts of the messages are in what it has written.
+"""Writing messages with a template, and finding their texts in what it wrote.
 
-A template may put anything around the texts, and may change them. What it puts there is found out once for each form of
-messages, by giving it marks for texts.
+A template may put anything around the texts, and may change them. What it puts around them is found by rendering marks in place
+of the texts, once for each form of messages. The form is how many messages there are, and of which parts.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _PICTURE = {"type": "image", "image": "<Image>"}  # as transformers shows a temp
 class TemplateWriter:
     """A template, and what was found out about it.
 
-    name    what an error calls it
-    render  messages, and whether the answer's beginning is to follow → text
-    parts   whether contents are lists of parts, and not text with `<image>` in it; None until that is asked
-    raw     whether the text is the question as it stands
-    frames  by the form of the messages
+    name    its name in errors
+    render  (messages, whether to end with the prompt for an answer) → text
+    parts   True: a message's content is a list of parts; False: it is text with `<image>` in it; None: not known yet
+    raw     whether the text is the question itself, with nothing added
+    frames  what it writes around the texts, by the form of the messages
     """
 
     name: str
@@ -39,7 +39,7 @@ class TemplateWriter:
     frames: dict[Any, Frame] = field(default_factory=dict)
 
     def content(self, question: str, num_images: int) -> Any:
-        """The content of the message that asks `question`, with its pictures. Checks both."""
+        """The content of the message that asks `question` about its pictures. Raises InputError where they do not fit."""
         if not question or not (question.replace(IMAGE, "").strip() or self.raw):
             raise InputError(f"prompt: expected a question, got {shown(question)}")
         places = question.count(IMAGE)
@@ -54,10 +54,11 @@ class TemplateWriter:
         return [part for part in pieces if part is _PICTURE or part["text"].strip()]
 
     def answer(self, answer: str) -> Any:
+        """The content of the message that answers."""
         return [_text(answer)] if self.takes_parts() else answer
 
     def takes_parts(self) -> bool:
-        """Whether contents are lists of parts. The template of a language model may take text alone, with `<image>` in it."""
+        """Whether contents are lists of parts. A language model's template may take only text, with `<image>` in it."""
         if self.parts is None:
             self.parts = self._takes_parts()
         return self.parts
@@ -65,7 +66,7 @@ class TemplateWriter:
     def _takes_parts(self) -> bool:
         mark = _mark(0)
         fault: TemplateFails | InputError | None = None
-        for places in (1, 0):  # a template without a place for pictures is good for questions about none
+        for places in (1, 0):  # a template without places for pictures still serves questions without any
             for parts in (True, False):
                 content = [*[_PICTURE] * places, _text(mark)] if parts else f"{IMAGE}\n" * places + mark
                 try:
@@ -73,13 +74,13 @@ class TemplateWriter:
                 except (TemplateFails, InputError) as error:
                     fault = fault or error
                     continue
-                # Where text is expected, the list itself may be written out.
+                # A template that expects text may write out the list itself.
                 if mark in text and text.count(IMAGE) == places and "'type'" not in text and '"type"' not in text:
                     return parts
         raise fault or CheckpointError(f"{self.name}: expected a chat template that writes the question")
 
     def write(self, messages: list[Message], num_images: int) -> tuple[str, list[list[tuple[int, int]]] | None]:
-        """Messages as the template writes them, and for each where its texts are: None if they cannot be found."""
+        """The text of the messages, and the spans of each one's texts in it: None if they cannot be found."""
         text = self.render(messages, messages[-1]["role"] == "user")
         if text.count(IMAGE) != num_images:
             raise InputError(
@@ -88,7 +89,7 @@ class TemplateWriter:
         texts = [_texts(message) for message in messages]
         values = [value for own in texts for value in own]
         spans = self.frame(messages).find(text, values)
-        if spans is None:  # what stands around them may have changed: a template can ask for the date
+        if spans is None:  # what is around them may have changed: a template can write the date
             self.frames.clear()
             spans = self.frame(messages).find(text, values)
         if spans is None:
@@ -97,7 +98,7 @@ class TemplateWriter:
         return text, [[next(places) for _ in own] for own in texts]
 
     def frame(self, messages: list[Message]) -> Frame:
-        """What surrounds the texts of messages of this form."""
+        """What the template writes around the texts of messages of this form."""
         form = tuple(tuple(part["type"] for part in m["content"]) if self.parts else () for m in messages)
         frame = self.frames.get(form)
         if frame is None:
@@ -142,16 +143,16 @@ class Frame:
     """What a template writes around the texts of messages of one form.
 
     literals  before the first text, between one and the next, and after the last
-    leads     per answer, how many of the characters before it are not of the prompt that asks for it
+    leads     per answer, how many characters stand between the prompt for it and the answer
     """
 
     literals: list[str]
     leads: list[int]
 
     def find(self, text: str, values: Sequence[str]) -> list[tuple[int, int]] | None:
-        """Where `values` are in what a template has written, as they are or without white space around them.
+        """The spans of `values` in a text that the template wrote. They may have lost white space at their ends.
 
-        A single one may be changed in any way. None where the text is not made so.
+        A single value may be changed in any way. None if the text does not fit this frame.
         """
         start, end = len(self.literals[0]), len(text) - len(self.literals[-1])
         if start > end or not (text.startswith(self.literals[0]) and text.endswith(self.literals[-1])):
@@ -178,5 +179,5 @@ def _texts(message: Message) -> list[str]:
 
 
 def _mark(number: int) -> str:
-    """What stands for a text: no template takes a row of digits apart."""
+    """A mark in place of a text: digits, which no template splits or changes."""
     return f"5061{number:06}7394"

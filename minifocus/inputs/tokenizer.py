@@ -1,6 +1,6 @@
-"""Text ↔ token ids, with the libraries that define them: `tokenizers` for tokenizer.json, else `sentencepiece`.
+"""Text ↔ token ids, by the libraries that define them: `tokenizers` for tokenizer.json, else `sentencepiece`.
 
-Both are imported only when a folder asks for them.
+Each is imported only when a folder needs it.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 @dataclass(frozen=True)
 class Encoding:
-    """Token ids and, for each, the span of characters it stands for: (0, 0) where the tokenizer added the token."""
+    """Token ids, and for each the span of characters that it stands for. A token that the tokenizer added has (0, 0)."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
 
 
 class Tokenizer:
-    """What AutoTokenizer makes of the same folder, except that a BOS token is never put before another one."""
+    """Equals transformers' AutoTokenizer of the same folder, except that a BOS token is never put before another one."""
 
     def __init__(self, backend: _TokenizersBackend | _SentencePieceBackend, named: dict[str, str]):
-        """`named` holds the contents of bos_token, eos_token and pad_token where the folder has them."""
+        """`named` holds the texts of bos_token, eos_token and so on, as far as the folder has them."""
         self._backend = backend
-        self.special_tokens = {key: named[key] for key in _NAMED if key in named}  # what chat templates know of
+        self.special_tokens = {key: named[key] for key in _NAMED if key in named}  # for chat templates
         self.vocab_size = backend.size()
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (
             self.token_id(named[key]) if key in named else None for key in ("bos_token", "eos_token", "pad_token")
@@ -67,13 +67,13 @@ class Tokenizer:
         return self._backend.token_id(token)
 
     def token(self, token_id: int) -> str | None:
-        """A token as the vocabulary has it; None for an id that stands for none."""
+        """A token's text in the vocabulary; None for an id without a token."""
         return self._backend.piece(token_id) if 0 <= token_id < self.vocab_size else None
 
     def encode(self, text: str, special: bool = True) -> Encoding:
-        """Special tokens written out in the text become those tokens. Raises InputError for what is not text.
+        """A special token that is written out in the text becomes that token. Raises InputError if `text` is not text.
 
-        Without `special`, the tokenizer adds none of its own at either end.
+        Without `special`, the tokenizer adds no tokens of its own at either end.
         """
         if not isinstance(text, str):
             raise InputError(f"expected text to tokenize, got {type(text).__name__}")
@@ -87,7 +87,7 @@ class Tokenizer:
         return Encoding(ids, offsets)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Ids → text. Ids that stand for no token (a padded vocabulary has some) are left out."""
+        """Ids → text. Ids without a token, which a padded vocabulary has, are left out."""
         return self._backend.decode([token_id for token_id in ids if self._is_text(token_id, skip_special_tokens)])
 
     def _is_text(self, token_id: int, skip_special_tokens: bool) -> bool:
@@ -96,20 +96,20 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Text while it is generated: the pieces from `push` and the last one from `flush` join to `decode(all ids)`."""
+    """Decodes while tokens are generated. The pieces of `push` and the last one of `flush` join to `decode(all ids)`."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._ids: list[int] = []  # what is not out yet, after the token before it: a first token loses its space
-        self._out = ""  # how much of the text of _ids is out
+        self._ids: list[int] = []  # what is not out yet, after the last token that is: a first token loses its space
+        self._out = ""  # the part of the text of _ids that is out
 
     def push(self, token_id: int) -> str:
-        """The text that has become final with this token; "" while a character may still be incomplete."""
+        """The text that this token makes final; "" while a character may still be incomplete."""
         if not self._tokenizer._is_text(token_id, self._skip):
             return ""
         self._ids.append(token_id)
-        # A run of byte tokens is decoded as one: until it has ended, one bad byte can turn all of it into U+FFFD.
+        # A run of byte tokens is decoded together: until it has ended, a bad byte can turn all of it into U+FFFD.
         if _BYTE.fullmatch(self._tokenizer._backend.piece(token_id) or ""):
             return ""
         text = self._tokenizer.decode(self._ids, self._skip)
@@ -120,14 +120,14 @@ class StreamDecoder:
         return final
 
     def flush(self) -> str:
-        """The rest, when no more tokens will come; the decoder is then as new."""
+        """The rest of the text, when no more tokens will come. The decoder then starts anew."""
         final = self._tokenizer.decode(self._ids, self._skip)[len(self._out) :]
         self._ids, self._out = [], ""
         return final
 
 
 def _read_settings(folder: Path) -> tuple[JsonFields, dict[int, dict[str, Any]]]:
-    """tokenizer_config.json, and the added tokens by id. Without its own list, two older files complete it."""
+    """tokenizer_config.json, and the added tokens by id. If it does not list these, two older files do."""
     settings = JsonFields.of_file(folder / "tokenizer_config.json", default={})
     settings.check("split_special_tokens", not settings.get("split_special_tokens"), "false")
     added: dict[int, dict[str, Any]] = {}
@@ -153,19 +153,19 @@ def _read_settings(folder: Path) -> tuple[JsonFields, dict[int, dict[str, Any]]]
 
 
 def _added_token(content: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the library's AddedToken; of those that are not given, its defaults."""
+    """The arguments for the library's AddedToken. Flags that are not `given` are as the library sets them."""
     flags = {flag: bool(given.get(flag)) for flag in ("lstrip", "rstrip", "single_word", "special")}
     return {"content": content, "normalized": bool(given.get("normalized", not flags["special"])), **flags}
 
 
 def _content(value: Any) -> str | None:
-    """A token is written as a string or as an object with its content."""
+    """The text of a token, which files write as a string or as an object with its content."""
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
 
 
 def _extra(settings: JsonFields) -> list[str]:
-    """Special tokens without a role, under their new or their old name."""
+    """The texts of special tokens without a role, under the key's new or old name."""
     key = "extra_special_tokens" if settings.get("extra_special_tokens") else "additional_special_tokens"
     tokens = settings.get(key) or []
     settings.check(key, isinstance(tokens, list | dict), "a list of special tokens")
@@ -174,7 +174,7 @@ def _extra(settings: JsonFields) -> list[str]:
 
 
 def _join(pieces: Iterable[str]) -> str:
-    """Pieces put together; a run of byte tokens that is not UTF-8 becomes one U+FFFD for each of them."""
+    """Join pieces. In a run of byte tokens that is not UTF-8, each becomes one U+FFFD."""
     text, run = "", b""
     for piece in (*pieces, ""):
         if _BYTE.fullmatch(piece):
@@ -191,7 +191,7 @@ def _join(pieces: Iterable[str]) -> str:
 
 
 class _TokenizersBackend:
-    """tokenizer.json, with the tokens that only the other files know of. Its own post-processor decides about BOS."""
+    """tokenizer.json, with the tokens that only the other files have. Its own post-processor decides about BOS."""
 
     def __init__(self, file: Path, settings: JsonFields, named: dict[str, str], added: dict[int, dict[str, Any]]):
         from tokenizers import AddedToken
@@ -201,7 +201,7 @@ class _TokenizersBackend:
         self._library.no_truncation()
         self._library.no_padding()
         present = self._library.get_added_tokens_decoder()
-        if "added_tokens_decoder" not in settings:  # then tokenizer.json knows its tokens better than the older files
+        if "added_tokens_decoder" not in settings:  # then tokenizer.json is more reliable than the older files
             added = {token_id: token for token_id, token in added.items() if token_id not in present}
         known = {repr(token) for token in present.values()}
         tokens = [AddedToken(**added[token_id]) for token_id in sorted(added)]
@@ -232,17 +232,17 @@ class _SentencePieceBackend:
     """tokenizer.model of Llama's kind: no normalisation, spaces as "▁", unknown characters as bytes.
 
     The text is split at added tokens. `legacy` in tokenizer_config.json (true when absent, as when the flag was new)
-    puts a "▁" before every stretch of text in between; otherwise only the start of the whole text gets one.
+    puts a "▁" before each stretch of text between them. Otherwise only the start of the whole text gets one.
     """
 
     def __init__(self, file: Path, settings: JsonFields, named: dict[str, str], added: dict[int, dict[str, Any]]):
         from sentencepiece import SentencePieceProcessor
 
-        # Which may ask for pieces by chance.
+        # They may ask for pieces that are drawn at random.
         settings.check("sp_model_kwargs", not settings.get("sp_model_kwargs"), "none")
         model = read_bytes(file)
         with_prefix = _join(SentencePieceProcessor(model_proto=model).encode("ﬁ  x ", out_type=str))
-        # Python has no switch for the model's own "▁". Protobuf merges a repeated message into the first one, so these
+        # The Python API cannot switch off the model's own "▁". Protobuf merges a repeated message into the first one, so these
         # four bytes set normalizer_spec.add_dummy_prefix (field 3 of field 3) to false.
         self._model = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
         if _join(self._model.encode("ﬁ  x ", out_type=str)) != "ﬁ▁▁x▁":
@@ -261,7 +261,7 @@ class _SentencePieceBackend:
         specials = [*named.values(), *_extra(settings)]
         for content in specials:
             token_id = self._model.piece_to_id(content)
-            if self._model.id_to_piece(token_id) != content:  # a token that no file gives an id comes after all others
+            if self._model.id_to_piece(token_id) != content:  # a token without an id in any file comes after all others
                 token_id = max([self._model.get_piece_size() - 1, *self._ids.values()]) + 1
             self._ids.setdefault(content, token_id)
         self.special = {self._ids[content] for content in specials}
@@ -299,7 +299,7 @@ class _SentencePieceBackend:
                 at, end = end, end + len(piece)
             elif bytes_left:
                 bytes_left -= 1
-            else:  # all bytes of a character stand for that character
+            else:  # each byte of a character stands for that character
                 at, end, bytes_left = end, end + 1, len(text[end].encode()) - 1
             offsets.append((start + max(at - len(prefix), 0), start + max(end - len(prefix), 0)))
 

@@ -1,8 +1,8 @@
-"""What of a picture is transparent: by a channel of its own, by its palette, or by a value that its file names; all over white.
+"""A picture's transparent parts, put over white. An alpha channel, the palette, or one key value in the file can make them.
 
-Pillow names such a value in info["transparency"], as it stands in the file, but widens a PNG's shallow greys and narrows
-its deep colours, and says so only until it has loaded them. A PNG's viewers compare the samples as they are stored, by all
-of their bits and no others of the key's.
+Pillow gives the key value in info["transparency"] as it is in the file. But it widens a PNG's shallow greys and narrows its
+deep colours, and tells their depth only until the pixels are loaded. PNG viewers compare the stored samples with the key by
+exactly the bits that a sample has.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _WHITE = (255, 255, 255, 255)
 
 @dataclass(frozen=True)
 class Stored:
-    """What a Pillow image says of its file only until its pixels are loaded.
+    """What a Pillow image tells about its file only until the pixels are loaded.
 
-    clear  info["transparency"]; what a tRNS chunk after the pixels would put there counts for nothing
-    bits   of a sample: 2, 4 or 8, or 16 of colours; None where they are not known
-    low    of a PNG of 16-bit colours, the low bytes; Pillow keeps the high ones
-    frame  (left, top, right, bottom) that a GIF's first frame covers; its canvas is transparent around that
+    clear  info["transparency"], without that of a tRNS chunk after the pixels, which is not valid
+    bits   the bits of a sample: 2, 4 or 8, or 16 for colours; None: not known
+    low    the low bytes of a PNG of 16-bit colours, of which Pillow keeps the high ones
+    frame  (left, top, right, bottom) of a GIF's first frame; the canvas around it is transparent
     """
 
     clear: Any = None
@@ -39,7 +39,7 @@ class Stored:
     def of(cls, image: Image.Image) -> Stored:
         clear = image.info.get("transparency")
         tiles = getattr(image, "tile", None) if image.tell() == 0 else None
-        if image.format not in ("PNG", None):  # None: whatever the caller made it of
+        if image.format not in ("PNG", None):  # None: the caller made the image
             return cls(clear, bits=8, frame=tuple(tiles[0][1]) if tiles and image.format == "GIF" else None)
         if not tiles or clear is None:
             return cls(clear)
@@ -49,9 +49,9 @@ class Stored:
         return cls(clear, bits={"L;2": 2, "L;4": 4}.get(sample, 8))
 
     def opaque(self, image: Image.Image, name: str) -> Image.Image | None:
-        """[height, width], mode "L": 0 where the loaded image is transparent by `clear` or `frame`; None if nowhere.
+        """[height, width], mode "L": 0 where `clear` or `frame` makes the loaded image transparent; None if nowhere.
 
-        `clear` is ignored in modes of which Pillow does not mean it. Raises InputError where it is none.
+        `clear` is ignored in modes for which Pillow gives it no meaning. Raises InputError for one that does not fit the mode.
         """
         opaque = None if self.clear is None else self._by_value(image, name)
         if self.frame is None or self.frame == (0, 0, *image.size):
@@ -83,7 +83,7 @@ class Stored:
             if not (colour and len(clear) == 3):
                 raise refusal("three whole numbers")
             key = [int(value) for value in clear]
-            # Where it is not known, 16 bits are told by the key alone; the low ones are lost and the high ones decide.
+            # Where the bits are not known, a key above 255 means 16. The low bytes are then lost, and the high ones decide.
             deep = max(key) > 255 if self.bits is None else self.bits == 16
             values = [value >> 8 if deep else value for value in key]
             bands = image.split()
@@ -98,7 +98,7 @@ class Stored:
         if one is None:
             raise refusal("a whole number")
         if mode == "1":
-            return _differs(image.convert("L"), 255 * (one & 1))  # of which older versions make 1, newer ones 255
+            return _differs(image.convert("L"), 255 * (one & 1))  # older versions have 1 there, newer ones 255
         if mode == "L":
             top = 2 ** (self.bits or _bits(image, one)) - 1
             return _differs(image, (one & top) * (255 // top))
@@ -106,14 +106,14 @@ class Stored:
 
 
 def over_white(image: Image.Image, opaque: Image.Image | None) -> Image.Image:
-    """A loaded image as RGB, where it or `opaque` is transparent over white. The image is left as it is."""
+    """A loaded image as a new one in RGB, over white where it is transparent itself or by `opaque`."""
     if image.mode in ("RGBa", "La"):  # colours already multiplied by their alpha
         image = image.convert(image.mode.upper())
     if opaque is not None:
         image = image.copy()
-        image.info.pop("transparency", None)  # Pillow would apply it as well, and to the palette of the original
+        image.info.pop("transparency", None)  # Pillow would apply it too, and to the original's palette
     if image.mode == "P" and not (image.palette and image.palette.mode.endswith("A")):
-        image = image.convert("RGB")  # a palette without alpha may hold anything beside the colours
+        image = image.convert("RGB")  # a palette without alpha may hold anything after its colours
     if opaque is not None or image.mode == "P" or "A" in image.getbands():
         image = image.convert("RGBA")
         if opaque is not None:
@@ -123,7 +123,7 @@ def over_white(image: Image.Image, opaque: Image.Image | None) -> Image.Image:
 
 
 def _low_bytes(image: Any) -> Image.Image:
-    """The low bytes of a PNG's 16-bit colours: the file read once more, as if the bytes stood the other way round."""
+    """The low bytes of a PNG's 16-bit colours: the file is read once more in the other byte order."""
     again: Any = Image.open(image.fp, formats=["PNG"])
     again.tile = [(*again.tile[0][:3], "RGB;16L")]
     again.load()
@@ -132,7 +132,7 @@ def _low_bytes(image: Any) -> Image.Image:
 
 
 def _bits(image: Image.Image, key: int) -> int:
-    """The fewest bits that the values of a loaded grey picture, and its key, can have had in a PNG."""
+    """The fewest bits with which a PNG can store the values of a loaded grey picture and its key."""
     present = [value for value, count in enumerate(image.histogram()) if count]
     for bits, step in ((2, 85), (4, 17)):
         if key < 2**bits and not any(value % step for value in present):

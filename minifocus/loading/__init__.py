@@ -1,1 +1,1 @@
-"""A model's folder in Hugging Face's layout: its config, its weights, and how a saved one takes the place of another."""
+"""A model's folder in Hugging Face's layout: reading its config and weights, and replacing one saved model by another."""

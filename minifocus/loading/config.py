@@ -1,8 +1,7 @@
 """config.json of a LLaVA-1.5 or LLaVA-NeXT folder, read strictly.
 
-Absent fields take the defaults that transformers gives them, which differ between an absent and a partial
-`vision_config`; null is one of them only where it is for transformers. Anything that this package would compute
-differently from what transformers makes of the file is refused.
+Absent fields take transformers' defaults, which differ between an absent and a partial `vision_config`. Null stands for a
+default only where it does in transformers. A file of which transformers would make another model than this package is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ TEXT_MODEL_TYPES = ("llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Keys by which transformers leads elsewhere, or gives layers settings of their own.
+# Keys that make transformers read other keys or files, or give single layers their own settings.
 _UNSUPPORTED = ("attribute_map", "configuration_files", "is_causal", "per_layer_config", "transformers_weights")
 _UNSUPPORTED_TEXT = ("attention_chunk_size", "attribute_map", "kv_sharing_modes", "per_layer_config")
 _UNSUPPORTED_VISION = ("attribute_map", "per_layer_config")
@@ -43,13 +42,13 @@ _CLIP_L_336 = dict(
 _CLIP_B_32 = dict(
     hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, image_size=224, patch_size=32
 )
-# LLaVA-NeXT's own, which both config.json and the picture processor's file may leave out.
+# LLaVA-NeXT's default, in config.json and in the image processor's file.
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A CLIP vision transformer. `image_size` is one tile's side, in pixels."""
+    """A CLIP vision transformer. `image_size` is the side of a tile in pixels."""
 
     hidden_size: int
     intermediate_size: int
@@ -68,7 +67,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding; the last four fields belong to `linear` (factor) and `llama3` (all)."""
+    """Rotary position embedding. Of the last four fields, `linear` uses the factor and `llama3` uses all."""
 
     rope_type: str
     rope_theta: float
@@ -160,8 +159,8 @@ def _read_vision(top: JsonFields) -> VisionConfig:
 
 
 def _read_rope(section: JsonFields, max_position_embeddings: int) -> RopeConfig:
-    # A rope_scaling (the older name) that says anything replaces rope_parameters; what is inside either beats the same
-    # key beside it, except for llama3's original length.
+    # A rope_scaling (the older name) that is not empty replaces rope_parameters. A key inside either wins over the same key
+    # beside it, except for llama3's original length.
     older, newer = section.section("rope_scaling"), section.section("rope_parameters")
     rope = older if older.members else newer
     if "type" in rope and "rope_type" not in rope:
@@ -198,7 +197,7 @@ def _read_text(top: JsonFields) -> TextConfig:
         raise section.error("is_causal", "true")
     hidden_size = section.integer("hidden_size", 4096)
     heads = section.integer("num_attention_heads", 32)
-    if model_type == "llama" and hidden_size % heads:  # which transformers refuses, whatever head_dim says
+    if model_type == "llama" and hidden_size % heads:  # transformers refuses it, whatever head_dim says
         raise section.error("hidden_size", f"a multiple of num_attention_heads ({heads})")
     kv_key = "num_key_value_heads"
     kv_heads = section.integer(kv_key, defaults[kv_key]) if defaults[kv_key] or section.given(kv_key) else heads
@@ -211,7 +210,8 @@ def _read_text(top: JsonFields) -> TextConfig:
         raise section.error("head_dim", f"at most {LARGEST_SIZE} channels in all of the num_attention_heads ({heads})")
     positions = section.integer("max_position_embeddings", defaults["max_position_embeddings"])
     context = positions
-    # A window, which mistral has unless it says null, changes nothing until a sequence outgrows it: so long may one be.
+    # Mistral has a sliding window unless it is null. A window changes nothing while a sequence fits into it, so the sequence
+    # is limited to it.
     if section.given("sliding_window") or ("sliding_window" not in section and model_type == "mistral"):
         context = min(positions, section.integer("sliding_window", 4096))
     return TextConfig(
@@ -261,9 +261,9 @@ def _read_dtype(top: JsonFields) -> torch.dtype | None:
 
 
 def load_config(folder: Path) -> Config:
-    """Read `folder`/config.json, and generation_config.json where there is one.
+    """Read `folder`/config.json, and generation_config.json if there is one.
 
-    Raises CheckpointError, naming file and key, for anything missing, malformed or not supported.
+    Raises CheckpointError, which names file and key, for anything missing, malformed or not supported.
     """
     file = folder / "config.json"
     top = JsonFields.of_file(file)
@@ -288,7 +288,9 @@ def load_config(folder: Path) -> Config:
     if image_token_id >= text.vocab_size:
         raise top.error(token_key, f"less than text_config.vocab_size ({text.vocab_size})")
     tied, decoder_tied = (s.boolean("tie_word_embeddings", False) for s in (top, top.section("text_config")))
-    tied = tied or (decoder_tied and model_type == "llava")  # LLaVA-NeXT's decoder is not asked
+    tied = tied or (
+        decoder_tied and model_type == "llava"
+    )  # transformers does not look at LLaVA-NeXT's decoder for this
 
     generation = read_generation_config(folder, top, top.section("text_config"))
     return Config(

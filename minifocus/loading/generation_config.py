@@ -1,4 +1,4 @@
-"""generation_config.json: how a folder wants its answers decoded. What is not followed is named in the log."""
+"""generation_config.json: how a folder wants its answers decoded. The log names the settings that are not followed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _EXACT_CACHES = (
     *("dynamic", "offloaded", "static", "offloaded_static", "paged"),
     *("sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
 )
-# Keys that change transformers' answers and that nothing here follows: the values that ask for nothing, and what is lost.
+# Keys that change transformers' answers and are not followed here: the values that change nothing, and what is lost otherwise.
 _LOST: dict[str, tuple[tuple[Any, ...], str]] = {
     "num_beams": ((1,), "beam search"),
     "num_beam_groups": ((1,), "diverse beam search"),
@@ -53,11 +53,11 @@ _log = logging.getLogger("minifocus")
 @dataclass(frozen=True)
 class GenerationConfig:
     """
-    constraints     see `Constraints`; its `min_new_tokens` is 0 where the folder has none
-    min_length      in tokens of prompt and answer, where there is no min_new_tokens
-    max_new_tokens  of an answer; None: by `max_length`
-    max_length      in tokens of prompt and answer; None: by whoever asks
-    eos_token_ids   that end an answer
+    constraints     penalties and bans, see `Constraints`
+    min_length      the least number of tokens of prompt and answer; 0 where min_new_tokens is given instead
+    max_new_tokens  the most tokens of an answer; None: not limited by this
+    max_length      the most tokens of prompt and answer; None: not limited by this
+    eos_token_ids   the tokens that end an answer
     """
 
     constraints: Constraints = field(default_factory=Constraints)
@@ -68,9 +68,9 @@ class GenerationConfig:
 
 
 def read_generation_config(folder: Path, top: JsonFields, text: JsonFields) -> GenerationConfig:
-    """Of `folder`/generation_config.json; without one, of config.json's own fields `top` and its text_config's `text`.
+    """Read `folder`/generation_config.json. Without one, read config.json: its fields `top` and its text_config `text`.
 
-    The stop tokens come from the first of the three that has some. Raises CheckpointError, naming file and key.
+    The stop tokens come from the first of the three that has any. Raises CheckpointError, which names file and key.
     """
     file = folder / "generation_config.json"
     own = JsonFields.of_file(file) if present(file) else None

@@ -1,4 +1,4 @@
-"""One JSON object, read key by key: every error names the file, the key, what was expected and what is there."""
+"""Reading a JSON object key by key. Every error names the file, the key, what was expected and what is there."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from ..arguments import shown
 from ..errors import CheckpointError, InputError
 from ..files.reading import Failure, named, present, read_json
 
-# Of any size in a file, and of what some multiply to: it keeps a product of two, in bytes, within 64 bits.
+# The largest size that a file may give, and the largest product of some sizes: the product of two such, in bytes, stays
+# within 64 bits.
 LARGEST_SIZE = 2**26
 
 
 class JsonFields:
-    """The members of a JSON object.
+    """A JSON object and where it stands.
 
-    members  as `json` reads them
-    where    what an error begins with: the file, or a record of one
-    path     the keys that lead from there to this object, each with a dot after it
+    members  its keys and values, as `json` reads them
+    where    what an error begins with: the file's name, or a record's place in it
+    path     the keys that lead from there to this object, each followed by a dot
     failure  the class of the errors
     """
 
@@ -29,14 +30,14 @@ class JsonFields:
 
     @classmethod
     def of_file(cls, file: Path, default: dict[str, Any] | None = None) -> JsonFields:
-        """The object in a file of a model's folder; with a `default`, that one where there is no such file."""
+        """The object in a file of a model's folder. With a `default`, the file may be absent."""
         return cls(read_json(file) if default is None or present(file) else default, named(file))
 
     def __contains__(self, key: str) -> bool:
         return key in self.members
 
     def get(self, key: str, default: Any = None) -> Any:
-        """What the key holds, unchecked."""
+        """The key's value, unchecked."""
         return self.members.get(key, default)
 
     def given(self, key: str) -> bool:
@@ -44,37 +45,38 @@ class JsonFields:
         return self.members.get(key) is not None
 
     def error(self, key: str, expected: str, got: str | None = None) -> CheckpointError | InputError:
-        """The error to raise for a key; `got` says what is wrong with it if its value alone does not."""
+        """The error to raise for a key. `got` replaces the key's value in the text."""
         if got is None:
             got = shown(self.members[key]) if key in self.members else "no such key"
         return self.failure(f"{self.where}: {self.path}{key}: expected {expected}, got {got}")
 
     def check(self, key: str, valid: bool, expected: str) -> None:
+        """Raise the key's error unless `valid`."""
         if not valid:
             raise self.error(key, expected)
 
     def section(self, key: str) -> JsonFields:
-        """The object under a key; one without members where it is absent or null."""
+        """The object under a key. An absent or null one has no members."""
         value = self.members.get(key)
         self.check(key, value is None or isinstance(value, dict), "an object")
         return JsonFields(value or {}, self.where, f"{self.path}{key}.", self.failure)
 
     def integer(self, key: str, default: int | None, minimum: int = 1) -> int:
-        """A whole number up to LARGEST_SIZE. Without a default (None) the key has to be there, here and below."""
+        """A whole number from `minimum` to LARGEST_SIZE. With the default None, the key has to be there."""
         value = self.members.get(key, default)
         if type(value) is not int or not minimum <= value <= LARGEST_SIZE:
             raise self.error(key, f"a whole number from {minimum} to {LARGEST_SIZE}")
         return value
 
     def number(self, key: str, default: float | None) -> float:
-        """A positive number."""
+        """A positive number. With the default None, the key has to be there."""
         value: Any = self.members.get(key, default)
         if not _finite(value) or value <= 0:
             raise self.error(key, "a positive number")
         return float(value)
 
     def three_numbers(self, key: str, default: Sequence[float]) -> tuple[float, float, float]:
-        """Three numbers of either sign, or one that stands for all three."""
+        """Three finite numbers, or one that stands for all three."""
         value = self.members.get(key, default)
         values = value if isinstance(value, list | tuple) else [value] * 3
         self.check(key, len(values) == 3 and all(map(_finite, values)), "a number or three")
@@ -94,5 +96,5 @@ class JsonFields:
 
 
 def _finite(value: Any) -> bool:
-    """Whether it is a number of a JSON file that a float can hold. A whole number may be too large, and NaN is in no range."""
+    """Whether a JSON value is a number that a float can hold. NaN is not, and neither are very large whole numbers."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max

@@ -1,15 +1,15 @@
-"""The files that are a model's own, and how a whole set of them takes the place of another in a folder.
+"""Which files belong to a model, and how a save replaces all of them at once.
 
-What else lies in the folder is let be. The new files are written in a folder inside it, `STAGING`: what is beside it may be
-on another disk, or not writable. When they are whole, and on the disk,
+Other files in the folder are left alone. The new files are first written into a folder inside it, `STAGING`: a folder beside
+it could be on another disk, or not writable. When they are complete and on the disk,
 
-1. all of the old model's files go out of the way, config.json first, which every reader of a model begins with,
-2. the new ones come in, config.json last.
+1. the old model's files move out, config.json first, as every reader of a model begins with it,
+2. the new files move in, config.json last.
 
-So old and new files are never side by side, and between the two steps nothing loads, in transformers neither. A save that was
-killed there is finished by whoever next loads the folder with minifocus or saves into it. A lock in `STAGING`, which its
-process' death releases, keeps two saves apart on file systems that have locks. Who opens one file after another while a save
-puts its own in place may get some of each: `minifocus.load` sees it by `stamps` and refuses, other readers do not.
+So old and new files are never side by side, and between the two steps nothing loads, not in transformers either. If a save is
+killed there, the next load of the folder by minifocus, or the next save into it, finishes it. A lock in `STAGING` keeps two
+saves apart on file systems that have locks. A reader that opens one file after another during the two steps may get files of
+both models: `minifocus.load` notices by their `stamps` and refuses, other readers do not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..files.reading import FOLDER, NOTHING, kind, named, present, read_bytes
 
 CONFIG, SELECTOR = "config.json", "selector.safetensors"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
-# The rest of what minifocus or transformers reads of a folder without being asked to.
+# The other files of a folder that minifocus or transformers reads unasked.
 COMPANIONS = (
     *(CONFIG, "generation_config.json"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
@@ -40,7 +40,7 @@ COMPANIONS = (
 TEMPLATES = "additional_chat_templates"  # a folder of .jinja files
 
 STAGING = ".minifocus-save"
-# In it: files that are whole and have still to come in, those that went out of the way, and the same once they all have.
+# In it: new files that are complete and have still to move in; old files that are moving out; the same once all have; the lock.
 _READY, _LEAVING, _GONE, _LOCK = "ready", "leaving", "gone", "lock"
 
 Companions = dict[str, bytes | CheckpointError]
@@ -48,11 +48,11 @@ Stamps = dict[str, tuple[int, int] | None]
 
 
 class _CutShort(OSError):
-    """Neither the old files nor the new ones are all in place."""
+    """A save failed half-way: neither all old files nor all new ones are in place."""
 
 
 def own_files(folder: Path) -> list[str]:
-    """The names, relative to `folder`, of what in it is a model's own; config.json is the first. Links are not followed."""
+    """The names of the model's files, relative to `folder`, config.json first. Links are not followed."""
     names = []
     for file in folder.iterdir():
         if file.name in COMPANIONS or file.name == SELECTOR or WEIGHTS.fullmatch(file.name):
@@ -68,12 +68,12 @@ def _templates(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from, and what was in that folder then.
+    """The folder that a model was loaded from, as it was then.
 
-    companions  its files but for weights and selector by name, or why one cannot be read; `save` writes them again
-                whatever has become of the folder since
-    stamps      size and time of change, in nanoseconds, of all its files (None of one that is not there); another model
-                that was saved there has others
+    companions  its files by name, without weights and selector, or the error of one that cannot be read; `save` writes
+                them again, whatever has happened to the folder since
+    stamps      size and time of change, in nanoseconds, of all its files (None: not there); they tell whether another model
+                has been saved there since
     """
 
     folder: Path = Path()
@@ -82,20 +82,20 @@ class Origin:
 
     @classmethod
     def read(cls, folder: Path) -> Origin:
-        folder = folder.absolute()  # wherever the process works by the time that it is asked
-        found = stamps(folder)  # before what they are of
+        folder = folder.absolute()  # it must stay valid when the working directory changes
+        found = stamps(folder)  # taken before the files are read
         names = [name for name in found if name in COMPANIONS]
         names += _templates(folder) if (folder / TEMPLATES).is_dir() else []
         companions: Companions = {}
         for name in names:
             try:
                 companions[name] = read_bytes(folder / name)
-            except CheckpointError as error:  # of no concern to who only loads, if it is not a file that is read
+            except CheckpointError as error:  # raised when the model is saved: loading may not need the file
                 companions[name] = error
         return cls(folder, companions, found)
 
     def holds_weights(self) -> bool:
-        """Whether the folder's weights are those that were there."""
+        """Whether the folder still holds the weights that were loaded."""
         then, now = ({n: s for n, s in of.items() if WEIGHTS.fullmatch(n)} for of in (self.stamps, stamps(self.folder)))
         return then == now
 
@@ -113,10 +113,11 @@ def stamps(folder: Path) -> Stamps:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder to write a model's files in; after the block they are those of `folder`, which is made if need be.
+    """Gives an empty folder to write a model's files into. After the block they replace the model's files in `folder`.
 
-    `folder` itself may be a link to one; links in it are replaced, never written through. If anything goes wrong, its files
-    are what they were. Raises InputError where something else has the name of the folder or of a file, and OSError.
+    `folder` is made if need be, and may be a link to a folder. Links inside it are replaced and never written through. If
+    anything fails, its files are what they were. Raises InputError where something else is in the place of the folder or of
+    one of the files, and OSError.
     """
     found = kind(folder)
     if found not in (FOLDER, NOTHING):
@@ -124,11 +125,11 @@ def replacing(folder: Path) -> Iterator[Path]:
     made = [parent for parent in (folder, *folder.parents) if not present(parent)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        folder = folder.resolve()  # wherever a link may lead later
+        folder = folder.resolve()  # the link may be changed meanwhile
         with _locked(folder) as staging:
             _finish(folder, staging)
             _refuse_folders(folder)
-            fresh = staging / f"new-{uuid.uuid4().hex}"  # its own where there are no locks, too
+            fresh = staging / f"new-{uuid.uuid4().hex}"  # a name of its own, as there may be no locks
             fresh.mkdir()
             try:
                 yield fresh
@@ -142,19 +143,19 @@ def replacing(folder: Path) -> Iterator[Path]:
                 with suppress(OSError):
                     _clear(staging)
                 raise
-            with suppress(OSError):  # the new model is in place: leftovers are the next save's to remove
+            with suppress(OSError):  # the new model is in place; the next save removes leftovers
                 _clear(staging)
     except BaseException:
-        with suppress(OSError):  # the first that is not empty keeps those above it
+        with suppress(OSError):  # stops at the first folder that is not empty
             for parent in made:
                 parent.rmdir()
         raise
 
 
 def finish_save(folder: Path) -> None:
-    """Put the new files in place where a save was killed as it did so; wait for one that is at it.
+    """Finish a save that was killed while it moved its files into place, or wait for one that is doing so.
 
-    Raises CheckpointError where that is needed and cannot be done.
+    Raises CheckpointError where the save cannot be finished.
     """
     unfinished = folder / STAGING / _READY / CONFIG
     if not present(unfinished):
@@ -170,21 +171,21 @@ def finish_save(folder: Path) -> None:
 
 
 def _finish(folder: Path, staging: Path) -> None:
-    """What `replacing` does at its end, from where a process was killed, and what one left that had not come so far."""
+    """Finish a save that was killed while it moved its files, and remove what one left that was killed earlier."""
     if present(staging / _READY / CONFIG):
         _exchange(folder, staging)
     _clear(staging)
 
 
 def _exchange(folder: Path, staging: Path) -> None:
-    """The two steps, perhaps done in part already. If one fails, what was done here is undone; else it is _CutShort."""
+    """The two steps, part of which may be done already. A failure is undone; where that fails too, it raises _CutShort."""
     ready, leaving, gone = staging / _READY, staging / _LEAVING, staging / _GONE
     moved: list[tuple[Path, Path]] = []
 
     def move(source: Path, target: Path) -> None:
         target.parent.mkdir(exist_ok=True)
         for parent in (source.parent, target.parent):
-            if parent.is_symlink():  # such as no save leaves behind
+            if parent.is_symlink():  # no save makes such a link
                 raise InputError(f"{parent}: expected a folder, found a link")
         moved.append((source, target))
         source.replace(target)
@@ -207,17 +208,17 @@ def _exchange(folder: Path, staging: Path) -> None:
     except BaseException:
         try:
             for source, target in reversed(moved):
-                if not os.path.lexists(source):  # as the last one may
+                if not os.path.lexists(source):  # the last move may not have happened
                     target.replace(source)
         except BaseException as error:
             raise _CutShort(f"cut short, and not undone: {error}. Loading the folder will finish it") from error
         raise
-    with suppress(OSError):  # where it is not there, or holds what is not the model's
+    with suppress(OSError):  # it may be absent, or hold files of the user's
         (folder / TEMPLATES).rmdir()
 
 
 def _clear(staging: Path) -> None:
-    """Remove everything but the lock; first what would say that there is something left to do."""
+    """Remove everything but the lock. What marks a save as unfinished goes first."""
     shutil.rmtree(staging / _READY, ignore_errors=True)
     _sync(staging)
     for leftover in staging.iterdir():
@@ -232,14 +233,14 @@ def _refuse_folders(folder: Path) -> None:
 
 
 def _sync(*paths: Path) -> None:
-    """Have the disk hold files' contents, and which files folders hold, before anything that comes after."""
+    """Flush files and folders to the disk before anything else is written."""
     for path in paths:
-        if os.name == "posix":  # elsewhere there are no descriptors of folders
+        if os.name == "posix":  # other systems have no descriptors of folders
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot, for folders
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot flush folders
                     raise
             finally:
                 os.close(descriptor)
@@ -247,7 +248,7 @@ def _sync(*paths: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[Path]:
-    """`STAGING`, which no other save is in meanwhile. Afterwards it goes, if it is empty."""
+    """`STAGING`, made if need be and held by this save alone. Afterwards it is removed if it is empty."""
     staging = folder / STAGING
     with hold_in_turn(staging / _LOCK):
         yield staging

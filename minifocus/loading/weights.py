@@ -1,7 +1,7 @@
-"""Strict loading of safetensors: every key accounted for, every shape and dtype checked, before a model exists; saving.
+"""Loading safetensors strictly, and saving them. Every key, shape and dtype is checked before a model is made.
 
-Checkpoints of the same model come with five sets of names (`RENAMES`); contents are taken from the shards themselves,
-of which the index only gives the list.
+Checkpoints of one model come with five sets of names (`RENAMES`). The index is only used as a list of the shards: which tensors
+there are is read from the shards themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .config import Config
 from .json_fields import JsonFields
 from .model_folder import CONFIG
 
-# Names on disk → this package's, which are those of a fresh `save_pretrained` of transformers 5. First match wins.
+# Prefixes of names on disk → this package's, which are those that transformers 5 saves. The first match wins.
 RENAMES = [
     ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),  # the original LLaVA repository
     ("model.vision_tower.vision_model.", "vision_tower."),  # transformers 4.52 to 4.57, in memory
@@ -39,7 +39,7 @@ RENAMES = [
     ("model.", "language_model.model."),
     ("lm_head.", "language_model.lm_head."),
 ]
-IGNORED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")  # buffers that older versions wrote
+IGNORED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")  # buffers that older versions of transformers saved
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -48,7 +48,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint: where it is and what it is."""
+    """One tensor of a checkpoint: its place, shape and dtype."""
 
     file: Path
     key: str
@@ -57,6 +57,7 @@ class StoredTensor:
 
 
 def canonical_name(key: str) -> str:
+    """A tensor's name on disk → its name in this package."""
     for prefix, replacement in RENAMES:
         if key.startswith(prefix):
             return replacement + key[len(prefix) :]
@@ -89,14 +90,14 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def _file_name(value: object, index: JsonFields, folder: Path) -> str:
-    """The plain file name that a weight_map lists; with a separator of any system, or one of the special names, it is none."""
+    """A file name out of a weight_map. It may hold no separator of any system, and may not be "." or ".."."""
     if not isinstance(value, str) or value in ("", ".", "..") or any(c in value for c in "/\\:\0"):
         raise index.error("weight_map", f"names of files in {folder}", f"{shown(value)}, which is none")
     return value
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint by this package's name for it; no tensor data is read."""
+    """Every tensor of the checkpoint, by its name in this package. No tensor data is read."""
     found: dict[str, StoredTensor] = {}
     for file in shard_files(folder):
         with open_safetensors(file) as stored:
@@ -116,7 +117,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
 
 def check_layer_counts(found: dict[str, StoredTensor], config: Config, folder: Path) -> None:
-    """Compare depths before a model is built, so that a wrong number cannot ask for a billion layers."""
+    """Compare the numbers of layers before a model is made, so that a wrong number cannot make a billion layers."""
     for prefix, key, expected in (
         ("language_model.model.layers.", "text_config.num_hidden_layers", config.text.num_hidden_layers),
         ("vision_tower.encoder.layers.", "vision_config.num_hidden_layers", config.vision.num_hidden_layers),
@@ -129,7 +130,7 @@ def check_layer_counts(found: dict[str, StoredTensor], config: Config, folder: P
 
 
 def check_names_and_shapes(found: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """One error for all missing, unexpected, misshapen and wrongly typed tensors."""
+    """Raise one error that lists all missing and unexpected tensors, and those of a wrong shape or dtype."""
     problems = _mismatches({found[n].key if n not in expected else n: found[n].shape for n in found}, expected)
     mistyped = [f"{n} ({v.dtype})" for n, v in sorted(found.items()) if n in expected and v.dtype not in STORED_DTYPES]
     if mistyped:
@@ -168,7 +169,7 @@ def read_tensors(
     check_finite: bool,
     progress: Progress | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each tensor with its name, on `device` and in `dtype`; NaN and infinity are refused unless told otherwise."""
+    """Each name and tensor, on `device` and in `dtype`. With `check_finite`, NaN and infinity are refused."""
     total = sum(_num_bytes(tensor) for tensor in found.values())
     done = 0
     for file in sorted({tensor.file for tensor in found.values()}):
@@ -193,18 +194,19 @@ def _num_bytes(tensor: StoredTensor) -> int:
 
 
 def _finite(value: torch.Tensor) -> bool:
-    """A sum is finite only if all its terms are, and is the fastest pass over memory; one that overflowed is checked.
+    """Whether all values are finite. A sum is only finite if all its terms are, and summing is the fastest pass over memory.
 
-    In parts: on the CPU, a sum in float32 begins with a copy in float32, which of 128,000 embeddings takes 2 GB.
+    A sum that is not finite may have overflowed, so the values themselves are then checked. It sums in parts, because on the
+    CPU a sum in float32 begins with a copy in float32, which for 128,000 embeddings takes 2 GB.
     """
     parts = value.flatten().split(2**22)
     return all(bool(part.sum(dtype=torch.float32).isfinite()) or bool(part.isfinite().all()) for part in parts)
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Modules made inside get no random values: on the meta device those cost more than a second of imports alone.
+    """Modules that are made inside the block get no initial values: on the meta device, that would import for over a second.
 
-    It holds for the thread that enters it: others, which may be loading or making modules too, are not touched.
+    It acts on the thread that enters it. Other threads may make modules meanwhile.
     """
 
     def __torch_function__(
@@ -263,7 +265,7 @@ def load_model(
 
 
 def check_storable(state: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """Refuse with one InputError what `load_model` would not take again, or what cannot be read to be written."""
+    """Raise one InputError for tensors that cannot be written, or that `load_model` would not read again."""
     problems = _mismatches({n: tuple(v.shape) for n, v in state.items()}, expected)
     dtypes = (*STORED_DTYPES.values(), torch.float64)
     unstored = [
@@ -339,7 +341,7 @@ def save_model(
                     )
         save_file(_apart(tensors), folder / file, metadata={"format": "pt"})
     for file in files:
-        (folder / file).chmod((folder / CONFIG).stat().st_mode)  # the library makes files for the user alone
+        (folder / file).chmod((folder / CONFIG).stat().st_mode)  # the library makes files that only the user may read
 
 
 def _write_json(file: Path, fields: dict[str, Any]) -> None:
@@ -347,12 +349,12 @@ def _write_json(file: Path, fields: dict[str, Any]) -> None:
 
 
 def _narrow(dtype: torch.dtype) -> torch.dtype:
-    """What is stored of a dtype: of float64, which `load_model` does not take, float32."""
+    """The dtype that a tensor is stored in: float32 for float64, which `load_model` does not read."""
     return torch.float32 if dtype == torch.float64 else dtype
 
 
 def _stored(name: str, value: torch.Tensor) -> torch.Tensor:
-    """A tensor as it is stored: on the CPU, dense, in `_narrow`'s dtype."""
+    """A tensor as it is stored: contiguous, on the CPU, in the dtype of `_narrow`."""
     stored = value.detach().to("cpu", _narrow(value.dtype)).contiguous()
     if stored.dtype != value.dtype and not _same_values(stored.to(value.dtype), value.detach().cpu()):
         raise InputError(
@@ -371,7 +373,7 @@ def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same, with a copy of what shares memory with another, which safetensors does not write."""
+    """The same tensors, but those that share memory with another are copied: safetensors refuses to write them."""
     found, end = dict(tensors), 0
     for name, value in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
         if value.data_ptr() < end:
@@ -381,7 +383,7 @@ def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> bool:
-    """Have a config.json name `dtype` wherever it names one; whether that changed anything."""
+    """Set every dtype that a config.json names to `dtype`. Returns whether that changed anything."""
     changed = False
     for section in (config, config.get("text_config") or {}, config.get("vision_config") or {}):
         for key in ("dtype", "torch_dtype"):
