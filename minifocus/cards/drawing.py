@@ -32,7 +32,7 @@ from ..arguments import shown
 from ..errors import InputError
 from ..inputs.anyres import select_best_resolution
 from ..inputs.conversations import Conversation, Turn
-from ..inputs.prompt import IMAGE
+from ..inputs.template_writer import IMAGE
 
 FAMILIES = ("read", "perceive", "reason", "relate")
 COLOURS = {

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 from .. import arguments
 from ..errors import InputError
 from .chat_template import ChatTemplate, Message
-from .template_writer import IMAGE as IMAGE  # callers take it from here, with the functions that use it
-from .template_writer import TemplateWriter
+from .template_writer import IMAGE, TemplateWriter
 
 if TYPE_CHECKING:
     from .tokenizer import Encoding, Tokenizer

@@ -19,7 +19,8 @@ from ..inputs.conversations import Conversation, Turn
 from ..inputs.model_inputs import num_visual_tokens
 from ..inputs.open_image import open_image
 from ..inputs.processor import Processor, guides
-from ..inputs.prompt import IMAGE, build_conversation, encode_prompt
+from ..inputs.prompt import build_conversation, encode_prompt
+from ..inputs.template_writer import IMAGE
 
 NO_LABEL = -100
 # So many unusable conversations in a row are no accident of the data.

@@ -24,7 +24,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 import minifocus
 from minifocus.cards.training import CardScenes
 from minifocus.inputs.conversations import Conversation, Turn, asked_alone
-from minifocus.inputs.prompt import IMAGE, TEMPLATES, build_prompt
+from minifocus.inputs.prompt import TEMPLATES, build_prompt
+from minifocus.inputs.template_writer import IMAGE
 from minifocus.samplers.hooks import Context, PictureFeatures, Selection
 from minifocus.samplers.selector_file import save_selector
 from minifocus.samplers.text_guided import TextGuidedOptions, TextGuidedSampler
