@@ -2,7 +2,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "operators.h"
+#include "../halves.h"
+#include "parallel.h"
 
 namespace minifocus::cpu {
 

@@ -14,8 +14,9 @@
 #include <mutex>
 #include <vector>
 
+#include "../halves.h"
 #include "numbers.h"
-#include "operators.h"
+#include "parallel.h"
 
 namespace minifocus::cpu {
 namespace {

@@ -9,8 +9,9 @@
 #include <limits>
 #include <vector>
 
+#include "../halves.h"
 #include "numbers.h"
-#include "operators.h"
+#include "parallel.h"
 
 namespace minifocus::cpu {
 namespace {

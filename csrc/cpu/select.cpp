@@ -8,8 +8,9 @@
 #include <limits>
 #include <numeric>
 
+#include "../halves.h"
 #include "numbers.h"
-#include "operators.h"
+#include "parallel.h"
 
 namespace minifocus::cpu {
 namespace {

@@ -4,8 +4,8 @@
 #pragma once
 #include <cstring>
 
+#include "../halves.h"
 #include "gpu.h"
-#include "launchers.h"
 
 namespace minifocus::cuda {
 

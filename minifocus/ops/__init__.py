@@ -1,6 +1,77 @@
-"""The samplers' operators. `reference.py` says in plain PyTorch what each does, `checks.py` what it demands of its arguments,
-`backend.py` how the compiled ones of csrc/ are found, traced and differentiated."""
+"""The samplers' operators: one call path for every backend.
 
-from .backend import BACKENDS, SCHEMAS, gather_tokens, importance, region_pool, region_route, select_top_p
+`reference.py` says in plain PyTorch what each operator does, and `checks.py` what it demands of its arguments.
+`registration.py` tells torch of them, so that they can be traced and differentiated, and `backend.py` finds the compiled ones of
+csrc/. The functions below have the arguments and results of their namesakes in `reference.py`: they call
+`torch.ops.minifocus.*` and cut the outputs to size, which on a GPU waits for it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import checks
+from .backend import flat
+from .reference import Pool
+from .registration import BACKENDS, SCHEMAS
 
 __all__ = ["BACKENDS", "SCHEMAS", "gather_tokens", "importance", "region_pool", "region_route", "select_top_p"]
+
+
+def _cut(rows: torch.Tensor, count: int) -> torch.Tensor:
+    torch._check(count >= 0)  # for torch.compile, which cannot know
+    torch._check(count <= rows.shape[0])
+    return rows.narrow(0, 0, count)
+
+
+def region_pool(
+    x: torch.Tensor,
+    grid_hw: torch.Tensor,
+    choice: torch.Tensor,
+    window: int,
+    pools: list[Pool],
+    weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `reference.region_pool`; differentiable in x and weight."""
+    checks.no_tensor("window", window)
+    tokens, source, offsets = torch.ops.minifocus.region_pool(x, grid_hw, choice, window, flat(pools), weight)
+    count = offsets[-1].item()
+    return _cut(tokens, count), _cut(source, count), offsets
+
+
+def region_route(
+    x: torch.Tensor,
+    grid_hw: torch.Tensor,
+    context: torch.Tensor,
+    bias: torch.Tensor,
+    window: int,
+    pools: list[Pool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `reference.region_route`; differentiable in x, with the scales as they were chosen."""
+    checks.no_tensor("window", window)
+    tokens, source, offsets, choice = torch.ops.minifocus.region_route(x, grid_hw, context, bias, window, flat(pools))
+    count = offsets[-1].item()
+    return _cut(tokens, count), _cut(source, count), offsets, choice
+
+
+def importance(
+    q: torch.Tensor, k: torch.Tensor, cu_text: torch.Tensor, cu_visual: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """See `reference.importance`. Here it has no gradient: asked for one, it raises."""
+    checks.no_tensor("scale", scale)
+    return torch.ops.minifocus.importance(q, k, cu_text, cu_visual, scale)
+
+
+def select_top_p(
+    scores: torch.Tensor, cu_visual: torch.Tensor, gamma: float = 0.0, keep: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.select_top_p`."""
+    checks.no_tensor("gamma", gamma)
+    checks.no_tensor("keep", keep)
+    index, count = torch.ops.minifocus.select_top_p(scores, cu_visual, gamma, keep)
+    return index[index >= 0], count
+
+
+def gather_tokens(columns: list[torch.Tensor], index: torch.Tensor) -> list[torch.Tensor]:
+    """See `reference.gather_tokens`; differentiable in the columns of floating-point numbers."""
+    return torch.ops.minifocus.gather_tokens(columns, index)

@@ -213,7 +213,7 @@ void check_written(const char* name) {
     if (region->name != name) continue;
     const auto unwritten = [](const Cell& cell) { return !cell.written; };
     const auto first = std::find_if(region->cells.begin(), region->cells.end(), unwritten);
-    if (first == region->cells.end()) return;
+    if (first == region->cells.end()) continue;
     fail({}, "initcheck: %td of the %zu bytes of output '%s' were never written, the first at byte %td",
          std::count_if(first, region->cells.end(), unwritten), region->cells.size(), name,
          first - region->cells.begin());

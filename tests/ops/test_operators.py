@@ -301,7 +301,7 @@ def test_native_operators_take_any_side_of_a_map_without_cells(grids: list[list[
     grid_hw, least = torch.tensor(grids), MAPS["grid_hw"]
     pooled = X, least, CHOICE, WINDOW, POOLS, WEIGHT
     with NATIVE.taking_turns({}) as operators:
-        for run in (operators, SimpleNamespace(**ops.backend._REFERENCE)):
+        for run in (operators, SimpleNamespace(**ops.registration.REFERENCE)):
             got = run.region_pool(X, grid_hw, *pooled[2:])
             check_region_pool(got, *pooled)
             back = torch.randn(7, 3), X, grid_hw, CHOICE, got[2], *pooled[3:]
@@ -625,7 +625,7 @@ def test_a_wrong_argument_is_named(name: str, argument: str, value: Any) -> None
     arguments = {**RIGHT[name], argument: value}
     with NATIVE.taking_turns({}) as operators:
         message = message_of(getattr(operators, name), arguments)
-    assert message == message_of(ops.backend._REFERENCE[name], arguments)
+    assert message == message_of(ops.registration.REFERENCE[name], arguments)
     depends = {"x": ("x", "grid_hw"), "q": ("q", "k", "cu_text")}.get(argument, (argument,))
     assert message.startswith(tuple(f"{named}: expected " for named in depends))
 
@@ -646,6 +646,6 @@ ELSEWHERE = [
 @pytest.mark.parametrize("name, argument", ELSEWHERE)
 def test_a_tensor_on_another_device_is_named(name: str, argument: str) -> None:
     arguments = {**RIGHT[name], argument: RIGHT[name][argument].to("meta")}
-    for function in (getattr(torch.ops.minifocus, name), ops.backend._REFERENCE[name]):
+    for function in (getattr(torch.ops.minifocus, name), ops.registration.REFERENCE[name]):
         named = "columns" if argument == "index" else argument  # they have to be where index is
         assert message_of(function, arguments).startswith(f"{named}: expected ")

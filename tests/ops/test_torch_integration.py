@@ -418,6 +418,6 @@ def test_a_library_that_does_not_load_is_told(uncompiled: Path) -> None:
 
 
 def test_every_backend_has_every_operator() -> None:
-    assert sorted(ops.backend._REFERENCE) == sorted(OPERATORS)
+    assert sorted(ops.registration.REFERENCE) == sorted(OPERATORS)
     for name in OPERATORS:
         assert callable(getattr(reference, name))
