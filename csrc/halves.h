@@ -1,6 +1,6 @@
 // The functions of the CPU half (cpu/) and of the CUDA half (cuda/), on operators.h's structs and without torch.
 //
-// Both halves have the same names, so that adapters.h calls either. A region operator takes several calls, because the
+// Both halves have the same names, so that torch_glue.h calls either. A region operator takes several calls, because the
 // CPU half allocates its outputs once their size is known:
 //   region_choose     region_route's choice
 //   region_offsets    returns how many rows of tokens to allocate

@@ -1,7 +1,7 @@
 // Registers the CPU half of torch.ops.minifocus through LibTorch's stable ABI: the library that this builds works with
 // every Python >= 3.10 and torch >= 2.10. minifocus/ops/registration.py declares the operators.
 #include "../halves.h"
-#include "../torch_glue.h"
+#include "../tensors.h"
 #include "parallel.h"
 
 namespace minifocus {
@@ -31,6 +31,6 @@ namespace half = cpu;
 
 }  // namespace minifocus
 
-#include "../adapters.h"
+#include "../torch_glue.h"
 
 STABLE_TORCH_LIBRARY_IMPL(minifocus, CPU, library) { minifocus::register_in(library); }

@@ -6,7 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "../halves.h"
-#include "../torch_glue.h"
+#include "../tensors.h"
 
 namespace minifocus {
 namespace cuda {
@@ -35,6 +35,6 @@ namespace half = cuda;
 
 }  // namespace minifocus
 
-#include "../adapters.h"
+#include "../torch_glue.h"
 
 STABLE_TORCH_LIBRARY_IMPL(minifocus, CUDA, library) { minifocus::register_in(library); }

@@ -8,7 +8,7 @@ Gradients are of the first order and in reverse: what torch would silently take 
 RuntimeError. That is forward mode (torch.func.jvp), second derivatives of all but gather_tokens, and gradients of importance.
 
 To add an operator: its meaning in reference.py, what it demands in checks.py, its schema, fake kernel and gradient here, and in
-__init__.py the function that cuts its outputs to size. csrc/adapters.h says what its C++ and CUDA need, minifocus/testing.py
+__init__.py the function that cuts its outputs to size. csrc/torch_glue.h says what its C++ and CUDA need, minifocus/testing.py
 how it is tested.
 """
 

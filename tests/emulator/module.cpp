@@ -1,9 +1,9 @@
 // The CUDA half's operators, run by the emulator on torch's CPU tensors. tests/emulator/emulated.py calls them.
 //
-// ../../csrc/adapters.h turns the tensors into launchers' arguments, as it does for a GPU. The half that it is given here
+// ../../csrc/torch_glue.h turns the tensors into launchers' arguments, as it does for a GPU. The half that it is given here
 // tells the emulator of each pointer that it hands out, and fills outputs with garbage.
 #include "../../csrc/halves.h"
-#include "../../csrc/torch_glue.h"
+#include "../../csrc/tensors.h"
 
 #include <cstring>
 #include <memory>
@@ -54,7 +54,7 @@ namespace half = emulated;
 
 }  // namespace minifocus
 
-#include "../../csrc/adapters.h"
+#include "../../csrc/torch_glue.h"
 
 namespace {
 

@@ -649,3 +649,21 @@ def test_a_tensor_on_another_device_is_named(name: str, argument: str) -> None:
     for function in (getattr(torch.ops.minifocus, name), ops.registration.REFERENCE[name]):
         named = "columns" if argument == "index" else argument  # they have to be where index is
         assert message_of(function, arguments).startswith(f"{named}: expected ")
+
+
+@pytest.mark.parametrize("name, argument, value", CASES, ids=[f"{n}-{a}={described(v)}" for n, a, v in CASES])
+def test_the_cuda_half_stops_at_a_wrong_argument(name: str, argument: str, value: Any) -> None:
+    """In the words of the others, unless it takes a kernel to see what is wrong: kernels check the indices that they read."""
+    arguments = {**RIGHT[name], argument: value}
+    expected = message_of(ops.registration.REFERENCE[name], arguments)
+    with EMULATED.taking_turns({}) as operators:
+        if expected == "offsets: expected region_pool's for this choice":
+            operators.region_pool_backward(*arguments.values())  # stays within its bounds, or the emulator would say so
+            return
+        with pytest.raises((RuntimeError, emulated.EmulationError)) as caught:
+            getattr(operators, name)(*arguments.values())
+    message, contents = str(caught.value), isinstance(value, torch.Tensor) and value.dtype == torch.int64
+    if isinstance(caught.value, emulated.EmulationError):
+        assert message.startswith("check: DEVICE_CHECK")
+    elif not (contents and message.startswith(f"{argument}: expected ")):
+        assert message == expected.replace("bfloat16, float16 or float64", "bfloat16 or float16")
