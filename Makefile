@@ -24,7 +24,7 @@ install: .venv/operators
 	touch $@
 
 # C++ and CUDA that changed since. The script's own head says what it needs and takes.
-.venv/operators: .venv/installed $(shell find csrc -type f -not -path '*/__pycache__/*')
+.venv/operators: .venv/installed $(shell find csrc -type f -not -path '*/__pycache__/*') minifocus/ops/schemas.inc
 	$(BIN)/python -m csrc.build
 	touch $@
 

@@ -117,13 +117,13 @@ def ninja_file(half: str, compiler: str, nvcc: str | None, torch: Path) -> str:
     register = f"{STABLE_ABI} -isystem {quote(torch / 'include')}"
     link_with = f"-L{quote(torch / 'lib')} -ltorch_cpu"
     if half == "cpu":
-        sources = sorted((ROOT / "csrc/cpu").glob("*.cpp"))
+        sources = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), ROOT / "csrc/register.cpp"]
         compile_ = f"{quote(compiler)} {CXX_OPTIONS}"
         link = f"{quote(compiler)} -shared -Wl,--no-undefined"
         stub = ""
     else:
         assert nvcc is not None
-        sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/cuda/register.cpp"]
+        sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/register.cpp"]
         driver = f"{quote(nvcc)} -ccbin {quote(compiler)}"
         compile_ = f"{driver} {NVCC_OPTIONS} {gpu_options()}"
         register += " -DUSE_CUDA"

@@ -1,17 +1,15 @@
 // The operators as torch calls them: from tensors to operators.h's structs, to one half's functions, and back.
 //
-// Written once for every half. The file that includes this one defines namespace minifocus::half before, with
-//   constexpr bool kIsCpu      whether it is the CPU half: it has float64, outputs are as long as there are tokens, and the
-//                              contents of index tensors are checked, in copies that nobody else can write to
-//   int expected_device(x)     where the tensors of a call must be, by its first one
-//   struct Call : Pointers     what holds while an operator runs, a device guard and a stream for example:
+// Written once for every half. A file that includes this one has defined namespace minifocus::half, with launchers.h's functions
+// and with
+//   constexpr bool kIsCpu      whether this is the CPU half: it has float64, its outputs are as long as there are tokens, and it
+//                              checks the contents of index tensors too, in copies that nobody else can write to
+//   int expected_device(x)     where the tensors of a call have to be, by its first one
+//   struct Call : Pointers     what holds while an operator runs, such as a device guard and a stream:
 //     explicit Call(x)
-//     void run(name, function, args)     calls one of the half's functions; throws where it reports an error
-// and with the functions of halves.h.
+//     void run(name, launcher, args)     throws if the launcher reports an error
 //
-// To add an operator: its schema, fake kernel and gradient in minifocus/ops/registration.py, its struct in operators.h,
-// its functions in halves.h, cpu/ and cuda/, and here its adapter and a line of register_in(). The emulator
-// (tests/emulator) runs the CUDA half by the same adapter.
+// register.cpp does so for the CPU and for CUDA, and tests/emulator/module.cpp for CUDA in the emulator.
 #pragma once
 #include <algorithm>
 #include <optional>
@@ -19,7 +17,7 @@
 #include <tuple>
 #include <vector>
 
-#include "halves.h"
+#include "launchers.h"
 #include "tensors.h"
 
 namespace minifocus {
@@ -156,7 +154,8 @@ struct Pooled {
       : offsets(allocate(x, {args.regions + 1}, ScalarType::Long)),
         workspace(call, x, half::region_workspace_bytes(args.regions)) {
     args.offsets = call.output<int64_t>("offsets", offsets);
-    const int64_t rows = half::region_offsets(args);
+    int64_t rows = args.cells;
+    if constexpr (kIsCpu) rows = cpu::region_offsets(args);
     tokens = allocate(x, {rows, args.channels}, x.scalar_type());
     source = allocate(x, {rows}, ScalarType::Long);
     args.tokens = call.output<void>("tokens", tokens, Rest::unwritten);
@@ -189,7 +188,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> region_route(Tensor x, Tensor 
   int64_t* chosen = call.output<int64_t>("choice", choice);
   args.choice = chosen;
   RouteArgs route{args, call.input<void>("context", packed_context), call.input<void>("bias", packed_bias), chosen};
-  half::region_choose(route);
+  if constexpr (kIsCpu) cpu::region_choose(route);
   const Pooled pooled(call, args, x);
   route.region = args;
   call.run("region_route", half::region_route, route);
@@ -208,11 +207,11 @@ inline std::tuple<Tensor, Tensor> region_pool_backward(Tensor grad_tokens, Tenso
   expect_tensor("offsets", offsets, {ScalarType::Long}, {args.regions + 1}, device);
   const Tensor packed_offsets = own(offsets);
   args.offsets = const_cast<int64_t*>(call.input<int64_t>("offsets", packed_offsets));
-  if (kIsCpu) {  // on a GPU the kernel stops at others
+  if constexpr (kIsCpu) {  // on a GPU the kernel stops where they lead out of bounds
     RegionArgs expected = args;
     const Tensor expected_offsets = allocate(x, {args.regions + 1}, ScalarType::Long);
     expected.offsets = Pointers::output<int64_t>("offsets", expected_offsets);
-    const int64_t tokens = half::region_offsets(expected);
+    const int64_t tokens = cpu::region_offsets(expected);
     expect(std::equal(args.offsets, args.offsets + args.regions + 1, expected.offsets),
            "offsets: expected region_pool's for this choice");
     expect(grad_tokens.size(0) >= tokens, "grad_tokens: expected at least ", tokens, " rows, got ",

@@ -2,14 +2,14 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../halves.h"
-#include "parallel.h"
+#include "../launchers.h"
+#include "threads.h"
 
 namespace minifocus::cpu {
 
 constexpr int64_t kGrainBytes = 1 << 18;  // less than this is not worth another thread
 
-void gather_tokens(const GatherArgs& args) {
+int gather_tokens(const GatherArgs& args, void*) {
   for (int i = 0; i < args.num_columns; ++i) {
     const GatherArgs::Column& column = args.columns[i];
     const int64_t bytes = column.row_bytes;
@@ -27,6 +27,7 @@ void gather_tokens(const GatherArgs& args) {
       }
     });
   }
+  return 0;
 }
 
 }  // namespace minifocus::cpu

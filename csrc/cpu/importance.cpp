@@ -14,9 +14,9 @@
 #include <mutex>
 #include <vector>
 
-#include "../halves.h"
 #include "numbers.h"
-#include "parallel.h"
+#include "../launchers.h"
+#include "threads.h"
 
 namespace minifocus::cpu {
 namespace {
@@ -231,10 +231,13 @@ class Item {
 
 }  // namespace
 
-void importance(const ImportanceArgs& args) {
+int importance(const ImportanceArgs& args, void*) {
   with_dtype(args.dtype, [&](auto number) {
     for (int64_t item = 0; item < args.items; ++item) Item<decltype(number)>(args, item).run();
   });
+  return 0;
 }
+
+size_t importance_workspace_bytes(int64_t, int64_t, int64_t) { return 0; }
 
 }  // namespace minifocus::cpu

@@ -9,9 +9,9 @@
 #include <limits>
 #include <vector>
 
-#include "../halves.h"
 #include "numbers.h"
-#include "parallel.h"
+#include "../launchers.h"
+#include "threads.h"
 
 namespace minifocus::cpu {
 namespace {
@@ -287,13 +287,20 @@ int64_t region_offsets(const RegionArgs& args) {
   return args.offsets[args.regions];
 }
 
-void region_pool(const RegionArgs& args) {
+int region_pool(const RegionArgs& args, void*) {
   with_dtype(args.dtype, [&](auto number) { pool<decltype(number)>(args); });
+  return 0;
 }
 
-void region_pool_backward(const RegionBackwardArgs& args) {
+// By the choice that region_choose has made.
+int region_route(const RouteArgs& args, void* stream) { return region_pool(args.region, stream); }
+
+int region_pool_backward(const RegionBackwardArgs& args, void*) {
   with_dtype(args.region.dtype, [&](auto number) { pool_backward<decltype(number)>(args); });
+  return 0;
 }
+
+size_t region_workspace_bytes(int64_t) { return 0; }
 
 void region_choose(const RouteArgs& args) {
   with_dtype(args.region.dtype, [&](auto number) { choose<decltype(number)>(args); });

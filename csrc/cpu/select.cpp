@@ -8,9 +8,9 @@
 #include <limits>
 #include <numeric>
 
-#include "../halves.h"
 #include "numbers.h"
-#include "parallel.h"
+#include "../launchers.h"
+#include "threads.h"
 
 namespace minifocus::cpu {
 namespace {
@@ -74,12 +74,13 @@ void select_item(const SelectArgs& args, int64_t item) {
 
 }  // namespace
 
-void select_top_p(const SelectArgs& args) {
+int select_top_p(const SelectArgs& args, void*) {
   with_dtype(args.dtype, [&](auto number) {
     parallel_for(args.items, 1, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) select_item<decltype(number)>(args, item);
     });
   });
+  return 0;
 }
 
 }  // namespace minifocus::cpu

@@ -1,4 +1,4 @@
-// The one header that a kernel file includes besides halves.h: real CUDA under nvcc, else the emulator, so that the
+// The one header that a kernel file includes besides launchers.h: real CUDA under nvcc, else the emulator, so that the
 // same .cu file also runs on a computer without a GPU (tests/emulator/cuda_on_cpu.h says what that shows and what not).
 //
 //   DYN_SHARED(float, tile);              dynamic shared memory, 16-byte aligned; a kernel has one

@@ -4,7 +4,7 @@
 #pragma once
 #include <cstring>
 
-#include "../halves.h"
+#include "../launchers.h"
 #include "gpu.h"
 
 namespace minifocus::cuda {

@@ -1,21 +1,34 @@
 """The samplers' operators: one call path for every backend.
 
-`reference.py` says in plain PyTorch what each operator does, and `checks.py` what it demands of its arguments.
-`registration.py` tells torch of them, so that they can be traced and differentiated, and `backend.py` finds the compiled ones of
-csrc/. The functions below have the arguments and results of their namesakes in `reference.py`: they call
-`torch.ops.minifocus.*` and cut the outputs to size, which on a GPU waits for it.
+`torch.ops.minifocus.*` are implemented by the compiled halves `_cpu.abi3.so` and `_cuda.abi3.so` (backend "native"), and by
+`reference.py` (backend "reference") on every device that has no compiled half; `backend.py` says which is taken.
+
+So that nothing waits for a GPU, the registered operators return outputs with room for all that they might keep: on a GPU,
+tokens and their source have a row for each cell, of which the first offsets[-1] count; select_top_p's index has a place for each
+score, those of an item's kept ones first and then -1. The functions below have the arguments and results of their namesakes
+in `reference.py`: they cut the outputs to size, which does wait.
+
+To add an operator:
+  1. here: its schema (schemas.inc), its meaning (reference.py), what it demands of its arguments (checks.py), its entry in
+     `backend.REFERENCE`, its fake kernel and gradient (torch_integration.py), and the function to call, below;
+  2. in csrc/: its struct (operators.h), its declaration (launchers.h), its checks and outputs (torch_glue.h), and its
+     implementations (cpu/ and cuda/);
+  3. in minifocus/testing.py: how its inputs are drawn and its outputs checked. tests/ops applies this to every implementation.
+     The emulator (tests/emulator) runs its kernels without further ado.
 """
 
 from __future__ import annotations
 
 import torch
 
-from . import checks
-from .backend import flat
+from . import (
+    checks,
+    torch_integration,  # noqa: F401 (it registers with torch)
+)
+from .backend import BACKENDS, flat
 from .reference import Pool
-from .registration import BACKENDS, SCHEMAS
 
-__all__ = ["BACKENDS", "SCHEMAS", "gather_tokens", "importance", "region_pool", "region_route", "select_top_p"]
+__all__ = ["BACKENDS", "gather_tokens", "importance", "region_pool", "region_route", "select_top_p"]
 
 
 def _cut(rows: torch.Tensor, count: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ import numpy as np
 import pybind11
 import torch
 
-from minifocus import ops
+from minifocus.ops import backend
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulator"
@@ -216,7 +216,7 @@ class Operators:
         self._module = load("operators", mode)
         namespace = f"minifocus_emulated_{mode}"
         self._library = torch.library.Library(namespace, "DEF")  # what it declares goes when it does
-        for schema in ops.SCHEMAS:
+        for schema in backend.schemas():
             self._library.define(schema)
         self._module.register_in(namespace)
         self._operators = getattr(torch.ops, namespace)

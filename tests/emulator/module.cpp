@@ -2,7 +2,7 @@
 //
 // ../../csrc/torch_glue.h turns the tensors into launchers' arguments, as it does for a GPU. The half that it is given here
 // tells the emulator of each pointer that it hands out, and fills outputs with garbage.
-#include "../../csrc/halves.h"
+#include "../../csrc/launchers.h"
 #include "../../csrc/tensors.h"
 
 #include <cstring>

@@ -301,7 +301,7 @@ def test_native_operators_take_any_side_of_a_map_without_cells(grids: list[list[
     grid_hw, least = torch.tensor(grids), MAPS["grid_hw"]
     pooled = X, least, CHOICE, WINDOW, POOLS, WEIGHT
     with NATIVE.taking_turns({}) as operators:
-        for run in (operators, SimpleNamespace(**ops.registration.REFERENCE)):
+        for run in (operators, SimpleNamespace(**ops.backend.REFERENCE)):
             got = run.region_pool(X, grid_hw, *pooled[2:])
             check_region_pool(got, *pooled)
             back = torch.randn(7, 3), X, grid_hw, CHOICE, got[2], *pooled[3:]
@@ -392,6 +392,7 @@ def call(name: str, *arguments: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.skipif(psutil.virtual_memory().available < 12 * 2**30, reason="takes 9 GiB of memory")
+@pytest.mark.slow
 def test_more_than_two_to_the_31_numbers() -> None:
     """A map, and tokens, of a little more than 2^31 numbers (4 GiB each): the last regions end up in the last rows."""
     channels, cells = 2**16, 2**15 + 4
@@ -625,7 +626,7 @@ def test_a_wrong_argument_is_named(name: str, argument: str, value: Any) -> None
     arguments = {**RIGHT[name], argument: value}
     with NATIVE.taking_turns({}) as operators:
         message = message_of(getattr(operators, name), arguments)
-    assert message == message_of(ops.registration.REFERENCE[name], arguments)
+    assert message == message_of(ops.backend.REFERENCE[name], arguments)
     depends = {"x": ("x", "grid_hw"), "q": ("q", "k", "cu_text")}.get(argument, (argument,))
     assert message.startswith(tuple(f"{named}: expected " for named in depends))
 
@@ -646,19 +647,19 @@ ELSEWHERE = [
 @pytest.mark.parametrize("name, argument", ELSEWHERE)
 def test_a_tensor_on_another_device_is_named(name: str, argument: str) -> None:
     arguments = {**RIGHT[name], argument: RIGHT[name][argument].to("meta")}
-    for function in (getattr(torch.ops.minifocus, name), ops.registration.REFERENCE[name]):
+    for function in (getattr(torch.ops.minifocus, name), ops.backend.REFERENCE[name]):
         named = "columns" if argument == "index" else argument  # they have to be where index is
         assert message_of(function, arguments).startswith(f"{named}: expected ")
 
 
 @pytest.mark.parametrize("name, argument, value", CASES, ids=[f"{n}-{a}={described(v)}" for n, a, v in CASES])
-def test_the_cuda_half_stops_at_a_wrong_argument(name: str, argument: str, value: Any) -> None:
+def test_the_emulated_half_stops_at_a_wrong_argument(name: str, argument: str, value: Any) -> None:
     """In the words of the others, unless it takes a kernel to see what is wrong: kernels check the indices that they read."""
     arguments = {**RIGHT[name], argument: value}
-    expected = message_of(ops.registration.REFERENCE[name], arguments)
+    expected = message_of(ops.backend.REFERENCE[name], arguments)
     with EMULATED.taking_turns({}) as operators:
         if expected == "offsets: expected region_pool's for this choice":
-            operators.region_pool_backward(*arguments.values())  # stays within its bounds, or the emulator would say so
+            operators.region_pool_backward(*arguments.values())  # stays within bounds, or the emulator would say so
             return
         with pytest.raises((RuntimeError, emulated.EmulationError)) as caught:
             getattr(operators, name)(*arguments.values())

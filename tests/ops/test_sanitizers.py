@@ -43,7 +43,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(torch_folder / "include")]
     stable += [f"-I{ROOT / 'csrc/cpu'}", f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
-    sources = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), planted]
+    sources = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), ROOT / "csrc/register.cpp", planted]
     command = [compiler, *flags, *map(str, sources), *stable, "-o", str(folder / "minifocus/ops/_cpu.abi3.so")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -37,7 +37,7 @@ from minifocus.testing import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
-RIGHT = SimpleNamespace(**ops.registration.REFERENCE)  # plain PyTorch
+RIGHT = SimpleNamespace(**ops.backend.REFERENCE)  # plain PyTorch
 
 
 def test_the_example_passes() -> None:

@@ -24,7 +24,7 @@ from minifocus import ops
 from minifocus.ops import reference
 from minifocus.testing import Attention, Gather, Regions, Selection
 
-OPERATORS = [schema.split("(")[0] for schema in ops.SCHEMAS]
+OPERATORS = [schema.split("(")[0] for schema in ops.backend.schemas()]
 SETTINGS = ["contiguous", "transposed", "sliced", "misaligned", "empty"]
 POOLS = ((2, 2), (2, 1), (1, 1))
 
@@ -73,7 +73,7 @@ def test_opcheck(name: str, setting: str) -> None:
     torch.library.opcheck(operator(name), arguments)
 
 
-@pytest.mark.parametrize("schema", ops.SCHEMAS, ids=OPERATORS)
+@pytest.mark.parametrize("schema", ops.backend.schemas(), ids=OPERATORS)
 def test_the_registered_schema_is_the_one_in_ops(schema: str) -> None:
     """Whether C++ or Python has registered it."""
     expected = torch._C.parse_schema(f"minifocus::{schema}")
@@ -418,6 +418,6 @@ def test_a_library_that_does_not_load_is_told(uncompiled: Path) -> None:
 
 
 def test_every_backend_has_every_operator() -> None:
-    assert sorted(ops.registration.REFERENCE) == sorted(OPERATORS)
+    assert sorted(ops.backend.REFERENCE) == sorted(OPERATORS)
     for name in OPERATORS:
         assert callable(getattr(reference, name))

@@ -1,11 +1,11 @@
-// Work on several threads: those of torch, which register.cpp calls, so that the rest of this half needs no torch.
+// torch's threads, for the CPU half (../register.cpp has them).
 #pragma once
 #include <cstdint>
 #include <functional>
 
 namespace minifocus::cpu {
 
-// Runs body(begin, end) on pieces of [0, n). Each has at least `grain` numbers, except for the last.
+// Runs body(begin, end) on pieces of [0, n), each of at least `grain` but the last.
 void parallel_for(int64_t n, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
 int64_t num_threads();
 

@@ -1,15 +1,7 @@
-"""What torch is told of each operator: its schema, the reference's kernel, a fake kernel for tracing, and its gradient.
-
-So that nothing waits for a GPU, the registered operators return outputs with room for all that they might keep: on a GPU,
-tokens and their source have a row for each cell, of which the first offsets[-1] count; select_top_p's index has a place for each
-score, those of an item's kept ones first and then -1. Pools are flat: [height, width, height, width, …].
+"""What torch needs besides kernels: the shapes of the operators' outputs, for tracing, and their gradients.
 
 Gradients are of the first order and in reverse: what torch would silently take for zeros raises NotImplementedError, a
 RuntimeError. That is forward mode (torch.func.jvp), second derivatives of all but gather_tokens, and gradients of importance.
-
-To add an operator: its meaning in reference.py, what it demands in checks.py, its schema, fake kernel and gradient here, and in
-__init__.py the function that cuts its outputs to size. csrc/torch_glue.h says what its C++ and CUDA need, minifocus/testing.py
-how it is tested.
 """
 
 from __future__ import annotations
@@ -20,72 +12,11 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from . import backend, checks, reference
-from .checks import wide
-from .reference import Pool
-
-SCHEMAS = (
-    "region_pool(Tensor x, Tensor grid_hw, Tensor choice, int window, int[] pools, Tensor? weight=None)"
-    " -> (Tensor tokens, Tensor source, Tensor offsets)",
-    "region_pool_backward(Tensor grad_tokens, Tensor x, Tensor grid_hw, Tensor choice, Tensor offsets, int window,"
-    " int[] pools, Tensor? weight=None) -> (Tensor grad_x, Tensor grad_weight)",
-    "region_route(Tensor x, Tensor grid_hw, Tensor context, Tensor bias, int window, int[] pools)"
-    " -> (Tensor tokens, Tensor source, Tensor offsets, Tensor choice)",
-    "importance(Tensor q, Tensor k, Tensor cu_text, Tensor cu_visual, float scale) -> Tensor",
-    "select_top_p(Tensor scores, Tensor cu_visual, float gamma=0., int? keep=None) -> (Tensor index, Tensor count)",
-    "gather_tokens(Tensor[] columns, Tensor index) -> Tensor[]",
+from . import (
+    backend,  # noqa: F401 (it declares the operators)
+    checks,
 )
-
-
-# ------------------------------------------------------------------------------------------------ the reference's kernels
-
-
-def _region_pool_backward(
-    grad_tokens: torch.Tensor,
-    x: torch.Tensor,
-    grid_hw: torch.Tensor,
-    choice: torch.Tensor,
-    offsets: torch.Tensor,
-    window: int,
-    pools: list[Pool],
-    weight: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    own = reference.region_pool(x, grid_hw, choice, window, pools, weight)[2]
-    checks.tensor("grad_tokens", grad_tokens, [x.dtype], [None, x.shape[1]], x.device)
-    checks.tensor("offsets", offsets, [torch.int64], [len(choice) + 1], x.device)
-    checks.expect(torch.equal(own, offsets), "offsets: expected region_pool's for this choice")
-    count, rows = int(own[-1]), len(grad_tokens)
-    checks.expect(rows >= count, f"grad_tokens: expected at least {count} rows, got {rows}")
-    grad = grad_tokens[:count]
-    grad_x, grad_weight = reference.region_pool_backward(grad, x, grid_hw, choice, window, pools, weight)
-    return grad_x, x.new_empty(0, dtype=wide(x.dtype)) if grad_weight is None else grad_weight
-
-
-def _select_top_p(
-    scores: torch.Tensor, cu_visual: torch.Tensor, gamma: float = 0.0, keep: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    kept, count = reference.select_top_p(scores, cu_visual, gamma, keep)
-    index = torch.full_like(scores, -1, dtype=torch.int64)
-    for own, begin in zip(kept.split(count.tolist()), cu_visual.tolist(), strict=False):
-        index[begin : begin + len(own)] = own
-    return index, count
-
-
-# For every device without compiled operators. reference.py's function itself, but where the registered operator has other
-# arguments or results; pools come as pairs.
-_kernels: dict[str, Callable[..., Any]] = {
-    "region_pool": reference.region_pool,
-    "region_pool_backward": _region_pool_backward,
-    "region_route": reference.region_route,
-    "importance": reference.importance,
-    "select_top_p": _select_top_p,
-    "gather_tokens": reference.gather_tokens,
-}
-REFERENCE = {name: backend.kernel(function) for name, function in _kernels.items()}
-BACKENDS = backend.load(SCHEMAS, REFERENCE)  # {"cpu": "native", "cuda": "reference"}, say
-
-
-# ------------------------------------------------------------------------------------------------------- shapes for tracing
+from .checks import wide
 
 
 def _same_device(
@@ -140,9 +71,6 @@ def _(columns, index):  # type: ignore[no-untyped-def]
     for column in columns:
         _same_device(index=index, columns=column)
     return [column.new_empty(index.shape[0], *column.shape[1:]) for column in columns]
-
-
-# ---------------------------------------------------------------------------------------------------------------- gradients
 
 
 class _ReverseMode(torch.library.Library):
