@@ -1,4 +1,4 @@
-// What torch_glue.h makes use of to turn torch's tensors into operators.h's structs: checks of arguments, allocation, pointers.
+// Checks of arguments, allocation and pointers for torch_glue.h, which turns torch's tensors into operators.h's structs.
 //
 // A wrong argument gives a RuntimeError that names it, what was expected and what came, in the words of
 // minifocus/ops/checks.py.
@@ -149,7 +149,7 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return copied(tensor, [](const Tensor& t) { return torch::stable::contiguous(t); });
 }
 
-// Contiguous and nobody else's: another thread may write to a tensor while an operator runs.
+// Contiguous, and a copy in any case: another thread may write to a tensor while an operator runs.
 inline Tensor private_copy(const Tensor& tensor) {
   if (!tensor.is_contiguous()) return as_contiguous(tensor);
   return copied(tensor, [](const Tensor& t) { return torch::stable::clone(t); });
@@ -157,8 +157,8 @@ inline Tensor private_copy(const Tensor& tensor) {
 
 enum class Rest { written, unwritten };  // whether an operator may leave the last rows of an output as they are
 
-// A call's tensors as pointers. The emulator (tests/emulator/module.cpp) has another one, which notes by these names
-// what memory a kernel may touch.
+// A call's tensors as pointers. The emulator (tests/emulator/module.cpp) has its own version of this. There, a kernel may touch
+// only memory that was handed out here, and messages call it by these names.
 struct Pointers {
   template <class T>
   static const T* input(const char*, const Tensor& tensor) {

@@ -42,12 +42,12 @@ inline int expect_first(const char* name, const Tensor& tensor, const std::vecto
   return device;
 }
 
-// A tensor whose numbers other numbers are looked up by. On the CPU a copy, so that what has been checked is what is
-// used. On a GPU kernels check what they read.
+// A tensor of indices, contiguous. On the CPU it is a copy, so that an operator uses what it has checked. On a GPU, kernels
+// check what they read.
 inline Tensor own(const Tensor& tensor) { return kIsCpu ? private_copy(tensor) : as_contiguous(tensor); }
 
-// Offsets that rise from 0 to `rows`. On a GPU only their shape is looked at here, and a kernel that meets others stops
-// with an error.
+// Offsets that rise from 0 to `rows`. On a GPU only their shape is checked here, and a kernel that meets others stops with
+// an error.
 inline Tensor checked_offsets(const char* name, const Tensor& offsets, int64_t rows, int device) {
   expect_tensor(name, offsets, {ScalarType::Long}, {kAny}, device);
   expect(offsets.size(0) >= 1, name, ": expected at least one number, got none");
@@ -144,8 +144,8 @@ struct Chosen {
   }
 };
 
-// The outputs of region_pool and region_route. A GPU would have to be waited for to know how many tokens there are, so that
-// there they have as many rows as there can be tokens.
+// The outputs of region_pool and region_route. To know the number of tokens, the host would have to wait for a GPU. So there
+// the outputs have as many rows as there can be tokens.
 struct Pooled {
   Tensor tokens, source, offsets;
   Workspace workspace;

@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU")
+    config.addinivalue_line("markers", "slow: takes longer than all the rest of its file: not a part of `make check`")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ To add an operator:
   2. in csrc/: its struct (operators.h), its declaration (launchers.h), its checks and outputs (torch_glue.h), and its
      implementations (cpu/ and cuda/);
   3. in minifocus/testing.py: how its inputs are drawn and its outputs checked. tests/ops applies this to every implementation.
-     The emulator (tests/emulator) runs its kernels without further ado.
+     The emulator (tests/emulator) runs its kernel as it is.
 """
 
 from __future__ import annotations

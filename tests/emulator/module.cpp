@@ -58,7 +58,7 @@ namespace half = emulated;
 
 namespace {
 
-// Once for each namespace of torch.ops, whose operators have been declared.
+// Implements torch.ops.<operators>.*, which have been declared. Called once.
 void register_in(const char* operators) {
   using torch::stable::detail::StableLibrary;
   static StableLibrary library(StableLibrary::Kind::IMPL, operators, "CPU", __FILE__, __LINE__);

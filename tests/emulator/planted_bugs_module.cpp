@@ -1,4 +1,4 @@
-// planted_bugs.cu for Python, and the emulator's number conversions and types. tests/emulator/test_emulator.py is what calls it.
+// planted_bugs.cu for Python, and the emulator's number conversions and types. tests/emulator/test_emulator.py calls it.
 #include "planted_bugs.h"
 
 #include <pybind11/numpy.h>
