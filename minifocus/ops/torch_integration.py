@@ -74,7 +74,7 @@ def _(columns, index):  # type: ignore[no-untyped-def]
 
 
 class _ReverseMode(torch.library.Library):
-    """Registers functions for autograd that raise if an argument has a tangent. torch would take the result's tangent for zero."""
+    """Registers functions for autograd that raise if an argument has a tangent. torch would take the result's for zero."""
 
     def impl(self, op_name: Any, fn: Callable[..., Any], dispatch_key: Any = "", **options: Any) -> None:
         def reverse_mode(*arguments: Any) -> Any:

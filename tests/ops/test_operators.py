@@ -186,7 +186,7 @@ def test_the_look_back_goes_beyond_a_warp_of_waiting_regions(seed: int) -> None:
 def test_importance_by_the_layout_of_tensor_cores(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, item: tuple[int, int, int, int, int]
 ) -> None:
-    """The emulator does the one instruction of the tensor cores by hand, as PTX describes it. The rest is the kernel's own code."""
+    """The emulator does the one instruction of the tensor cores by hand, as PTX describes it. The rest is the kernel itself."""
     monkeypatch.setenv("MINIFOCUS_TENSOR_CORES", "1")
     text, visual, heads, kv_heads, dim = item
     drawn = Attention(((text, visual),), heads, kv_heads, dim, dim**-0.5, dtype, "random", "contiguous", 0)
