@@ -1,11 +1,12 @@
-// What each half implements, on operators.h's structs: plain C++ and CUDA, without torch. torch_glue.h calls it.
+// The functions that each half implements, on operators.h's structs: plain C++ and CUDA, without torch. torch_glue.h calls
+// them.
 #pragma once
 #include <cstddef>
 
 #include "operators.h"
 
-// Of the CUDA half, functions only enqueue work on the stream: nothing waits for the GPU. Each returns 0 or a cudaError_t.
-// The CPU half is given no stream, returns when it has done its work, and needs no workspace.
+// The CUDA half only enqueues work on the stream: nothing waits for the GPU. Each function returns 0 or a cudaError_t.
+// The CPU half gets no stream, returns when it has done its work, and needs no workspace.
 #define MINIFOCUS_LAUNCHERS(half)                                                              \
   namespace minifocus::half {                                                                  \
   int region_pool(const RegionArgs&, void* stream);                                            \
@@ -23,7 +24,7 @@ MINIFOCUS_LAUNCHERS(cuda)
 
 namespace minifocus::cpu {
 
-// Of the region operators what comes before the outputs are allocated, as their size is known only then.
+// The region operators call these before their outputs are allocated, whose size is known only then.
 void region_choose(const RouteArgs&);       // region_route's choice
 int64_t region_offsets(const RegionArgs&);  // writes offsets for the choice; returns the number of tokens
 

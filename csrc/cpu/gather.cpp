@@ -1,4 +1,4 @@
-// gather_tokens: copies the kept rows of every column; a row is read once and written once.
+// gather_tokens: copies the kept rows of every column. A row is read once and written once.
 #include <algorithm>
 #include <cstring>
 
@@ -7,7 +7,7 @@
 
 namespace minifocus::cpu {
 
-constexpr int64_t kGrainBytes = 1 << 18;  // less than this is not worth another thread
+constexpr int64_t kGrainBytes = 1 << 18;  // another thread does not pay for less
 
 int gather_tokens(const GatherArgs& args, void*) {
   for (int i = 0; i < args.num_columns; ++i) {

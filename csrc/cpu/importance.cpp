@@ -21,15 +21,15 @@
 namespace minifocus::cpu {
 namespace {
 
-constexpr int64_t kQueries = 32;  // columns of a task are a multiple of this, two vectors of the widest registers
+constexpr int64_t kQueries = 32;  // a task's columns are a multiple of this: two vectors of the widest registers
 constexpr int64_t kKeys = 6;      // keys that are multiplied at once; their 12 sums stay in registers
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // exp(x) for x <= 0, within 2 units in the last place: 2^n * exp(r) with x = n log(2) + r, exp(r) by its Taylor series.
-// Below 2^-126 it is 0 (such numbers are slow, and nothing beside the row's largest, which is 1). NaN stays NaN.
+// Results below 2^-126 become 0: such numbers are slow, and vanish beside the row's largest, which is 1. NaN stays NaN.
 MINIFOCUS_INLINE float exp_of(float x) {
-  const float to_integer = 0x1.8p23f;  // added, it leaves the integer in the lowest bits
+  const float to_integer = 0x1.8p23f;  // adding it leaves the integer in the lowest bits
   const float shifted = x * 1.44269504f + to_integer;
   const float n = shifted - to_integer;
   const float r = (x - n * 0x1.62e4p-1f) - n * 1.42860682e-6f;  // log(2) in two parts, the first times n exact
@@ -58,7 +58,7 @@ class Buffer {
   std::vector<CacheLine<Real>> lines_;
 };
 
-// What a thread works in.
+// One thread's memory.
 template <typename Real>
 struct Workspace {
   Workspace(int64_t visual, int64_t columns, int64_t dim)
@@ -138,7 +138,7 @@ MINIFOCUS_MULTIVERSION void exponentiate(Real* scores, const Real* largest, int6
   }
 }
 
-// best[n][t] = the maximum of itself and of the probabilities of the group's heads; a NaN is larger than everything.
+// best[n][t] = the maximum of itself and of the probabilities of the group's heads. A NaN is larger than everything.
 template <typename Real>
 MINIFOCUS_MULTIVERSION void merge(const Real* scores, const Real* inverse, int64_t visual, int64_t columns,
                                   int64_t group, int64_t block, Real* best, int64_t text) {
@@ -209,7 +209,7 @@ class Item {
     std::fill_n(largest, columns_, -std::numeric_limits<Real>::infinity());
     std::fill_n(total, columns_, Real{0});
     for (int64_t n = 0; n < visual_; n += kKeys) {
-      for (int64_t i = 0; i < kKeys; ++i) {  // past the last key, that key again, which changes no maximum
+      for (int64_t i = 0; i < kKeys; ++i) {  // beyond the last key take that key again: it changes no maximum
         const int64_t key = std::min(n + i, visual_ - 1);
         load_key(k_ + (key * args_.kv_heads + kv_head) * dim, dim, keys + i * dim);
       }
@@ -226,7 +226,7 @@ class Item {
   int64_t text_, visual_;
   int64_t group_;    // query heads that share a key head
   int64_t block_;    // text tokens of a task
-  int64_t columns_;  // group * block and what rounds it up
+  int64_t columns_;  // group * block, rounded up
 };
 
 }  // namespace

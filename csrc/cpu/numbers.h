@@ -23,14 +23,15 @@ MINIFOCUS_INLINE uint32_t bits_of(float value) {
   return bits;
 }
 
-// Whether v replaces the maximum m so far: of equals the first stays; a NaN is larger than everything, the first one.
+// Whether v replaces the maximum m so far. The first of equal numbers stays. A NaN is larger than everything, and the first
+// NaN stays.
 template <typename Real>
 MINIFOCUS_INLINE bool is_larger(Real v, Real m) {
   return !(v <= m) & (m == m);
 }
 
 struct __attribute__((packed)) F32 {
-  using Real = float;  // what it is computed in
+  using Real = float;  // the type that computes
   using Wide = F32;    // how a Real lies in memory
   float value;
   MINIFOCUS_INLINE Real get() const { return value; }

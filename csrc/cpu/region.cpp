@@ -2,8 +2,8 @@
 //
 // A region is window x window cells, fewer at a map's ragged edge, and a cell is a row of channels. A branch cuts the
 // region into windows of its pool, and each window becomes one token, the maximum of its cells channel by channel.
-// Where a region's tokens go depends on all regions before it, so offsets are counted first; then regions are
-// independent of each other and are divided among threads. A window is walked cell by cell in blocks of channels that
+// Where a region's tokens go depends on all regions before it, so offsets are counted first. Regions are then
+// independent of each other, and threads share them out. A window is walked cell by cell in blocks of channels that
 // stay in the cache closest to the core, so x is read from memory once and tokens are written once.
 #include <algorithm>
 #include <limits>
@@ -17,7 +17,7 @@ namespace minifocus::cpu {
 namespace {
 
 constexpr int64_t kBlock = 512;      // channels
-constexpr int64_t kGrain = 1 << 16;  // numbers; fewer are not worth another thread
+constexpr int64_t kGrain = 1 << 16;  // numbers; another thread does not pay for fewer
 
 // A rectangle of cells: a region, or one of its windows.
 struct Rectangle {
@@ -76,7 +76,7 @@ void for_each_window(const Rectangle& region, Pool pool, int64_t first_token, co
         token++);
 }
 
-// Runs body(region number) for all regions, divided among threads.
+// Runs body(region number) for all regions, on several threads.
 template <typename F>
 void for_each_region(const RegionArgs& args, const F& body) {
   const int64_t numbers = args.regions == 0 ? 1 : args.cells / args.regions * args.channels;
@@ -92,8 +92,8 @@ MINIFOCUS_INLINE const T* cell_of(const T* x, int64_t channels, const Rectangle&
   return x + (window.cell + number / window.width * window.stride + number % window.width) * channels;
 }
 
-// The maximum of each of n channels over the window's cells, 64 channels at a time, whose maxima stay close by. (GCC 12 makes
-// slower code of fewer.)
+// The maximum of each of n channels over the window's cells. It takes 64 channels at a time, so that their maxima stay in the
+// cache. (With fewer, GCC 12 makes slower code.)
 template <typename T, typename Real = typename T::Real>
 MINIFOCUS_INLINE void window_max(const T* x, int64_t channels, const Rectangle& window, int64_t n, Real* largest) {
   constexpr int64_t kLanes = 64;
@@ -121,7 +121,7 @@ MINIFOCUS_INLINE void window_max(const T* x, int64_t channels, const Rectangle& 
   }
 }
 
-// The same, and which cell, in raster order, holds it.
+// The same, and the number of the cell that holds it, in raster order.
 template <typename T, typename Real = typename T::Real>
 MINIFOCUS_INLINE void window_argmax(const T* x, int64_t channels, const Rectangle& window, int64_t n, Real* largest,
                                     int32_t* where) {
@@ -292,7 +292,7 @@ int region_pool(const RegionArgs& args, void*) {
   return 0;
 }
 
-// By the choice that region_choose has made.
+// region_choose has made the choice.
 int region_route(const RouteArgs& args, void* stream) { return region_pool(args.region, stream); }
 
 int region_pool_backward(const RegionBackwardArgs& args, void*) {

@@ -1,8 +1,8 @@
 // select_top_p (Eq. 9): the most important tokens of each item, by their share of the total or by a fixed count.
 //
-// Each item is sorted in its own part of the output, from which the kept prefix then remains. To agree with the GPU bit
-// for bit, which adds in another order, shares are compared on whole numbers: scores scaled so that no sum of them
-// needs more than 52 bits. A double holds such sums exactly, so their order does not matter.
+// Each item is sorted in its own part of the output, and the kept prefix stays there. The GPU adds in another order. To
+// agree with it bit for bit, shares are compared as whole numbers: scores are scaled so that no sum of them needs more than
+// 52 bits. A double holds such sums exactly, so their order does not matter.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -32,7 +32,7 @@ void sort_descending(const T* scores, int64_t* begin, int64_t* end) {
   });
 }
 
-// The length of the shortest prefix of the sorted item whose share exceeds gamma; everything, where there is none.
+// The length of the shortest prefix of the sorted item whose share exceeds gamma, or of the whole item if none does.
 template <typename T>
 int64_t shortest_prefix(const T* scores, const int64_t* begin, const int64_t* end, double gamma) {
   const int64_t length = end - begin;

@@ -1,9 +1,9 @@
-// How the hot loops become vector code: they are plain loops that the compiler vectorises, once per instruction set.
+// The hot loops are plain loops. The compiler vectorises them, once for each instruction set.
 //
 // A wheel for x86-64 may only assume SSE2, yet most machines have AVX2 (x86-64-v3) or AVX-512 (x86-64-v4). A function
-// marked MINIFOCUS_MULTIVERSION is compiled for all three and the loader picks one; helpers marked MINIFOCUS_INLINE
-// become part of each version. Elsewhere (other processors, other compilers, and sanitizers, which are not ready yet
-// when the loader picks) there is one version, for the instructions the compiler was told of.
+// marked MINIFOCUS_MULTIVERSION is compiled for all three, and the loader picks one. Helpers marked MINIFOCUS_INLINE
+// become part of each version. Other processors and compilers get one version, for the instructions that the compiler was
+// told of. So do builds with sanitizers, which are not ready yet when the loader picks.
 #pragma once
 #include <cstdint>
 

@@ -1,12 +1,12 @@
-// gather_tokens: row index[i] of every column (hidden states, positions, masks, …), in one launch. Rows are bytes here,
-// copied in the largest words that their size and addresses allow; -1 gives a row of zeros.
+// gather_tokens: row index[i] of every column (hidden states, positions, masks, …), in one launch. Rows are bytes
+// here, copied in the largest words that their size and addresses allow. -1 gives a row of zeros.
 #include "vectors.h"
 
 namespace minifocus::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWords = 4;  // of each thread, so that several loads are under way at once
+constexpr int kWords = 4;  // per thread, so that several loads are under way at once
 
 struct Columns {
   GatherArgs::Column column[kMaxColumns];

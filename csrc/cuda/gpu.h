@@ -1,5 +1,5 @@
-// The one header that a kernel file includes besides launchers.h: real CUDA under nvcc, else the emulator, so that the
-// same .cu file also runs on a computer without a GPU (tests/emulator/cuda_on_cpu.h says what that shows and what not).
+// CUDA for a kernel file: the real one under nvcc, else the emulator, so that the same .cu file also runs on a computer
+// without a GPU. tests/emulator/cuda_on_cpu.h says what that shows and what it does not.
 //
 //   DYN_SHARED(float, tile);              dynamic shared memory, 16-byte aligned; a kernel has one
 //   gpu::launch(kernel, grid, block, shared_bytes, stream, arguments...)     instead of <<<...>>>, which is not C++
@@ -74,15 +74,15 @@ __device__ __forceinline__ unsigned long long load_acquire(const unsigned long l
 
 namespace gpu {
 
-// More than 32 bits hold stay too many, which CUDA refuses.
+// CUDA refuses numbers of blocks that do not fit into 32 bits: they stay too large.
 inline unsigned dimension(int64_t n) { return unsigned(n < int64_t(0xffffffff) ? n : int64_t(0xffffffff)); }
 
 // Arguments are converted to the kernel's parameter types, as in a call. Returns the error of the launch itself.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    Arguments&&... arguments) {
-  // Beyond 48 KB, __shared__ variables included, a kernel has to be allowed it. All there is each time: what is allowed
-  // belongs to the kernel, so that another thread's smaller number would take it away before this launch.
+  // Beyond 48 KB, __shared__ variables included, a kernel needs permission. It asks for all there is each time: the
+  // permission belongs to the kernel, and another thread's smaller number could replace it before this launch.
   if (shared_bytes > 40 * 1024) {
     const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), max_shared_bytes());
     if (error != cudaSuccess) return error;

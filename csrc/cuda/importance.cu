@@ -151,7 +151,7 @@ struct Item {
   int64_t text, num_text, key, num_keys;
 };
 
-// Offsets that come from the GPU were not looked at by the host: out of order or out of range, they stop the launch.
+// The host has not checked offsets that are on the GPU. Those out of order or out of range stop the launch.
 __device__ __forceinline__ Item item_of(const Arguments& arguments, int64_t number) {
   const int64_t text = arguments.cu_text[number], text_end = arguments.cu_text[number + 1];
   const int64_t key = arguments.cu_visual[number], key_end = arguments.cu_visual[number + 1];
@@ -162,9 +162,9 @@ __device__ __forceinline__ Item item_of(const Arguments& arguments, int64_t numb
   return {text, text_end - text, key, key_end - key};
 }
 
-// What a block works on: of the items' `length`s, cut into tiles of `size` and counted over all items, tile blockIdx.x;
-// false beyond the last one. One thread looks for all: another stream may write other offsets meanwhile, and threads
-// with different items would wait for each other at different barriers.
+// The tile that a block works on, number blockIdx.x over all items, whose `length`s are cut into tiles of `size`. False
+// beyond the last tile. One thread reads for all: another stream may write other offsets meanwhile, and threads with
+// different items would wait for each other at different barriers.
 __device__ __forceinline__ bool find_tile(const Arguments& arguments, int64_t Item::* length, int size, Item& item,
                                           int64_t& tile) {
   __shared__ Item found;
@@ -185,8 +185,8 @@ __device__ __forceinline__ bool find_tile(const Arguments& arguments, int64_t It
   return tile >= 0;
 }
 
-// The products of Rows rows of head `head` with 64 keys, each warp its own part; every thread of the block must call
-// it. Where a tile holds whole heads and the last call's rows (or keys) are wanted again, they are still there.
+// The products of Rows rows of head `head` with 64 keys, each warp its own part. Every thread of the block must call it.
+// If a tile holds whole heads, the last call's rows (or keys) are still there, and are not loaded again.
 template <int Rows, int V, class Product, class T, int Parts>
 __device__ void multiply(float (&products)[Parts][4], Tile<T>& q_tile, Tile<T>& k_tile, const Arguments& arguments,
                          const T* q, int64_t rows, int first_row, bool same_rows, const T* k, int64_t keys,

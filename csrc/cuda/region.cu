@@ -1,17 +1,17 @@
 // region_pool and region_route: the chosen max-pool of every region, packed in order (Eq. 1), in one launch.
 //
 // One block works on one region, in four steps:
-//   1. it takes the next region's number (a ticket), so that all regions before it have been begun by some block; what
-//      decides its way from there, a choice or the biases, one thread reads for all, lest another stream's writing it
-//      meanwhile send them different ways;
+//   1. it takes the next region's number (a ticket), so that all regions before it have been begun by some block. One
+//      thread reads for all what decides on their way from there, a choice or the biases: another stream may write to
+//      it meanwhile, and the threads must not go different ways;
 //   2. region_route only: it reads the region's cells, keeps them in shared memory as far as they fit, takes their
 //      maximum channel by channel, multiplies it with each branch's context vector and takes the largest sum's branch;
 //   3. it learns how many tokens the regions before it leave, by decoupled look-back: each block publishes its own
 //      number of tokens at once, and the sum up to and with its own as soon as it knows that; a block adds up what its
 //      predecessors published until it meets such a sum;
 //   4. it writes its tokens there: maxima over windows of the cells, from shared memory or from x.
-// So x is read once (of region_pool: the windows; of region_route: what does not fit into shared memory is read
-// again, mostly from the L2 cache), and tokens are written once.
+// So tokens are written once, and x is read once. (region_pool reads the windows only; region_route reads what does not
+// fit into shared memory again, mostly from the L2 cache.)
 #include "regions.h"
 
 namespace minifocus::cuda {

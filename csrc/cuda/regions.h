@@ -6,8 +6,8 @@
 
 namespace minifocus::cuda {
 
-// Pictures' sizes travel to the GPU by value, as a kernel parameter, so that nothing is copied there beforehand. More
-// pictures than fit take more launches.
+// Pictures' sizes travel to the GPU by value, as a kernel parameter, so that nothing is copied there beforehand. If the
+// pictures do not all fit, there are more launches.
 constexpr int kPicturesPerLaunch = 64;
 
 struct Pictures {

@@ -2,9 +2,9 @@
 // γ; or its first `keep`.
 //
 // Nothing is sorted. One block works on one item. Whatever its length, the prefix is all scores above some value v, and
-// the first few of those that equal v. v is found bit by bit, from the highest of an order-preserving number: among the
-// scores that agree with v so far, those with the next bit set come first; if they, and all that are known to be above,
-// are enough, v has the bit, else they are above v. Then indices are written in ascending order.
+// the first few of those that equal v. v is found bit by bit, from the highest bit of an order-preserving number: among
+// the scores that agree with v so far, those with the next bit set come first. If they and all scores known to be above
+// are enough, v has the bit; if not, they are above v. Then indices are written in ascending order.
 //
 // Sums must not depend on the order of additions, or backends would cut at different tokens. So scores are made whole
 // numbers first ("steps"), small enough that every sum of them is exact in double (reference.py's select_top_p).
@@ -14,7 +14,7 @@ namespace minifocus::cuda {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-// Scores of an item whose numbers are kept in shared memory; the others' are made again.
+// How many of an item's scores keep their numbers in shared memory. The others' numbers are made again.
 constexpr int64_t kCached = 4096, kCachedBytes = sizeof(double) + sizeof(unsigned);
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
   const int64_t begin = ends[0], length = ends[1] - begin;
   const T* scores = all_scores + begin;
 
-  // How many to keep, where that needs no sum: -1 where it does.
+  // How many to keep if that needs no sum, else -1.
   long long wanted = -1;
   if (a.keep >= 0)
     wanted = min(a.keep, length);

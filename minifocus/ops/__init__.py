@@ -8,35 +8,27 @@ tokens and their source have a row for each cell, of which the first offsets[-1]
 score, those of an item's kept ones first and then -1. The functions below have the arguments and results of their namesakes
 in `reference.py`: they cut the outputs to size, which does wait.
 
-To add an operator: its schema (schemas.inc), its meaning (reference.py) and what it demands (checks.py); its entry in
-`backend.REFERENCE`, fake kernel and gradient (torch_integration.py) and the function below; then csrc/: its struct (operators.h),
-its launchers' declaration (launchers.h), its arguments' checks and outputs (torch_glue.h), cpu/ and cuda/. Its properties go into
-minifocus/testing.py, its binding to the emulator into tests/emulator.
+To add an operator:
+  1. here: its schema (schemas.inc), its meaning (reference.py), what it demands of its arguments (checks.py), its entry in
+     `backend.REFERENCE`, its fake kernel and gradient (torch_integration.py), and the function to call, below;
+  2. in csrc/: its struct (operators.h), its declaration (launchers.h), its checks and outputs (torch_glue.h), and its
+     implementations (cpu/ and cuda/);
+  3. in minifocus/testing.py: how its inputs are drawn and its outputs checked. tests/ops applies this to every implementation.
+     The emulator (tests/emulator) runs its kernel as it is.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..arguments import shown
 from . import (
     checks,
     torch_integration,  # noqa: F401 (it registers with torch)
 )
-from .backend import BACKENDS
+from .backend import BACKENDS, flat
 from .reference import Pool
 
 __all__ = ["BACKENDS", "gather_tokens", "importance", "region_pool", "region_route", "select_top_p"]
-
-
-def _flat(pools: list[Pool]) -> list[int]:
-    try:
-        flat = [side for height, width in pools for side in (height, width)]
-    except (TypeError, ValueError):
-        raise RuntimeError(f"pools: expected pairs of numbers, got {shown(pools)}") from None
-    for side in flat:
-        checks.no_tensor("pools", side)
-    return flat
 
 
 def _cut(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -55,7 +47,7 @@ def region_pool(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.region_pool`; differentiable in x and weight."""
     checks.no_tensor("window", window)
-    tokens, source, offsets = torch.ops.minifocus.region_pool(x, grid_hw, choice, window, _flat(pools), weight)
+    tokens, source, offsets = torch.ops.minifocus.region_pool(x, grid_hw, choice, window, flat(pools), weight)
     count = offsets[-1].item()
     return _cut(tokens, count), _cut(source, count), offsets
 
@@ -70,7 +62,7 @@ def region_route(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `reference.region_route`; differentiable in x, with the scales as they were chosen."""
     checks.no_tensor("window", window)
-    tokens, source, offsets, choice = torch.ops.minifocus.region_route(x, grid_hw, context, bias, window, _flat(pools))
+    tokens, source, offsets, choice = torch.ops.minifocus.region_route(x, grid_hw, context, bias, window, flat(pools))
     count = offsets[-1].item()
     return _cut(tokens, count), _cut(source, count), offsets, choice
 

@@ -6,6 +6,7 @@ MINIFOCUS_BACKEND=native or =reference forces one. Unset, it is native where tha
 from __future__ import annotations
 
 import ast
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def _load() -> tuple[dict[str, str], torch.library.Library]:
         for schema in schemas():
             library.define(schema)
     for name, function in REFERENCE.items():
-        library.impl(name, _on_own_indices(function), "CompositeExplicitAutograd")
+        library.impl(name, function, "CompositeExplicitAutograd")
     return backends, library
 
 
@@ -63,34 +64,40 @@ def _not_built(half: str) -> str:
     return next((line for line in lines if line.startswith(f"{half}: not built")), f"_{half}.abi3.so is not there")
 
 
-def _on_own_indices(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, called with copies of its index tensors. It checks them first and uses them later, and another thread
-    may write to them in between."""
+def flat(pools: list[Pool]) -> list[int]:
+    """Pairs as a schema's int[] has them: height, width, height, width, …"""
+    try:
+        numbers = [side for height, width in pools for side in (height, width)]
+    except (TypeError, ValueError):
+        raise RuntimeError(f"pools: expected pairs of numbers, got {shown(pools)}") from None
+    for side in numbers:
+        checks.no_tensor("pools", side)
+    return numbers
+
+
+def _pairs(numbers: list[int]) -> list[Pool]:
+    paired = len(numbers) % 2 == 0
+    checks.expect(
+        paired, f"pools: expected from 1 to {checks.MAX_BRANCHES} pairs of numbers, got {len(numbers)} numbers"
+    )
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with arguments like reference.py's, in the form that torch calls: pools are flat there, and index tensors are
+    anybody's. It gets copies of these, for it checks them first and uses them later, and another thread may write to them
+    in between."""
+    names = list(inspect.signature(function).parameters)
+
+    def own(name: str, value: Any) -> Any:
+        if name == "pools":
+            return _pairs(value)
+        return value.clone() if isinstance(value, torch.Tensor) and value.dtype == torch.int64 else value
 
     def call(*arguments: Any, **named: Any) -> Any:
-        def own(value: Any) -> Any:
-            return value.clone() if isinstance(value, torch.Tensor) and value.dtype == torch.int64 else value
-
-        return function(*map(own, arguments), **{name: own(value) for name, value in named.items()})
+        return function(*map(own, names, arguments), **{name: own(name, value) for name, value in named.items()})
 
     return call
-
-
-def _pairs(pools: list[int]) -> list[Pool]:
-    paired = len(pools) % 2 == 0
-    checks.expect(paired, f"pools: expected from 1 to {checks.MAX_BRANCHES} pairs of numbers, got {len(pools)} numbers")
-    return list(zip(pools[::2], pools[1::2], strict=True))
-
-
-def _region_pool(
-    x: torch.Tensor,
-    grid_hw: torch.Tensor,
-    choice: torch.Tensor,
-    window: int,
-    pools: list[int],
-    weight: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return reference.region_pool(x, grid_hw, choice, window, _pairs(pools), weight)
 
 
 def _region_pool_backward(
@@ -100,29 +107,18 @@ def _region_pool_backward(
     choice: torch.Tensor,
     offsets: torch.Tensor,
     window: int,
-    pools: list[int],
+    pools: list[Pool],
     weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    own = reference.region_pool(x, grid_hw, choice, window, _pairs(pools), weight)[2]
+    own = reference.region_pool(x, grid_hw, choice, window, pools, weight)[2]
     checks.tensor("grad_tokens", grad_tokens, [x.dtype], [None, x.shape[1]], x.device)
     checks.tensor("offsets", offsets, [torch.int64], [len(choice) + 1], x.device)
     checks.expect(torch.equal(own, offsets), "offsets: expected region_pool's for this choice")
     count, rows = int(own[-1]), len(grad_tokens)
     checks.expect(rows >= count, f"grad_tokens: expected at least {count} rows, got {rows}")
     grad = grad_tokens[:count]
-    grad_x, grad_weight = reference.region_pool_backward(grad, x, grid_hw, choice, window, _pairs(pools), weight)
+    grad_x, grad_weight = reference.region_pool_backward(grad, x, grid_hw, choice, window, pools, weight)
     return grad_x, x.new_empty(0, dtype=wide(x.dtype)) if grad_weight is None else grad_weight
-
-
-def _region_route(
-    x: torch.Tensor,
-    grid_hw: torch.Tensor,
-    context: torch.Tensor,
-    bias: torch.Tensor,
-    window: int,
-    pools: list[int],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return reference.region_route(x, grid_hw, context, bias, window, _pairs(pools))
 
 
 def _select_top_p(
@@ -135,12 +131,14 @@ def _select_top_p(
     return index, count
 
 
-REFERENCE: dict[str, Callable[..., Any]] = {
-    "region_pool": _region_pool,
+# reference.py's functions, but for the two whose registered forms have other arguments or results.
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "region_pool": reference.region_pool,
     "region_pool_backward": _region_pool_backward,
-    "region_route": _region_route,
+    "region_route": reference.region_route,
     "importance": reference.importance,
     "select_top_p": _select_top_p,
     "gather_tokens": reference.gather_tokens,
 }
+REFERENCE = {name: _kernel(function) for name, function in _FUNCTIONS.items()}
 BACKENDS, _library = _load()  # {"cpu": "native", "cuda": "reference"}, say

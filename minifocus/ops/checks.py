@@ -13,7 +13,7 @@ import torch
 MAX_WINDOW = 1024
 MAX_BRANCHES = 8
 MAX_COLUMNS = 8
-# Of a column of gather_tokens, and those that messages name.
+# Those that a column of gather_tokens may have, and that messages name.
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DTYPES += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
 
@@ -24,12 +24,12 @@ def expect(condition: bool, text: str) -> None:
 
 
 def given(name: str, value: object) -> None:
-    """torch passes None on where an operator's schema has a tensor."""
+    """torch lets None pass for a tensor of an operator's schema."""
     expect(value is not None, f"{name}: expected a tensor, got None")
 
 
 def no_tensor(name: str, value: object) -> None:
-    """torch would take a tensor of one element for a number, and cut off its fraction for a whole one."""
+    """torch would take a tensor of one element for a number, and cut off its fraction if a whole number is expected."""
     expect(not isinstance(value, torch.Tensor), f"{name}: expected a number, got a tensor")
 
 
@@ -67,7 +67,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def offsets(name: str, value: torch.Tensor, rows: int, device: torch.device) -> None:
-    """Numbers that never fall, from 0 to `rows`."""
+    """Offsets that begin with 0, never fall and end with `rows`."""
     tensor(name, value, [torch.int64], [None], device)
     expect(len(value) >= 1, f"{name}: expected at least one number, got none")
     expect(rows == 0 or len(value) >= 2, f"{name}: expected offsets from 0 to {rows}, got one number")

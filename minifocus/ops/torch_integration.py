@@ -22,8 +22,8 @@ from .checks import wide
 def _same_device(
     *, grid_hw: torch.Tensor | None = None, weight: torch.Tensor | None = None, **tensors: torch.Tensor
 ) -> None:
-    """torch calls a fake kernel, and no other, as soon as one of the tensors is on the meta device. The first of `tensors`
-    says where the others have to be."""
+    """All tensors have to be where the first of `tensors` is. Fake kernels check this, as torch calls no other kernel once one of
+    the tensors is on the meta device."""
     for name, value in tensors.items():
         checks.given(name, value)
     first = next(iter(tensors.values()))
@@ -36,7 +36,7 @@ def _same_device(
 @torch.library.register_fake("minifocus::region_pool")
 def _(x, grid_hw, choice, window, pools, weight=None):  # type: ignore[no-untyped-def]
     _same_device(x=x, grid_hw=grid_hw, choice=choice, weight=weight)
-    rows = torch.library.get_ctx().new_dynamic_size()  # it depends on what is in choice
+    rows = torch.library.get_ctx().new_dynamic_size()  # it depends on the contents of choice
     return x.new_empty(rows, x.shape[1]), choice.new_empty(rows), choice.new_empty(choice.shape[0] + 1)
 
 
@@ -49,7 +49,7 @@ def _(grad_tokens, x, grid_hw, choice, offsets, window, pools, weight=None):  # 
 @torch.library.register_fake("minifocus::region_route")
 def _(x, grid_hw, context, bias, window, pools):  # type: ignore[no-untyped-def]
     _same_device(x=x, grid_hw=grid_hw, context=context, bias=bias)
-    rows, regions = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))  # the latter: of what is in grid_hw
+    rows, regions = (torch.library.get_ctx().new_dynamic_size() for _ in range(2))  # regions: on those of grid_hw
     source = x.new_empty(rows, dtype=torch.int64)
     return x.new_empty(rows, x.shape[1]), source, source.new_empty(regions + 1), source.new_empty(regions)
 
@@ -74,7 +74,7 @@ def _(columns, index):  # type: ignore[no-untyped-def]
 
 
 class _ReverseMode(torch.library.Library):
-    """What it registers for autograd raises where an argument has a tangent: torch would take the result's for zero."""
+    """Registers functions for autograd that raise if an argument has a tangent. torch would take the result's for zero."""
 
     def impl(self, op_name: Any, fn: Callable[..., Any], dispatch_key: Any = "", **options: Any) -> None:
         def reverse_mode(*arguments: Any) -> Any:
@@ -120,7 +120,7 @@ def _region_route_gradient(ctx, grad_tokens, *_indices):  # type: ignore[no-unty
     grad_x, _ = torch.ops.minifocus.region_pool_backward(
         grad_tokens, x, grid_hw, choice, offsets, ctx.window, ctx.pools
     )
-    return grad_x, None, None, None, None, None  # a choice has no gradient for what it was made by
+    return grad_x, None, None, None, None, None  # nothing flows back through the choice
 
 
 _register_gradient("region_route", _region_route_gradient, _save_region_route)
@@ -134,7 +134,7 @@ def _save_gather(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gather_gradient(ctx, grads):  # type: ignore[no-untyped-def]
     (index,) = ctx.saved_tensors
-    place = index % (ctx.rows + 1)  # of -1: one row more, left out below
+    place = index % (ctx.rows + 1)  # -1 becomes the row after the last, which is cut off below
 
     def scatter(grad):  # type: ignore[no-untyped-def]
         if grad is None or not grad.is_floating_point():
@@ -155,6 +155,6 @@ def _no_gradient(ctx, *_grads):  # type: ignore[no-untyped-def]
     raise NotImplementedError("importance: there is no gradient through it; detach q and k, or call it under no_grad()")
 
 
-# torch would take what is not there for zeros. select_top_p needs none of this: all that it returns are whole numbers.
+# torch would take a missing gradient for zeros. select_top_p needs none: it returns whole numbers only.
 _register_gradient("region_pool_backward", _no_second_derivative)
 _register_gradient("importance", _no_gradient)

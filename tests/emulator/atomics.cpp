@@ -1,5 +1,5 @@
-// Atomics and fences: out of the header, so that the compiler's instrumentation does not take them for plain accesses.
-// A thread is never interrupted inside of one of these functions after its check, so the operation is atomic.
+// Atomics and fences. They are not in the header, where the compiler's instrumentation would take them for plain accesses.
+// A thread is never interrupted in one of these functions after its check, so the operation is atomic.
 #include "runtime.h"
 
 namespace emulator {
@@ -71,14 +71,14 @@ void store_release(unsigned long long* address, unsigned long long value) {
   current.thread->fence_phase = current.block->phase;
   release(where, false);
   *address = value;
-  let_others_run();  // which may now see this value, and not yet what its writer does next
+  let_others_run();  // they may see this value before its writer does anything else
 }
 
 unsigned long long load_acquire(const unsigned long long* address) {
   using namespace emulator;
   const uintptr_t where = reinterpret_cast<uintptr_t>(address);
   count_steps(1000, {CALLER_PC});
-  let_others_run();  // a loop that waits for the value does so in vain otherwise
+  let_others_run();  // otherwise a loop that waits for the value would wait in vain
   check_access(where, sizeof *address, AccessKind::atomic_read, CALLER_PC);
   acquire(where);
   return *address;

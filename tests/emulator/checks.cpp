@@ -4,7 +4,7 @@
 //
 //   memcheck    an access outside of every buffer that the kernel was given, or a write to an input
 //   initcheck   a read of memory that nobody has written
-//   racecheck   two accesses to a byte, one of them a write, with nothing between them that orders them
+//   racecheck   two accesses to a byte, at least one of them a write, that nothing orders
 //   alignment, bounds, arithmetic      a misaligned access, an index past an array's end, an integer overflow
 #include <algorithm>
 #include <unordered_map>
@@ -186,7 +186,7 @@ void note_atomic(uintptr_t address) {
   if (kernels_are_instrumented) current.thread->atomics_met.push_back(address);
 }
 
-// ---- What a test module asks for -----------------------------------------------------------------------------------
+// ---- Functions for a test module -----------------------------------------------------------------------------------
 
 bool checks_memory() { return kernels_are_instrumented; }
 
@@ -213,7 +213,7 @@ void check_written(const char* name) {
     if (region->name != name) continue;
     const auto unwritten = [](const Cell& cell) { return !cell.written; };
     const auto first = std::find_if(region->cells.begin(), region->cells.end(), unwritten);
-    if (first == region->cells.end()) return;
+    if (first == region->cells.end()) continue;
     fail({}, "initcheck: %td of the %zu bytes of output '%s' were never written, the first at byte %td",
          std::count_if(first, region->cells.end(), unwritten), region->cells.size(), name,
          first - region->cells.begin());

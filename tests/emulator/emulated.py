@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 import pybind11
 import torch
+
+from minifocus.ops import backend
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / "build" / "emulator"
@@ -41,6 +43,7 @@ MODES = {  # how the kernels are compiled; the emulator itself always with -O2
     "fast": ["-O2"],
     "checked": ["-O1", "-g", f"-fsanitize={CHECKS}", "--param", "tsan-instrument-func-entry-exit=0"],
 }
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # as csrc/build.py has it
 EMULATOR = ["runtime.cpp", "checks.cpp", "atomics.cpp", "fibers.cpp"]
 MODULES = {  # name: the kernels, and the file that binds them
     "operators": (sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "tests/emulator/module.cpp"),
@@ -89,10 +92,12 @@ def _compile(source: Path, flags: list[str], label: str) -> Path:
 def build(name: str, mode: str) -> Path:
     """Compiles and links what has changed; → the module's file. A second process waits for the first one's build."""
     kernels, binding = MODULES[name]
-    includes = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+    torch_folder = Path(torch.__file__).parent
+    includes = [pybind11.get_include(), sysconfig.get_path("include"), str(torch_folder / "include")]
     jobs = [(kernel, MODES[mode], mode) for kernel in kernels]
     jobs += [(ROOT / "tests/emulator" / file, ["-O2"], "emulator") for file in EMULATOR]
-    jobs.append((binding, ["-O0", *includes], "binding"))
+    flags = ["-O0", STABLE_ABI, *(f"-isystem{folder}" for folder in includes)]
+    jobs.append((binding, flags, "binding"))
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -101,7 +106,8 @@ def build(name: str, mode: str) -> Path:
         target = CACHE / f"{name}-{mode}-{digest}.so"
         if not target.exists():
             part = target.with_suffix(".part")
-            subprocess.run([_compiler()[0], "-shared", "-o", part, *objects], check=True)
+            link_with = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+            subprocess.run([_compiler()[0], "-shared", "-o", part, *objects, *link_with], check=True)
             for old in CACHE.glob(f"{name}-{mode}-*.so"):
                 old.unlink()
             part.replace(target)
@@ -174,18 +180,19 @@ def _source_line(file: str, address: str, function: bool) -> str:
     return (own or places)[0]
 
 
-def call(module: ModuleType, function: str, *arguments: Any) -> None:
-    """module.function(*arguments) under the current schedule; its Failure becomes an EmulationError with source lines."""
+def call(module: ModuleType, function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments), which is the module's, under the current schedule; what failed in it becomes an EmulationError
+    with source lines."""
     name, other = _schedule["changing"] or ("", None)
     module.configure(**{**_schedule, "changing": name, "other": b"" if other is None else array(other).tobytes()})
-    try:
-        getattr(module, function)(*arguments)
-    except module.Failure as failure:
+    result = function(*arguments)
+    failure = module.failure()
+    if failure:
         file = str(module.__file__)
-        text = re.sub(
-            r"<(pc|function) (0x[0-9a-f]+)>", lambda m: _source_line(file, m[2], m[1] == "function"), str(failure)
+        raise EmulationError(
+            re.sub(r"<(pc|function) (0x[0-9a-f]+)>", lambda m: _source_line(file, m[2], m[1] == "function"), failure)
         )
-        raise EmulationError(text) from None
+    return result
 
 
 def array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
@@ -202,125 +209,23 @@ def garbage(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return tensor
 
 
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _flat(pools: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(pools, dtype=np.int64).reshape(-1)
-
-
-def _num_regions(grid_hw: torch.Tensor, window: int) -> int:
-    return int((-(-grid_hw // window)).prod(dim=1).sum())
-
-
 class Operators:
     """The operators as torch.ops.minifocus has them."""
 
     def __init__(self, mode: str) -> None:
-        self.module = load("operators", mode)
+        self._module = load("operators", mode)
+        namespace = f"minifocus_emulated_{mode}"
+        self._library = torch.library.Library(namespace, "DEF")  # what it declares goes when it does
+        for schema in backend.schemas():
+            self._library.define(schema)
+        self._module.register_in(namespace)
+        self._operators = getattr(torch.ops, namespace)
 
-    def region_pool(
-        self,
-        x: torch.Tensor,
-        grid_hw: torch.Tensor,
-        choice: torch.Tensor,
-        window: int,
-        pools: list[int],
-        weight: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        tokens, source = garbage(*x.shape, dtype=x.dtype), garbage(len(x), dtype=torch.int64)
-        offsets = garbage(len(choice) + 1, dtype=torch.int64)
-        inputs = array(x), _dtype(x), array(grid_hw), array(choice), window, _flat(pools)
-        outputs = array(tokens), array(source), array(offsets)
-        call(self.module, "region_pool", *inputs, None if weight is None else array(weight), *outputs)
-        return tokens, source, offsets
-
-    def region_pool_backward(
-        self,
-        grad_tokens: torch.Tensor,
-        x: torch.Tensor,
-        grid_hw: torch.Tensor,
-        choice: torch.Tensor,
-        offsets: torch.Tensor,
-        window: int,
-        pools: list[int],
-        weight: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        grad_x = garbage(*x.shape, dtype=x.dtype)
-        grad_weight = garbage(0 if weight is None else len(choice), dtype=torch.float32)
-        inputs = (
-            array(grad_tokens),
-            array(x),
-            _dtype(x),
-            array(grid_hw),
-            array(choice),
-            array(offsets),
-            window,
-            _flat(pools),
-        )
-        outputs = array(grad_x), array(grad_weight)
-        call(self.module, "region_pool_backward", *inputs, None if weight is None else array(weight), *outputs)
-        return grad_x, grad_weight
-
-    def region_route(
-        self,
-        x: torch.Tensor,
-        grid_hw: torch.Tensor,
-        context: torch.Tensor,
-        bias: torch.Tensor,
-        window: int,
-        pools: list[int],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        regions = _num_regions(grid_hw, window)
-        tokens, source = garbage(*x.shape, dtype=x.dtype), garbage(len(x), dtype=torch.int64)
-        offsets, choice = garbage(regions + 1, dtype=torch.int64), garbage(regions, dtype=torch.int64)
-        inputs = array(x), _dtype(x), array(grid_hw), array(context), array(bias), window, _flat(pools)
-        call(self.module, "region_route", *inputs, array(tokens), array(source), array(offsets), array(choice))
-        return tokens, source, offsets, choice
-
-    def importance(
-        self, q: torch.Tensor, k: torch.Tensor, cu_text: torch.Tensor, cu_visual: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        scores = garbage(len(k), dtype=torch.float32)
-        call(
-            self.module,
-            "importance",
-            array(q),
-            array(k),
-            _dtype(q),
-            array(cu_text),
-            array(cu_visual),
-            scale,
-            array(scores),
-        )
-        return scores
-
-    def select_top_p(
-        self, scores: torch.Tensor, cu_visual: torch.Tensor, gamma: float = 0.0, keep: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        index, count = garbage(len(scores), dtype=torch.int64), garbage(len(cu_visual) - 1, dtype=torch.int64)
-        inputs = array(scores), _dtype(scores), array(cu_visual), gamma, -1 if keep is None else keep
-        call(self.module, "select_top_p", *inputs, array(index), array(count))
-        return index, count
-
-    def gather_tokens(self, columns: list[torch.Tensor], index: torch.Tensor) -> list[torch.Tensor]:
-        gathered = [garbage(len(index), *column.shape[1:], dtype=column.dtype) for column in columns]
-
-        def rows(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-            row_bytes = (
-                tensor.element_size() * tensor[:0].flatten(1).shape[1] if tensor.ndim > 1 else tensor.element_size()
-            )
-            flat = (
-                tensor.detach().contiguous().as_strided([tensor.numel()], [1])
-            )  # contiguous: yet a stride may be 2 if the size is 1
-            return flat.view(torch.uint8).view(len(tensor), row_bytes).numpy()
-
-        call(self.module, "gather_tokens", [rows(c) for c in columns], array(index), [rows(g) for g in gathered])
-        return gathered
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return functools.partial(call, self._module, getattr(self._operators, name))
 
 
 @functools.cache
-def operators(mode: str) -> Operators:
+def operators(mode: str) -> Any:
     """The operators with their kernels compiled for `mode`."""
     return Operators(mode)

@@ -1,4 +1,4 @@
-// What a test module (module.cpp) asks of the emulator, outside of kernels.
+// The emulator's functions for a test module (module.cpp), outside of kernels.
 #pragma once
 
 #include <cstddef>

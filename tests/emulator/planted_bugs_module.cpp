@@ -1,7 +1,11 @@
-// planted_bugs.cu for Python, and the emulator's number conversions and types. tests/emulator/test_emulator.py is what calls it.
+// planted_bugs.cu for Python, and the emulator's number conversions and types. tests/emulator/test_emulator.py calls it.
 #include "planted_bugs.h"
 
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
 #include <array>
+#include <stdexcept>
 
 #include "bindings.h"
 #include "cuda_on_cpu.h"
@@ -18,9 +22,13 @@ void run(const std::string& name, py::array x, py::array y, bool y_is_ready, py:
   for (int i = 0; i < kNumPlantedBugs; i++) {
     if (name != kPlantedBugs[i].name) continue;
     Call call;
-    const float* from = call.input<float>("x", x);
-    float* to = y_is_ready ? call.in_out<float>("y", y) : call.output<float>("y", y);
-    int* count = call.in_out<int>("counter", counter);
+    call.input("x", x.data(), x.nbytes());
+    const float* from = static_cast<const float*>(x.data());
+    float* to = static_cast<float*>(y.mutable_data());
+    if (y_is_ready) call.in_out("y", to, y.nbytes());
+    else call.output("y", to, y.nbytes());
+    int* count = static_cast<int*>(counter.mutable_data());
+    call.in_out("counter", count, counter.nbytes());
     const int n = int(x.size());
     const PlantedKernel kernel = kPlantedBugs[i].kernel;
     return call.finish(launch_planted_bug(kernel, from, to, count, n, grid.data(), block.data(), shared_bytes));
@@ -31,8 +39,8 @@ void run(const std::string& name, py::array x, py::array y, bool y_is_ready, py:
 void clear(py::array array, size_t bytes, bool read_only) {
   Call call;
   void* memory = array.mutable_data();
-  if (read_only) call.input<void>("array", array);
-  else call.output<void>("array", array);
+  if (read_only) call.input("array", memory, array.nbytes());
+  else call.output("array", memory, array.nbytes());
   call.finish(planted_memset(memory, bytes));
 }
 

@@ -22,7 +22,7 @@ uintptr_t module_begin = 0, module_end = 0;
 namespace {
 
 constexpr uint64_t kMaxSteps = 200'000'000;  // of one launch: a few seconds
-// Dynamic shared memory of a kernel that was allowed no more: of 48 KB, up to 2 are taken to be its __shared__ variables.
+// Dynamic shared memory of a kernel without permission for more: 48 KB, less 2 for its __shared__ variables.
 constexpr size_t kSharedBytes = 46 * 1024;
 
 Options options;
@@ -72,7 +72,7 @@ void put_static_shared_in_place(Block& block) {
   static_shared_owner = &block;
 }
 
-// The module's other thread-local variables lie among the __shared__ ones, so all of them are put back, come what may.
+// The module's other thread-local variables lie among the __shared__ ones, so all of them are put back, always.
 struct StaticSharedRestored {
   const std::vector<unsigned char> original{static_shared, static_shared + static_shared_bytes};
 

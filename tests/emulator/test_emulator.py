@@ -29,7 +29,8 @@ def run(
     counter = torch.zeros(1, dtype=torch.int32)
     shape = [(*grid, 1, 1)[:3], (*block, 1, 1)[:3]]
     arrays = emulated.array(x), emulated.array(result), y is not None, emulated.array(counter)
-    emulated.call(emulated.load("planted_bugs", mode), "run", kernel, *arrays, *shape, shared_bytes)
+    module = emulated.load("planted_bugs", mode)
+    emulated.call(module, module.run, kernel, *arrays, *shape, shared_bytes)
     return result, int(counter)
 
 
@@ -233,16 +234,16 @@ def test_invalid_launch_is_reported(how: dict[str, Any], message: str, mode: str
 def test_memset_is_checked(mode: str) -> None:
     module = emulated.load("planted_bugs", mode)
     memory = np.full(16, 7, np.uint8)
-    emulated.call(module, "clear", memory, 16, False)
+    emulated.call(module, module.clear, memory, 16, False)
     assert (memory == 0).all()
     with pytest.raises(
         emulated.EmulationError, match="cudaMemsetAsync of 17 bytes at byte 0 of 'array', which is too small"
     ):
-        emulated.call(module, "clear", memory, 17, False)
+        emulated.call(module, module.clear, memory, 17, False)
     with pytest.raises(
         emulated.EmulationError, match="cudaMemsetAsync of 16 bytes at byte 0 of 'array', which is read-only"
     ):
-        emulated.call(module, "clear", memory, 16, True)
+        emulated.call(module, module.clear, memory, 16, True)
 
 
 def test_memset_counts_as_writing() -> None:
@@ -250,7 +251,7 @@ def test_memset_counts_as_writing() -> None:
     with pytest.raises(
         emulated.EmulationError, match="1 of the 16 bytes of output 'array' were never written.* at byte 15"
     ):
-        emulated.call(module, "clear", np.zeros(16, np.uint8), 15, False)
+        emulated.call(module, module.clear, np.zeros(16, np.uint8), 15, False)
 
 
 def test_an_error_is_forgotten_by_the_next_call(mode: str) -> None:

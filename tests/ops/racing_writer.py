@@ -2,8 +2,8 @@
 
     python tests/ops/racing_writer.py 0.5        # seconds for each operator
 
-A call may work or raise RuntimeError: what it has checked must be what it uses. It crashes where an operator reads a
-tensor again after the check. tests/ops/test_operators.py runs it.
+A call may work or raise RuntimeError, because an operator has to use what it has checked. If one reads a tensor again after
+the check, this program crashes. tests/ops/test_operators.py runs it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FAR = 2**40
 
 
 def calls() -> dict[str, tuple[list[tuple[torch.Tensor, torch.Tensor]], Callable[..., Any]]]:
-    """Of each operator: two contents for each of some tensors, and the call with these tensors."""
+    """For each operator, some tensors with two contents each, and the call with these tensors."""
     x = torch.randn(48 * 48, 130, generator=GENERATOR)
     maps, other_maps = torch.tensor([[48, 48], [0, 0]]), torch.tensor([[16, 144], [0, 0]])
     choice, other_choice = (torch.randint(3, (144,), generator=GENERATOR) for _ in range(2))
@@ -64,7 +64,7 @@ def calls() -> dict[str, tuple[list[tuple[torch.Tensor, torch.Tensor]], Callable
 
 
 def write(tensors: list[torch.Tensor], contents: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """For as long as the other process lives."""
+    """Write both contents in turn, as long as the parent process lives."""
     parent = os.getppid()
     arrays = [(t.numpy(), one.numpy(), other.numpy()) for t, (one, other) in zip(tensors, contents, strict=True)]
     while os.getppid() == parent:
@@ -75,10 +75,11 @@ def write(tensors: list[torch.Tensor], contents: list[tuple[torch.Tensor, torch.
 
 
 def main(seconds: float) -> None:
+    assert [schema.split("(")[0] for schema in ops.backend.schemas()] == list(calls())
     for name, (contents, run) in calls().items():
         print(name, end=" ", flush=True)
         tensors = [one.clone().share_memory_() for one, _ in contents]
-        writer = os.fork()  # another process, which Python's lock does not hold up
+        writer = os.fork()  # a process of its own, which Python's lock does not stop
         if writer == 0:
             write(tensors, contents)
             os._exit(0)
@@ -88,7 +89,7 @@ def main(seconds: float) -> None:
                 try:
                     run(*tensors)
                     right += 1
-                except RuntimeError as error:  # found a wrong content, or some of both
+                except RuntimeError as error:  # it found a wrong content, or a mixture of both
                     assert ": expected " in str(error), error
         finally:
             os.kill(writer, signal.SIGKILL)

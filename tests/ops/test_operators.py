@@ -55,7 +55,7 @@ class Backend:
 
     @contextlib.contextmanager
     def taking_turns(self, turns: dict[str, Any]) -> Iterator[Operators]:
-        """The operators; those of the emulator with `turns`, the order in which their threads run."""
+        """The operators. `turns` is the order in which the emulator runs its threads."""
         if self.name != "emulated":
             assert WANTS_REFERENCE or ops.BACKENDS[self.device] == "native", "the compiled operators are missing"
             yield torch.ops.minifocus
@@ -111,7 +111,7 @@ def test_region_pool_backward(backend: Backend, drawn: Regions, turns: dict[str,
         check_region_pool_backward(operators.region_pool_backward(*arguments), *arguments)
 
 
-# As much shared memory as a GPU gives a block, but for the kernel's own variables.
+# As much shared memory as a GPU gives a block, less the kernel's own variables.
 FULL_48_KB = Regions(((4, 4),), 768, 4, ((4, 4), (2, 2), (1, 1)), torch.float32, "random", "contiguous", False, 0)
 
 
@@ -160,7 +160,7 @@ def test_gather_tokens(backend: Backend, drawn: Gather, turns: dict[str, Any]) -
 @settings(max_examples=settings.default.max_examples // 5)
 @given(drawn=attentions(), turns=turns)
 def test_importance_is_the_same_in_every_run(backend: Backend, drawn: Attention, turns: dict[str, Any]) -> None:
-    """To the bit, although it adds: so no sum depends on which thread comes first."""
+    """To the bit, although it adds: no sum depends on which thread comes first."""
     arguments = backend.takes(drawn).arguments(backend.device)
     with backend.taking_turns(turns) as operators:
         first = operators.importance(*arguments)
@@ -174,7 +174,7 @@ def test_importance_is_the_same_in_every_run(backend: Backend, drawn: Attention,
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_look_back_goes_beyond_a_warp_of_waiting_regions(seed: int) -> None:
-    """100 of 150 regions are under way at once, so that some find 32 before them that do not know their sums yet."""
+    """100 of 150 regions run at once. Some of them find that the 32 before them do not know their sums yet."""
     drawn = Regions(((1, 150),), 1, 1, ((0, 0), (1, 1)), torch.float32, "random", "contiguous", False, seed)
     arguments = drawn.arguments()
     with EMULATED.taking_turns({"order": "random", "seed": seed, "resident_blocks": 100}) as operators:
@@ -186,7 +186,7 @@ def test_the_look_back_goes_beyond_a_warp_of_waiting_regions(seed: int) -> None:
 def test_importance_by_the_layout_of_tensor_cores(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, item: tuple[int, int, int, int, int]
 ) -> None:
-    """All of that path but the one instruction, which the emulator does by hand as PTX's description says."""
+    """The emulator does the one instruction of the tensor cores by hand, as PTX describes it. The rest is the kernel itself."""
     monkeypatch.setenv("MINIFOCUS_TENSOR_CORES", "1")
     text, visual, heads, kv_heads, dim = item
     drawn = Attention(((text, visual),), heads, kv_heads, dim, dim**-0.5, dtype, "random", "contiguous", 0)
@@ -206,7 +206,7 @@ GATHER = Gather(9, ((torch.float32, (20,)), (torch.int64, ())), 30, "contiguous"
 CHANGING: dict[
     str, tuple[Callable[[], tuple[Any, ...]], dict[str, tuple[int, Callable[[torch.Tensor], torch.Tensor]]]]
 ] = {
-    # operator: its arguments; which of them change, and into what. All of them are right before and afterwards.
+    # operator: its arguments, and which of them change into what. Both contents are right ones.
     "region_pool": (FULL_REGIONS.arguments, {"choice": (2, lambda choice: (choice + 1) % 3)}),
     "region_pool_backward": (
         FULL_REGIONS.backward_arguments,
@@ -231,7 +231,7 @@ CHANGES = [(name, argument) for name, (_, changes) in CHANGING.items() for argum
 
 @pytest.mark.parametrize("name, argument", CHANGES)
 def test_kernels_stay_in_bounds_whatever_another_stream_writes(name: str, argument: str) -> None:
-    """Each read of the input finds either of two. A block goes by one of them, or is stopped by its own check."""
+    """Each read of the input finds one of two contents. A block uses one of them, or its own check stops it."""
     arguments_of, changes = CHANGING[name]
     place, change = changes[argument]
     for seed in range(8):
@@ -242,7 +242,7 @@ def test_kernels_stay_in_bounds_whatever_another_stream_writes(name: str, argume
             try:
                 got = getattr(operators, name)(*arguments)
             except emulated.EmulationError as error:
-                # Offsets differ from block to block and from kernel to kernel: parts may be left out, or done twice.
+                # Blocks and kernels see different offsets, so that parts may be left out or done twice.
                 assert argument in ("cu_text", "cu_visual"), error
                 twice = (
                     str(error).startswith("racecheck: write")
@@ -252,7 +252,7 @@ def test_kernels_stay_in_bounds_whatever_another_stream_writes(name: str, argume
                 assert twice or str(error).startswith(("check: DEVICE_CHECK", "initcheck")), error
                 continue
         if name == "region_pool":
-            counts = torch.tensor([1, 4, 16])  # of a region's tokens, by its branch: so which one each has been given
+            counts = torch.tensor([1, 4, 16])  # of tokens, by branch: they tell which branch each region got
             untouched[2] = torch.searchsorted(counts, got[2].diff())
             check_region_pool(got, *untouched)
         if argument == "bias":
@@ -277,7 +277,7 @@ def test_kernels_stay_in_bounds_whatever_another_stream_writes(name: str, argume
     ],
 )
 def test_kernels_stop_at_indices_that_would_overflow(name: str, argument: str, place: int, value: int) -> None:
-    """By their own check, before anything is computed from them."""
+    """Their own check stops them before they compute anything with the indices."""
     arguments = {**RIGHT[name], argument: RIGHT[name][argument].clone()}
     arguments[argument][place] = value
     with EMULATED.taking_turns({}) as operators, pytest.raises(emulated.EmulationError, match="^check: DEVICE_CHECK"):
@@ -288,7 +288,7 @@ def test_kernels_stop_at_indices_that_would_overflow(name: str, argument: str, p
 
 
 def test_native_operators_use_what_they_have_checked() -> None:
-    """Though another process writes to it meanwhile."""
+    """Another process writes to the tensors meanwhile."""
     program = Path(__file__).with_name("racing_writer.py")
     done = subprocess.run([sys.executable, program, "0.4"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr[-2000:]}"
@@ -297,7 +297,7 @@ def test_native_operators_use_what_they_have_checked() -> None:
 
 @pytest.mark.parametrize("grids", [[[2**63 - 1, 0], [1, 3], [0, 2**63 - 1], [2, 2], [2**62, 0]]])
 def test_native_operators_take_any_side_of_a_map_without_cells(grids: list[list[int]]) -> None:
-    """It has no region, and sums with its side must not overflow."""
+    """Such a map has no region, and sums with its side must not overflow."""
     grid_hw, least = torch.tensor(grids), MAPS["grid_hw"]
     pooled = X, least, CHOICE, WINDOW, POOLS, WEIGHT
     with NATIVE.taking_turns({}) as operators:
@@ -313,7 +313,7 @@ def test_native_operators_take_any_side_of_a_map_without_cells(grids: list[list[
 
 ONE = torch.zeros(1, dtype=torch.int64)
 BEYOND_MEMORY: dict[str, tuple[str, tuple[Any, ...]]] = {
-    # Tensors that say they are large and lie in a few bytes.
+    # Large sizes with strides of 0, in a few bytes of memory.
     "regions": (
         "region_pool",
         (torch.empty(2**62, 0), torch.tensor([[2**31, 2**31]]), ONE.expand(2**62), 1, [1, 1], None),
@@ -418,7 +418,7 @@ def test_more_than_two_to_the_31_numbers() -> None:
 @settings(max_examples=settings.default.max_examples // 5)
 def test_gradcheck_of_region_pool(drawn: Regions) -> None:
     x, grid_hw, choice, window, _, weight = drawn.arguments()
-    # Distinct numbers further apart than gradcheck's steps, or the maximum would not be differentiable there.
+    # Distinct numbers, further apart than gradcheck's steps: elsewhere the maximum is not differentiable.
     order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(drawn.seed))
     x = (order.view(x.shape).double() / 10).requires_grad_()
     weight = None if weight is None else weight.detach().contiguous().requires_grad_()
@@ -599,7 +599,7 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     },
 }
 CASES = [(name, argument, value) for name, own in WRONG.items() for argument, values in own.items() for value in values]
-CASES += [  # torch passes it on
+CASES += [  # torch lets None pass
     (name, argument, None)
     for name, own in RIGHT.items()
     for argument, value in own.items()
@@ -622,7 +622,7 @@ def described(value: Any) -> str:
 
 @pytest.mark.parametrize("name, argument, value", CASES, ids=[f"{n}-{a}={described(v)}" for n, a, v in CASES])
 def test_a_wrong_argument_is_named(name: str, argument: str, value: Any) -> None:
-    """In the same words by every implementation. What depends on a wrong x, q or index may be named in its place."""
+    """Every implementation uses the same words. In place of a wrong x, q or index it may name what depends on it."""
     arguments = {**RIGHT[name], argument: value}
     with NATIVE.taking_turns({}) as operators:
         message = message_of(getattr(operators, name), arguments)
@@ -650,3 +650,21 @@ def test_a_tensor_on_another_device_is_named(name: str, argument: str) -> None:
     for function in (getattr(torch.ops.minifocus, name), ops.backend.REFERENCE[name]):
         named = "columns" if argument == "index" else argument  # they have to be where index is
         assert message_of(function, arguments).startswith(f"{named}: expected ")
+
+
+@pytest.mark.parametrize("name, argument, value", CASES, ids=[f"{n}-{a}={described(v)}" for n, a, v in CASES])
+def test_the_emulated_half_stops_at_a_wrong_argument(name: str, argument: str, value: Any) -> None:
+    """It uses the words of the others, except for wrong contents of a tensor: kernels check the indices that they read."""
+    arguments = {**RIGHT[name], argument: value}
+    expected = message_of(ops.backend.REFERENCE[name], arguments)
+    with EMULATED.taking_turns({}) as operators:
+        if expected == "offsets: expected region_pool's for this choice":
+            operators.region_pool_backward(*arguments.values())  # stays within bounds, or the emulator would say so
+            return
+        with pytest.raises((RuntimeError, emulated.EmulationError)) as caught:
+            getattr(operators, name)(*arguments.values())
+    message, contents = str(caught.value), isinstance(value, torch.Tensor) and value.dtype == torch.int64
+    if isinstance(caught.value, emulated.EmulationError):
+        assert message.startswith("check: DEVICE_CHECK")
+    elif not (contents and message.startswith(f"{argument}: expected ")):
+        assert message == expected.replace("bfloat16, float16 or float64", "bfloat16 or float16")

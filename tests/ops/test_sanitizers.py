@@ -18,7 +18,7 @@ x = torch.randn(16, 4)
 torch.ops.minifocus.planted(x)
 """
 PLANTED = """
-#include "../torch_glue.h"
+#include "../tensors.h"
 static torch::stable::Tensor planted(torch::stable::Tensor x) {
   static_cast<const volatile float*>(x.const_data_ptr())[x.numel()];  // one beyond the end
   return x;

@@ -22,7 +22,7 @@ def main(sources: str) -> None:
     # A CUDA build of torch loads the CUDA half too, which needs no GPU.
     backends = {"cpu": "native", "cuda": "native" if torch.version.cuda else "reference"}
     assert backends == ops.BACKENDS, ops.BACKENDS
-    for name in ("region_pool", "region_pool_backward", "region_route", "importance", "select_top_p", "gather_tokens"):
+    for name in (schema.split("(")[0] for schema in ops.backend.schemas()):
         for key in ("CPU", "CUDA") if torch.version.cuda else ("CPU",):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"minifocus::{name}", key), (name, key)
 
