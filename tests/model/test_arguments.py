@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from PIL import Image
 
 import minifocus
 from minifocus import arguments
-from minifocus.methods import names, options_of
+from minifocus.generation_options import GenerationOptions, Options
+from minifocus.methods import SamplerOptions, names, options_of
 
 
 class Unprintable:
@@ -163,3 +164,9 @@ def test_what_is_shown_is_short() -> None:
     assert arguments.shown(np.zeros((2, 3))) == "ndarray of float64 [2, 3]"
     assert arguments.shown(-(10**5000)) == "a whole number of 16610 bits"
     assert len(str(minifocus.InputError("x" * 10**6))) < 6100
+
+
+def test_what_editors_complete_is_what_there_is() -> None:
+    """Keyword arguments are typed by two TypedDicts beside the classes that check them."""
+    assert set(SamplerOptions.__annotations__) == set().union(*map(options_of, names()))
+    assert get_type_hints(GenerationOptions) == get_type_hints(Options)
