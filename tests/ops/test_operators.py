@@ -135,6 +135,8 @@ def test_importance(backend: Backend, drawn: Attention, turns: dict[str, Any]) -
 
 @every_backend
 @given(drawn=selections(), turns=turns)
+# -0 ranks as +0: the cut is among both, which the drawn examples meet by chance alone.
+@example(drawn=Selection((24, 33), 0.5, 12, torch.float32, "zeros", "contiguous", 0), turns={})
 # Negative scores had a share on the CPU.
 @example(drawn=Selection((31,), 0.5, None, torch.float32, "random", "contiguous", 0), turns={})
 # As many scores as have their numbers in shared memory, and more.
