@@ -33,7 +33,7 @@ from sampler_options import add_option, read_options
 import minifocus
 from minifocus import cards
 from minifocus.arguments import shown
-from minifocus.cards.training import MINIATURE, CardScenes
+from minifocus.cards.preset import MINIATURE
 from minifocus.evaluate import evaluate, longest_answer
 from minifocus.files.reading import FILE, FOLDER, NOTHING, kind
 from minifocus.inputs.conversations import asked_alone, read_conversations
@@ -269,7 +269,9 @@ def train(arguments: argparse.Namespace) -> None:
     )
     dense = True if arguments.dense else None
     source: Source
-    source = CardScenes(first=arguments.first_scene, dense=dense) if arguments.data is None else read(arguments.data)
+    source = (
+        cards.CardScenes(first=arguments.first_scene, dense=dense) if arguments.data is None else read(arguments.data)
+    )
     held_out = read(arguments.validation_data) if arguments.validation_data else []
     steps = arguments.steps or preset.steps or max(1, len(source) // arguments.batch)
     settings = Settings(

@@ -1,26 +1,10 @@
 """The miniature: drawn pictures of cards and shapes, and questions about them (see `drawing`)."""
 
-from .drawing import (
-    COLOURS,
-    FAMILIES,
-    KINDS,
-    PINPOINTS,
-    SHAPES,
-    SIDES,
-    SPLIT_SIZE,
-    SPLITS,
-    TILE,
-    WORDS,
-    Box,
-    Object,
-    Question,
-    Scene,
-    conversation,
-    draw,
-    neighbour,
-    questions,
-    scenes,
-)
+from .conversations import CardScenes, conversation
+from .drawing import draw
+from .question_families import neighbour
+from .scene import COLOURS, FAMILIES, KINDS, PINPOINTS, SHAPES, SIDES, TILE, WORDS, Box, Object, Question, Scene
+from .splits import SPLIT_SIZE, SPLITS, questions, scenes
 
 __all__ = [
     "COLOURS",
@@ -34,6 +18,7 @@ __all__ = [
     "TILE",
     "WORDS",
     "Box",
+    "CardScenes",
     "Object",
     "Question",
     "Scene",

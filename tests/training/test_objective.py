@@ -22,7 +22,7 @@ from PIL import Image
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import minifocus
-from minifocus.cards.training import CardScenes
+from minifocus.cards import CardScenes
 from minifocus.inputs.conversations import Conversation, Turn, asked_alone
 from minifocus.inputs.prompt import TEMPLATES, build_prompt
 from minifocus.inputs.template_writer import IMAGE

@@ -35,7 +35,7 @@ from safetensors.torch import load_file, safe_open, save_file
 
 import minifocus
 from minifocus import cards
-from minifocus.cards.training import CardScenes
+from minifocus.cards import CardScenes
 from minifocus.files import locks
 from minifocus.inputs.conversations import read_conversations
 from minifocus.samplers.selector_file import save_selector
