@@ -520,7 +520,7 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
         assert holder.stdout is not None
         holder.stdout.readline()
         before = {file: file.read_bytes() for file in out.iterdir()}
-        with mock.patch.object(trainer, "load_model", side_effect=AssertionError("loaded")):
+        with mock.patch.object(trainer, "load_to_train", side_effect=AssertionError("loaded")):
             done = train("--out", out, *SHORT)
         assert (done.code, done.out) == (2, "") and done.err.count("\n") == 1
         assert done.err.startswith(f"error: {out}: process {holder.pid} writes into it: wait for it to end, or name")
@@ -648,7 +648,7 @@ def test_what_a_run_cannot_end_with_is_refused_before_it_begins(tmp_path: Path) 
     (tmp_path / "b").mkdir()
     (tmp_path / "b/model").write_text("mine")
     for out, words in (("a/curve.png", "expected a file or nothing"), ("b/model", "expected a folder or nothing")):
-        with mock.patch.object(trainer, "load_model", side_effect=AssertionError("loaded")):
+        with mock.patch.object(trainer, "load_to_train", side_effect=AssertionError("loaded")):
             done = train("--out", (tmp_path / out).parent, *SHORT)
         assert done.code == 2 and f"--out: {tmp_path / out}: {words}" in done.err
 
