@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from train_options import check, names, numbers, options_of_sampler, parse_arguments
+from train_options import add_options, check, names, numbers, options_of_sampler
 
 import minifocus
 from minifocus import cards
@@ -57,6 +57,12 @@ MAY_CHANGE = {
 }
 # Settings that a preset fills in where they were not given.
 FILLED = ("batch", "warmup", "optimizer", "turns", "lr_selector_bias", *(f"lr_{part}" for part in PARTS))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = command_line.Parser(__doc__)
+    add_options(parser)
+    return parser.parse_args()
 
 
 def check_out(out: Path) -> None:
@@ -227,7 +233,7 @@ def leave_results(model: minifocus.Llava, out: Path) -> None:
 
 @command_line.guarded
 def main() -> None:
-    train(parse_arguments(__doc__))
+    train(parse_arguments())
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import command_line
 from command_line import expect, expect_numbers, option
 from sampler_options import add_option, read_options
 
@@ -20,8 +19,7 @@ from minifocus.training.settings import MOST, MOST_EXAMPLES
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
-    parser = command_line.Parser(description)
+def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", default=str(ROOT / "weights/tiny"), help="folder in Hugging Face's layout to start from")
     add("--out", required=True, help="folder of the run: checkpoint, log, curve, and the trained model")
@@ -99,7 +97,6 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     )
     output.add_argument("--validate-every", type=int, default=200)
     output.add_argument("--validation-data", help="a JSON file to validate on, with --data")
-    return parser.parse_args()
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -127,21 +124,21 @@ def check(arguments: argparse.Namespace) -> None:
         expect(arguments.validate or not held_out, arguments, "validation_data", "--validate beside it")
 
 
-def names(text: str, option: str, known: tuple[str, ...]) -> set[str]:
+def names(text: str, flag: str, known: tuple[str, ...]) -> set[str]:
     found = {name.strip() for name in text.split(",") if name.strip()}
     if found - set(known):
-        raise minifocus.InputError(f"--{option}: expected some of {', '.join(known)}, got {shown(text)}")
+        raise minifocus.InputError(f"--{flag}: expected some of {', '.join(known)}, got {shown(text)}")
     return found
 
 
-def numbers(text: str, option: str, count: int | None = None) -> tuple[float, ...]:
+def numbers(text: str, flag: str, count: int | None = None) -> tuple[float, ...]:
     try:
         values = tuple(float(value) for value in text.split(","))
     except ValueError:
         values = ()
     if not values or (count is not None and len(values) != count):
         wanted = f"{count} numbers" if count else "numbers"
-        raise minifocus.InputError(f"--{option}: expected {wanted} with commas between, got {shown(text)}")
+        raise minifocus.InputError(f"--{flag}: expected {wanted} with commas between, got {shown(text)}")
     return values
 
 
