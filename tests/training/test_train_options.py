@@ -203,3 +203,40 @@ def test_training_behind_a_method_without_parameters(tmp_path: Path) -> None:
     (line,) = figures(tmp_path / "run")
     assert line["tokens"] == pytest.approx(0.4, abs=0.01)
     assert not (tmp_path / "run/model/selector.safetensors").exists()
+
+
+def test_what_a_preset_fills_in(data: Path, tmp_path: Path) -> None:
+    """The miniature's settings without data, and LLaVA's with it. What is given is kept, and identities name no more than it."""
+
+    def filled(*arguments: Any) -> tuple[Any, Batches, dict[str, Any]]:
+        with mock.patch.object(trainer, "fit", return_value=0.0) as fit:
+            done = train("--out", tmp_path / "run", *arguments)
+        assert done.code == 0, done.err
+        _, _, batches, settings, _, _, identity = fit.call_args.args
+        return settings, batches, identity
+
+    settings, batches, identity = filled()
+    assert (settings.steps, settings.batch, settings.micro_batch, settings.warmup_steps) == (500, 16, 4, 25)
+    assert (batches.size, batches.max_turns, batches.shuffle, batches.independent) == (4, 12, False, True)
+    assert settings.muon and (identity["turns"], identity["optimizer"]) == ("independent", "muon")
+    rates = ("lr_vision", "lr_projector", "lr_llm", "lr_selector", "lr_selector_bias")
+    assert [identity[name] for name in rates] == [0.0, 1e-3, 1e-3, 1e-5, 3e-3]
+    assert [identity[name] for name in ("steps", "micro_batch", "max_turns")] == [None] * 3  # only what was given
+
+    settings, batches, identity = filled("--stage", "align")
+    assert settings.steps == 500 and [identity[name] for name in rates] == [0.0, 2e-3, 0.0, 0.0, 0.0]
+    settings, batches, identity = filled("--data", data, "--batch", 2)
+    assert (settings.steps, settings.batch, settings.micro_batch, settings.warmup_steps) == (
+        2,
+        2,
+        1,
+        0,
+    )  # one pass over 5
+    assert (batches.size, batches.max_turns, batches.shuffle, batches.independent) == (1, None, True, False)
+    assert not settings.muon and [identity[name] for name in rates] == [2e-6, 1e-5, 1e-5, 1e-5, 3e-4]
+    settings, batches, identity = filled("--data", data, "--stage", "align")
+    assert (settings.batch, settings.steps) == (256, 1) and [identity[n] for n in rates] == [0.0, 1e-3, 0.0, 0.0, 0.0]
+
+    settings, batches, identity = filled(*SHORT, "--lr-llm", 0.5, "--optimizer", "adamw", "--turns", "chat")
+    assert (settings.steps, settings.batch, settings.micro_batch, batches.max_turns) == (2, 2, 1, 2)
+    assert identity["lr_llm"] == 0.5 and not settings.muon and not batches.independent
