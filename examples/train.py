@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_out(out: Path) -> None:
-    """Check at the beginning that what a run writes at its end can be written."""
+    """Refuse at the beginning a folder in which the model or the curve could not be written at the end."""
     for name, fits in (("model", (FOLDER, NOTHING)), ("curve.png", (FILE, NOTHING))):
         found = kind(out / name)
         if found not in fits and not (out / name).is_symlink():
@@ -108,7 +108,7 @@ class Data(NamedTuple):
 
     source     its conversations
     asked      given a model, the questions to validate it on, their number, and the most tokens of an answer
-    identity   what says that another run has the same data, beside the arguments
+    identity   what identifies the data of a run beside its arguments
     """
 
     source: Source
@@ -117,7 +117,7 @@ class Data(NamedTuple):
 
 
 def miniature(arguments: argparse.Namespace) -> Data:
-    """Scenes that are drawn when they are needed."""
+    """The miniature's scenes, which are drawn when they are needed."""
     dense, count = True if arguments.dense else None, arguments.validate
     return Data(
         cards.CardScenes(first=arguments.first_scene, dense=dense),
@@ -127,7 +127,7 @@ def miniature(arguments: argparse.Namespace) -> Data:
 
 
 def conversations(arguments: argparse.Namespace) -> Data:
-    """The JSON files that were named."""
+    """Conversations from JSON files."""
     read = partial(
         read_conversations,
         image_folder=arguments.images,
@@ -223,7 +223,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def leave_results(model: minifocus.Llava, out: Path) -> None:
-    """The trained model and the picture of its run."""
+    """Leave the trained model and the picture of its run in `out`."""
     model.save(out / "model")
     try:
         draw_curve(out / LOG, out / "curve.png")

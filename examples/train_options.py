@@ -1,4 +1,4 @@
-"""The command-line options of train.py, and what they have to be."""
+"""The command-line options of train.py, and the checks of their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The miniature: drawn pictures of cards and shapes, and questions about them (see `drawing`)."""
+"""The miniature: drawn pictures of cards and shapes, and questions about them.
+
+`scene.py` says what a scene is made of, `drawing.py` draws one, `question_families.py` asks about it, and `splits.py` has the
+scenes of training, validation and test. `conversations.py` and `preset.py` are for training. `feature_map.py` finds the patches
+that show a thing.
+"""
 
 from .conversations import CardScenes, conversation
 from .drawing import draw

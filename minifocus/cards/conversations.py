@@ -32,7 +32,7 @@ class CardScenes:
     dense: bool | None = None
 
     def __post_init__(self) -> None:
-        scenes(self.split, self.first)  # refuses what is none
+        scenes(self.split, self.first)  # refuses a scene that is not of the split
         settle(self, count=min(self.count, SPLIT_SIZE - self.first))
 
     def __len__(self) -> int:

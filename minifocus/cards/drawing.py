@@ -1,4 +1,4 @@
-"""Pictures that can be drawn anywhere, and questions about them whose answers are known.
+"""Pictures that any computer can draw, with questions whose answers are known.
 
 A scene is a grey, textured canvas with coloured cards (one to three digits, or a short word) and coloured shapes, laid
 out in clusters, so that about half of it is empty. Four families of questions are asked about it:
@@ -9,13 +9,13 @@ out in clusters, so that about half of it is empty. Four families of questions a
 - ``relate``: what is directly to the left of the red card?
 
 Everything follows from one integer seed: the same seed gives the same bytes. Training, validation and test scenes come
-from seed ranges that never meet (``SPLITS``). No two cards of a scene share a colour and no two shapes share both kind
+from seed ranges that never meet (``splits.py``). No two cards of a scene share a colour and no two shapes share both kind
 and colour, so that "the red card" and "the green circle" always name one thing.
 
 One concession to the small model these scenes are drawn for: text keeps clear of the lines at which LLaVA-NeXT cuts the
 resized picture into tiles of 112 pixels, and a relation is asked of two things on the same tile. A digit is a tenth of
-such a tile (of a 336-pixel tile it would be a thirtieth), and one that is cut in two is often unreadable to man and
-machine. Cards and shapes themselves are cut freely.
+such a tile (of a 336-pixel tile it would be a thirtieth), and a digit that is cut in two is often unreadable to anyone.
+Cards and shapes themselves are cut freely.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a scene's things lie on the feature map: the patches that show them, in tiles of 112 pixels."""
+"""The patches of the feature map that show each thing of a scene, in tiles of 112 pixels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class View:
 
     scale: tuple[float, float]
     offset: tuple[float, float]
-    whole: bool  # the thumbnail: everything is in it, and text is too small to read
+    whole: bool  # whether this is the thumbnail, which has everything in it, but text too small to read
 
     def boxes(self, boxes: list[Box]) -> np.ndarray:
         """Boxes of the scene → float [n, 4] in this view."""

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from ..training.presets import Preset
 
-# A thousand times smaller than what the paper trains: its rates are what was found to work. Turns about one picture are asked
-# each for itself, and scenes are drawn at random, so that there is nothing to shuffle.
+# The model is a thousand times smaller than the paper's, and these rates were found to work for it. Turns about one picture are
+# asked independently. Scenes are drawn at random, so there is no need to shuffle them.
 _INSTRUCT = Preset(
     lr_projector=1e-3,
     lr_selector=1e-5,

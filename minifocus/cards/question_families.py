@@ -8,7 +8,7 @@ from .scene import COLOURS, SHAPES, SIDES, Box, Object, Question
 
 
 def neighbour(objects: list[Object], thing: Object, side: str) -> Object | None:
-    """What is directly to the ``side`` of an object, or None if nothing is, or if one could argue about it.
+    """What is directly to the ``side`` of an object; None if nothing is, or if the answer is open to doubt.
 
     The neighbour is at most 12 pixels away and shares at least half of the smaller one's extent across that direction;
     nothing else that shares any of it may start within 24 pixels.
@@ -82,7 +82,7 @@ def _reason(rng: np.random.Generator, objects: list[Object]) -> list[tuple[str, 
 
 def _relate(objects: list[Object], tiles: tuple[list[float], list[float]]) -> list[tuple[str, str]]:
     def cut(a: Box, b: Box) -> bool:
-        """Whether a seam runs through the two boxes or between them; its outermost 3 pixels a thing can do without."""
+        """Whether a seam runs through the two boxes or between them; a thing may lose its outermost 3 pixels."""
         return any(
             min(a[axis], b[axis]) + 3 < seam < max(a[axis + 2], b[axis + 2]) - 3
             for axis in (0, 1)
