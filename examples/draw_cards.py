@@ -1,4 +1,4 @@
-"""Write the miniature's pictures and questions as a folder in LLaVA's JSON format, as data of your own would be.
+"""Write the miniature's pictures and questions in LLaVA's JSON format, as you would your own data.
 
 python examples/draw_cards.py --out runs/cards --count 1000 --seed 0
 
@@ -43,7 +43,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check(split: str, count: int, seed: int) -> None:
-    """Refuse what the split has not so many of."""
+    """Refuse a first scene that is not in the split, and more scenes than the split has from there on."""
     cards.scenes(split, seed)
     if not 1 <= count <= cards.SPLIT_SIZE - seed:
         raise minifocus.InputError(
@@ -63,7 +63,7 @@ def write_json(folder: Path, split: str, count: int, seed: int = 0, dense: bool 
 
     def write(unfinished: Path) -> None:
         nonlocal num_questions
-        with unfinished.open("wb") as stream:  # as bytes: line ends are alike on every system
+        with unfinished.open("wb") as stream:  # in bytes, so that line ends are the same on every system
             stream.write(b"[\n")
             for number, scene in enumerate(tqdm(islice(scenes, count), total=count, unit="scene", disable=None)):
                 image = f"images/{scene.seed:06d}.png"

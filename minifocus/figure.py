@@ -23,7 +23,7 @@ def draw_answers(
 
     pictures   as they were asked about (RGB)
     asked      questions, all about these pictures, with their answers; the scales are those of the first
-    processor  the model's, which says what it sees of a picture: of LLaVA-1.5 most see the centre square; None: all of it
+    processor  the model's, which crops a picture to what the model sees (most LLaVA-1.5 see the centre square); None: no crop
     """
     rows = []
     for number, picture in enumerate(pictures):

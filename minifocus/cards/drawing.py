@@ -1,4 +1,4 @@
-"""Pictures that can be drawn anywhere, and questions about them whose answers are known.
+"""Pictures that any computer can draw, with questions whose answers are known.
 
 A scene is a grey, textured canvas with coloured cards (one to three digits, or a short word) and coloured shapes, laid
 out in clusters, so that about half of it is empty. Four families of questions are asked about it:
@@ -9,98 +9,31 @@ out in clusters, so that about half of it is empty. Four families of questions a
 - ``relate``: what is directly to the left of the red card?
 
 Everything follows from one integer seed: the same seed gives the same bytes. Training, validation and test scenes come
-from seed ranges that never meet (``SPLITS``). No two cards of a scene share a colour and no two shapes share both kind
+from seed ranges that never meet (``splits.py``). No two cards of a scene share a colour and no two shapes share both kind
 and colour, so that "the red card" and "the green circle" always name one thing.
 
 One concession to the small model these scenes are drawn for: text keeps clear of the lines at which LLaVA-NeXT cuts the
 resized picture into tiles of 112 pixels, and a relation is asked of two things on the same tile. A digit is a tenth of
-such a tile (of a 336-pixel tile it would be a thirtieth), and one that is cut in two is often unreadable to man and
-machine. Cards and shapes themselves are cut freely.
+such a tile (of a 336-pixel tile it would be a thirtieth), and a digit that is cut in two is often unreadable to anyone.
+Cards and shapes themselves are cut freely.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..arguments import shown
-from ..errors import InputError
 from ..inputs.anyres import select_best_resolution
-from ..inputs.conversations import Conversation, Turn
-from ..inputs.template_writer import IMAGE
-
-FAMILIES = ("read", "perceive", "reason", "relate")
-COLOURS = {
-    "red": (215, 40, 40),
-    "green": (40, 165, 60),
-    "blue": (45, 80, 215),
-    "yellow": (235, 210, 40),
-    "orange": (240, 135, 25),
-    "purple": (140, 50, 180),
-    "cyan": (60, 200, 210),
-    "pink": (245, 130, 190),
-}
-SHAPES = ("circle", "square", "triangle", "star")
-KINDS = ("card", *SHAPES)
-WORDS = ("cat", "dog", "sun", "map", "key", "bus", "cup", "hat", "pen", "box", "tea", "egg")
-SIDES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
-
-SPLITS = {"train": 0, "validation": 100_000_000, "test": 200_000_000}  # first seed of each split
-SPLIT_SIZE = 100_000_000
-
-TILE = 112
-PINPOINTS = ((112, 224), (224, 112), (224, 224), (112, 336), (336, 112), (224, 336), (336, 224), (336, 336))  # (h, w)
+from .question_families import ask
+from .scene import COLOURS, PINPOINTS, SHAPES, TILE, WORDS, Box, Object, Scene
 
 _DIGIT_PITCH = 15  # wider than a patch (14), so that two digits of a card seldom share one
 _CARD_HEIGHT = 26
 _FONT_SIZE = 18
 _GAP = 3  # least number of pixels between two objects
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom are exclusive
-
-
-@dataclass(frozen=True)
-class Object:
-    """One thing in a scene. ``glyphs`` holds a box per digit of a number card, in reading order; a word has one box."""
-
-    kind: str
-    colour: str
-    box: Box
-    text: str = ""
-    glyphs: tuple[Box, ...] = ()
-
-    @property
-    def name(self) -> str:
-        return f"{self.colour} {self.kind}"
-
-    @property
-    def number(self) -> int | None:
-        return int(self.text) if self.text.isdigit() else None
-
-
-@dataclass(frozen=True)
-class Question:
-    family: str
-    question: str
-    answer: str
-
-
-@dataclass
-class Scene:
-    """A picture (RGB), what is in it, and what is asked about it."""
-
-    seed: int
-    image: Image.Image
-    objects: list[Object]
-    questions: list[Question] = field(default_factory=list)
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
 
 
 def _seams(width: int, height: int) -> tuple[list[float], list[float]]:
@@ -286,160 +219,4 @@ def draw(seed: int, dense: bool = False, size: tuple[int, int] | None = None) ->
         _paint(pixels, thing, rng)
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     tiles = _seams(width, height) if size is None else ([], [])
-    return Scene(seed, image, objects, _ask(rng, objects, tiles))
-
-
-# ----------------------------------------------------------------------------------------------------------- questions
-
-
-def neighbour(objects: list[Object], thing: Object, side: str) -> Object | None:
-    """What is directly to the ``side`` of an object, or None if nothing is, or if one could argue about it.
-
-    The neighbour is at most 12 pixels away and shares at least half of the smaller one's extent across that direction;
-    nothing else that shares any of it may start within 24 pixels.
-    """
-    axis, sign = (0 if side in ("left", "right") else 1), (-1 if side in ("left", "above") else 1)
-    across = 1 - axis
-    a, close = thing.box, []
-    for other in objects:
-        b = other.box
-        gap = a[axis] - b[axis + 2] if sign < 0 else b[axis] - a[axis + 2]
-        shared = min(a[across + 2], b[across + 2]) - max(a[across], b[across])
-        if other is not thing and 0 <= gap <= 24 and shared > 0:
-            smaller = min(a[across + 2] - a[across], b[across + 2] - b[across])
-            close.append((other, gap <= 12 and 2 * shared >= smaller))
-    return close[0][0] if len(close) == 1 and close[0][1] else None
-
-
-def _read(rng: np.random.Generator, objects: list[Object]) -> list[tuple[str, str]]:
-    pairs = []
-    for card in (o for o in objects if o.kind == "card"):
-        what = "word" if card.number is None else "number"
-        phrases = (f"What {what} is on the {card.name}?", f"What {what} does the {card.name} show?")
-        pairs.append((phrases[rng.integers(2)], card.text))
-    return pairs
-
-
-def _perceive(rng: np.random.Generator, objects: list[Object]) -> list[tuple[str, str]]:
-    present = {o.name for o in objects}
-    pairs = []
-    # As many questions answered by yes as by no, about cards as about shapes: the wording must not give it away.
-    for kind in ("card", str(rng.choice(SHAPES))):
-        there = [c for c in COLOURS if f"{c} {kind}" in present]
-        missing = [c for c in COLOURS if f"{c} {kind}" not in present]
-        answer = "yes" if rng.random() < 0.5 else "no"
-        if there and missing:
-            colour = rng.choice(there if answer == "yes" else missing)
-            pairs.append((f"Is there {_article(str(colour))} {colour} {kind}?", answer))
-    for kind in rng.permutation(SHAPES)[:1]:
-        count = sum(o.kind == kind for o in objects)
-        if count or rng.random() < 0.4:  # or half of the counts would be zero
-            pairs.append((f"How many {kind}s are there?", str(count)))
-    for kind in SHAPES:
-        same = [o for o in objects if o.kind == kind]
-        if len(same) == 1:
-            pairs.append((f"What colour is the {kind}?", same[0].colour))
-    cards = [o for o in objects if o.kind == "card"]
-    for i in rng.permutation(len(cards))[:2]:
-        what = "word" if cards[i].number is None else "number"
-        pairs.append((f"What colour is the card with the {what} {cards[i].text}?", cards[i].colour))
-    return pairs
-
-
-def _reason(rng: np.random.Generator, objects: list[Object]) -> list[tuple[str, str]]:
-    cards = [o for o in objects if o.number is not None]
-    pairs = [
-        (f"Is the number on the {card.name} even or odd?", "odd" if int(card.text) % 2 else "even") for card in cards
-    ]
-    for i, a in enumerate(cards):
-        for b in cards[:i]:
-            first, second = (a, b) if rng.random() < 0.5 else (b, a)
-            # The larger number is plainly so: by its length or its first digit. To weigh close ones digit by digit is a
-            # skill of its own, which decoders of this size take far longer to learn.
-            if len(a.text) == len(b.text) and abs(int(a.text[0]) - int(b.text[0])) < 3:
-                continue
-            word, pick = ("larger", max) if rng.random() < 0.5 else ("smaller", min)
-            answer = pick(first, second, key=lambda card: int(card.text)).colour
-            phrase = f"Which card has the {word} number, the {first.colour} or the {second.colour} one?"
-            pairs.append((phrase, answer))
-    return pairs
-
-
-def _relate(objects: list[Object], tiles: tuple[list[float], list[float]]) -> list[tuple[str, str]]:
-    def cut(a: Box, b: Box) -> bool:
-        """Whether a seam runs through the two boxes or between them; its outermost 3 pixels a thing can do without."""
-        return any(
-            min(a[axis], b[axis]) + 3 < seam < max(a[axis + 2], b[axis + 2]) - 3
-            for axis in (0, 1)
-            for seam in tiles[axis]
-        )
-
-    pairs = []
-    for thing in objects:
-        for side, phrase in SIDES.items():
-            other = neighbour(objects, thing, side)
-            if other is not None and not cut(thing.box, other.box):
-                pairs.append((f"What is directly {phrase} the {thing.name}?", other.name))
-    return pairs
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
-
-
-def _ask(
-    rng: np.random.Generator, objects: list[Object], tiles: tuple[list[float], list[float]], per_family: int = 4
-) -> list[Question]:
-    """At most ``per_family`` questions of each family, in random order."""
-    families = {
-        "read": _read(rng, objects),
-        "perceive": _perceive(rng, objects),
-        "reason": _reason(rng, objects),
-        "relate": _relate(objects, tiles),
-    }
-    asked = []
-    for family, pairs in families.items():
-        asked += [Question(family, *pairs[i]) for i in rng.permutation(len(pairs))[:per_family]]
-    return [asked[i] for i in rng.permutation(len(asked))]
-
-
-# -------------------------------------------------------------------------------------------------------------- splits
-
-
-def scenes(split: str, seed: int = 0, dense: bool | None = None) -> Iterator[Scene]:
-    """The scenes of a split, one after another, from its ``seed``-th on.
-
-    ``dense`` None makes every fourth of them dense, True or False all or none. Raises InputError for an unknown split and
-    for a seed that lies outside it: splits never meet.
-    """
-    if split not in SPLITS:
-        raise InputError(f"split: expected one of {', '.join(SPLITS)}, got {shown(split)}")
-    if not 0 <= seed < SPLIT_SIZE:
-        raise InputError(f"seed: expected 0 to {SPLIT_SIZE - 1}, a scene of the split, got {shown(seed)}")
-    return (draw(SPLITS[split] + i, i % 4 == 3 if dense is None else dense) for i in range(seed, SPLIT_SIZE))
-
-
-def questions(
-    split: str = "test", count: int = 1000, seed: int = 0, dense: bool | None = None
-) -> Iterator[tuple[Image.Image, str, str, str]]:
-    """``count`` tuples (image, question, answer, family), the families in turn, at most one of each a scene.
-
-    ``split``, ``seed`` and ``dense`` say of which scenes, see ``scenes``. Where those run out there are fewer.
-    """
-    given = 0
-    for scene in scenes(split, seed, dense):
-        for family in FAMILIES:
-            of_family = [q for q in scene.questions if q.family == family]
-            if of_family and given < count:
-                yield scene.image, of_family[0].question, of_family[0].answer, family
-                given += 1
-        if given >= count:
-            return
-
-
-def conversation(scene: Scene) -> Conversation:
-    """All questions about a scene, in its order, as one conversation. Its id is the scene's seed."""
-    turns = [
-        Turn(q.question if i else f"{IMAGE}\n{q.question}", q.answer, q.family) for i, q in enumerate(scene.questions)
-    ]
-    return Conversation(str(scene.seed), (scene.image,), tuple(turns))
+    return Scene(seed, image, objects, ask(rng, objects, tiles))

@@ -1,4 +1,4 @@
-"""Where a scene's things lie on the feature map: the patches that show them, in tiles of 112 pixels."""
+"""The patches of the feature map that show each thing of a scene, in tiles of 112 pixels."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .. import cards
 from ..inputs.anyres import select_best_resolution, unpadded_grid
+from .scene import PINPOINTS, TILE, Box, Scene
 
 PATCH = 14
-GRID = cards.TILE // PATCH
+GRID = TILE // PATCH
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class View:
 
     scale: tuple[float, float]
     offset: tuple[float, float]
-    whole: bool  # the thumbnail: everything is in it, and text is too small to read
+    whole: bool  # whether this is the thumbnail, which has everything in it, but text too small to read
 
-    def boxes(self, boxes: list[cards.Box]) -> np.ndarray:
+    def boxes(self, boxes: list[Box]) -> np.ndarray:
         """Boxes of the scene → float [n, 4] in this view."""
         return np.array(boxes, float).reshape(-1, 4) * np.tile(self.scale, 2) + np.tile(self.offset, 2)
 
@@ -40,7 +40,7 @@ def patch_cover(boxes: np.ndarray, rows: int, cols: int) -> np.ndarray:
 def scene_geometry(size: tuple[int, int]) -> tuple[View, tuple[int, int]]:
     """A picture of (h, w) → where its pixels are on the canvas that is cut into tiles, and the canvas' (h, w)."""
     height, width = size
-    canvas = select_best_resolution(size, cards.PINPOINTS)
+    canvas = select_best_resolution(size, PINPOINTS)
     scale = min(canvas[0] / height, canvas[1] / width)
     offset = ((canvas[1] - width * scale) / 2, (canvas[0] - height * scale) / 2)
     return View((scale, scale), offset, whole=False), canvas
@@ -67,12 +67,12 @@ class Places:
         return np.asarray(self.things.any(axis=0))
 
 
-def locate(scene: cards.Scene) -> Places:
+def locate(scene: Scene) -> Places:
     width, height = scene.image.size
     boxes = [thing.box for thing in scene.objects]
-    thumbnail = patch_cover(View((cards.TILE / width, cards.TILE / height), (0, 0), True).boxes(boxes), GRID, GRID)
+    thumbnail = patch_cover(View((TILE / width, TILE / height), (0, 0), True).boxes(boxes), GRID, GRID)
     view, canvas = scene_geometry((height, width))
-    top, left, rows, cols = unpadded_grid((height, width), canvas, cards.TILE, GRID)
+    top, left, rows, cols = unpadded_grid((height, width), canvas, TILE, GRID)
     whole = patch_cover(view.boxes(boxes), canvas[0] // PATCH, canvas[1] // PATCH)
     cells = np.pad(whole[:, top : top + rows, left : left + cols], ((0, 0), (0, 0), (0, 1)))
     shares = [thumbnail.reshape(len(boxes), GRID * GRID), cells.reshape(len(boxes), rows * (cols + 1))]

@@ -41,7 +41,7 @@ def save_checkpoint(
         with unfinished.open("wb") as stream:
             try:
                 torch.save(state, stream)
-            except RuntimeError as error:  # of torch's own writer, after the system's error
+            except RuntimeError as error:  # raised by torch's writer because of the system's error
                 if isinstance(error.__context__, OSError):
                     raise OSError(error.__context__.errno, error.__context__.strerror) from error
                 raise
@@ -60,8 +60,8 @@ def resume(
         return 0, 0.0, {}
     regular(file, InputError)
     try:
-        # On the CPU, where the optimisers keep their counters; the rest they move to its parameter's device. Mapped, where a
-        # mapped file can be replaced: the processes of a machine share its pages, each would have a copy otherwise.
+        # Loaded on the CPU: optimisers keep their counters there, and move the rest to its parameter's device. Mapped where a
+        # mapped file can be replaced: the processes of a machine then share its pages, and have no copies of their own.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=os.name == "posix")
     except Exception as error:  # torch and zipfile raise many
         raise InputError(f"{file}: not a checkpoint of a run: {shown(str(error))}") from error

@@ -23,14 +23,14 @@ from ..inputs.prompt import build_conversation, encode_prompt
 from ..inputs.template_writer import IMAGE
 
 NO_LABEL = -100
-# So many unusable conversations in a row are no accident of the data.
+# So many unusable conversations in a row are a fault of the whole data.
 MOST_SKIPPED = 100
 
 _log = logging.getLogger("minifocus")
 
 
 class UnusableConversation(InputError):
-    """This conversation cannot be trained on; others can."""
+    """This conversation cannot be used to train on. Others may be."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Batch:
 
 
 def collate(examples: Sequence[Example], position: int = 0) -> Batch:
-    """Pad on the left, as `Llava.embed` does, so that every row ends in its last column."""
+    """Pad on the left, as `LlavaNetwork.embed` does, so that every row ends in its last column."""
 
     def stack(name: str, padding: int | bool) -> torch.Tensor:
         columns = [getattr(example, name) for example in examples]
@@ -141,7 +141,7 @@ def encode(
     else:
         written, shared = write(turns), 0
         fitting = sum(end <= limit for end in accumulate(map(len, written)))
-        if fitting < len(turns):  # what is left out may have shaped the end of what stays
+        if fitting < len(turns):  # a template may end its last turn in another way
             written = write(turns[: max(1, fitting)])
     columns: list[_Token] = []
     numbers: list[int] = []
@@ -238,7 +238,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
         self.processor, self.source, self.size, self.seed = processor, source, size, seed
         self.independent, self.max_turns, self.max_tokens, self.shuffle = independent, max_turns, max_tokens, shuffle
         self.skip_unusable = skip_unusable
-        processor.prompt_template()  # says what there is to say before processes that read ahead each do
+        processor.prompt_template()  # it warns once here, and not in every process that reads ahead
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
     def conversation(self, position: int, skipped: int = 0) -> Conversation:
@@ -275,7 +275,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
     def share(self, numbers: Iterable[int], workers: int = 0) -> Iterator[Batch]:
         """These micro-batches one after another, made ahead by `workers` processes where there are some.
 
-        `numbers` are taken as they are needed: there may be any number of them.
+        `numbers` are taken one by one as they are needed, so there may be any number of them.
         """
         loader = torch.utils.data.DataLoader(
             _OrError(self), batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=_leave_to_the_first

@@ -50,8 +50,8 @@ def fit(
 
     Every step's examples and random choices follow from the seed and the step, and micro-batches are the same whatever the
     number of processes: a run that was interrupted ends in the weights of one that was not, bit for bit on the CPU.
-    `identity` is what makes two runs the same one: a checkpoint with another is refused with InputError, as is a folder
-    that another process writes into (see `locks.hold`).
+    `identity` says which run this is. InputError is raised for a checkpoint with another identity, and for a folder that
+    another process writes into (see `locks.hold`).
     """
     process = Process.current()
     per_step = settings.batch // settings.micro_batch
@@ -83,7 +83,7 @@ def fit(
         process.first(begin_log)
         wrapped: nn.Module = task
         if process.count > 1:
-            # Text alone does not use the tower; gradients in the buckets that are sent are not there twice.
+            # Text alone does not use the tower. Gradients as views of the buckets that are sent take no memory of their own.
             wrapped = DistributedDataParallel(task, find_unused_parameters=True, gradient_as_bucket_view=True)
         # Without autocast's cache: what the text-guided sampler casts without a gradient, the layer after it needs with one.
         amp = torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16, cache_enabled=False)

@@ -15,7 +15,7 @@ def check_memory(task: nn.Module, device: torch.device, bf16: bool) -> None:
     if device.type != "cuda":
         return
     trained = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
-    copies = 2 * sum(p.numel() for p in task.parameters()) if bf16 else 0  # autocast's, which the backward pass needs
+    copies = 2 * sum(p.numel() for p in task.parameters()) if bf16 else 0  # autocast's, kept for the backward pass
     needed, (free, _) = 3 * trained + copies, torch.cuda.mem_get_info(device)  # a gradient and two moments
     if needed > free:
         raise InputError(

@@ -1,4 +1,4 @@
-"""A digest that says which model a run began from. Folders of equal content have the same, however they are written."""
+"""A digest that says which model a run began from. Folders of equal content have equal digests, however they are written."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from ..loading.weights import read_headers
 
 
 def digest_of_model(folder: Path, blocks: int = 1024, size: int = 4096) -> str:
-    """Of a model folder's own files: JSON by its values, tensors by their names, dtypes, shapes and values.
+    """The digest of a model folder's own files: JSON by its values, tensors by their names, dtypes, shapes and values.
 
-    Of the values, as many blocks of bytes are read, evenly spread, and each tensor's first and last. Neither the formatting
-    of JSON counts, nor in which files and order tensors are stored, nor other files that lie there. Raises CheckpointError.
+    Of the values, about `blocks` blocks of `size` bytes are read, evenly spread, and each tensor's ends. Neither the
+    formatting of JSON counts, nor the files and the order in which tensors are stored, nor other files in the folder. Raises
+    CheckpointError.
     """
     digest = hashlib.sha256()
     with ExitStack() as stack:
@@ -33,7 +34,7 @@ def digest_of_model(folder: Path, blocks: int = 1024, size: int = 4096) -> str:
             return opened[file]
 
         try:
-            # Mapped: of a tensor, only what is looked at is read.
+            # The files are mapped: only those bytes of a tensor that are digested are read.
             tensors = {name: open_once(t.file).get_tensor(t.key) for name, t in read_headers(folder).items()}
             for name in own_files(folder):
                 if name == SELECTOR:
@@ -57,10 +58,10 @@ def digest_of_model(folder: Path, blocks: int = 1024, size: int = 4096) -> str:
 
 
 def _values(name: str, content: bytes) -> bytes:
-    """A file's content; of JSON, what it says."""
+    """A file's content. JSON is written anew, so that its formatting does not count."""
     if name.endswith(".json"):
         try:
             return json.dumps(json.loads(content), sort_keys=True).encode()
-        except (ValueError, RecursionError):  # a file that nobody reads
+        except (ValueError, RecursionError):  # not JSON after all: its bytes count
             pass
     return content

@@ -89,7 +89,7 @@ class AnswerObjective(nn.Module):
     def __init__(self, model: LlavaNetwork, objective: Objective, seed: int):
         super().__init__()
         if not (model.inside_llm is None or isinstance(model.inside_llm, TextGuidedSampler)):
-            # It would follow one token of one turn, where a conversation has many.
+            # It would follow one token of one turn, but a conversation has many turns.
             name = type(model.inside_llm).__name__
             raise InputError(f"sampler: {name} acts inside the language model and is not for training")
         self.model, self.objective, self.seed = model, objective, seed
@@ -98,7 +98,7 @@ class AnswerObjective(nn.Module):
         if isinstance(before, VisionGuidedSampler) and weights is not None:
             if len(weights) != len(before.pools):
                 raise InputError(f"scale_weights: expected {len(before.pools)}, one per scale, got {len(weights)}")
-            total = sum(weights)  # in double precision: large weights are as good as small ones
+            total = sum(weights)  # in double precision, where large weights do not overflow
             self.scale_weights = torch.tensor([one / total * len(weights) for one in weights], dtype=torch.float32)
 
     def forward(self, batch: Batch, num_targets: int, num_batches: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -120,7 +120,7 @@ class AnswerObjective(nn.Module):
         }
         logits = [p.logits for own in output.pictures for p in own if p.logits is not None and len(p.logits)]
         if isinstance(self.model.before_llm, VisionGuidedSampler):
-            # Where no picture was pooled, the selector's gradient is 0 and not absent: its optimiser goes on as ever.
+            # Where no picture was pooled, the selector's gradient is 0 and not absent, so that its optimiser still takes a step.
             loss = loss + 0.0 * sum(p.float().sum() for p in self.model.before_llm.parameters() if p.requires_grad)
             if logits:
                 scores = torch.cat(logits).float()

@@ -1,9 +1,8 @@
 """Send a batch of whole conversations through the model. Every turn is guided by its own question.
 
 At inference a prompt has one question, and what the text-guided sampler leaves out is removed. In training a picture has
-several questions behind it, sampled at several layers, and every shape is to stay what it is: tokens are hidden by a mask
-instead. For a conversation of one turn the two are equal; where turns share a picture, its tokens look at whatever some
-turn has kept.
+several questions behind it, sampled at several layers, and shapes must not change: tokens are hidden by a mask instead. For
+a conversation of one turn the two are equal; where turns share a picture, its tokens look at whatever some turn has kept.
 """
 
 from __future__ import annotations
@@ -140,7 +139,7 @@ class _SomePictures(BeforeLLM):
 
 
 def _pack(rows: Rows, turn: torch.Tensor, turns: int, independent: bool) -> PackedRows:
-    """Rows as `Llava.embed` makes them, with the turns of their tokens; independent turns all start at one position."""
+    """Add turns to the rows that `LlavaNetwork.embed` makes. Independent turns all start at one position."""
     turn = turn.gather(1, rows.source.clamp(min=0)).where(rows.valid, -1)
     positions = rows.positions
     if independent:

@@ -1,10 +1,18 @@
-"""The parts of a model that can be trained: how to begin one anew, and the learning rate of each."""
+"""The parts of a model that can be trained: a model loaded with some of them new, and the learning rate of each."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
 import torch
 
-from ..load import Llava
+from ..files.reading import FILE, kind
+from ..load import Llava, load
+from ..loading.model_folder import SELECTOR
 from ..model import LlavaNetwork
 from ..samplers.vision_guided import (
     LinearSelector,
@@ -15,6 +23,42 @@ from ..samplers.vision_guided import (
 )
 
 PARTS = ("vision", "projector", "llm", "selector")
+LEARNED = ("focus", "vision")  # samplers that decide by a selector
+
+
+def begins_selector(folder: str | PathLike[str], sampler: str, fresh: Collection[str] = ()) -> bool:
+    """Whether a model of this folder is trained with a new selector: the folder has none, or it is one of the `fresh` parts."""
+    return sampler in LEARNED and ("selector" in fresh or kind(Path(folder) / SELECTOR) != FILE)
+
+
+def load_to_train(
+    folder: str | PathLike[str],
+    sampler: str,
+    device: torch.device,
+    options: Mapping[str, Any],
+    fresh: Collection[str] = (),
+    selector_bias: float = 1.0,
+    seed: int = 0,
+) -> Llava:
+    """Load a model in float32, with the sampler that it is to be trained behind and that sampler's `options`.
+
+    fresh          parts that begin anew: "projector", whose values follow from `seed`, and "selector"
+    selector_bias  how far a new selector leans to the finest scale (see `new_selector`)
+
+    Raises CheckpointError for a bad folder and InputError for a bad option.
+    """
+    if begins_selector(folder, sampler, fresh):
+        known = {field.name for field in fields(VisionGuidedOptions)}
+        of_text = {name: value for name, value in options.items() if name not in known}
+        # Loading refuses an option that neither sampler has.
+        model = load(folder, "text" if sampler == "focus" else "none", device, "float32", **of_text)
+        of_vision = {name: value for name, value in options.items() if name in known}
+        new_selector(model, VisionGuidedOptions(**of_vision), selector_bias)
+    else:
+        model = load(folder, sampler, device, "float32", **options)
+    if "projector" in fresh:
+        new_projector(model, seed)
+    return model
 
 
 def new_selector(model: Llava, options: VisionGuidedOptions, bias: float = 1.0) -> None:

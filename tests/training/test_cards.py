@@ -179,3 +179,9 @@ def test_a_scene_as_a_conversation():
     assert [first.removeprefix("<image>\n"), *others] == [q.question for q in scene.questions]
     assert first.startswith("<image>\n")
     assert cards.conversation(cards.Scene(5, scene.image, [])).turns == ()
+
+
+def test_scenes_are_those_of_the_split():
+    assert len(cards.CardScenes(first=cards.SPLIT_SIZE - 5)) == 5 and len(cards.CardScenes()) == cards.SPLIT_SIZE // 2
+    with pytest.raises(InputError, match="seed: expected 0 to 99999999"):
+        cards.CardScenes(first=cards.SPLIT_SIZE)

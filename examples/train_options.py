@@ -1,0 +1,166 @@
+"""The command-line options of train.py, and the checks of their values."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from command_line import expect, expect_numbers, option
+from sampler_options import add_option, read_options
+
+import minifocus
+from minifocus.arguments import shown
+from minifocus.inputs.prompt import TEMPLATES
+from minifocus.training.objective import Objective
+from minifocus.training.parts import LEARNED, PARTS, begins_selector
+from minifocus.training.settings import MOST, MOST_EXAMPLES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default=str(ROOT / "weights/tiny"), help="folder in Hugging Face's layout to start from")
+    add("--out", required=True, help="folder of the run: checkpoint, log, curve, and the trained model")
+    add(
+        "--stage",
+        default="instruct",
+        choices=("align", "instruct"),
+        help="align: the projector alone, without samplers",
+    )
+    add("--fresh", default="", help="parts to start anew, with commas: projector, selector")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help="conversations in LLaVA's JSON format; default: the miniature's, drawn on the way")
+    data.add_argument("--images", help="folder that the JSON's pictures are named from; default: the JSON's")
+    data.add_argument("--images-anywhere", action="store_true", help="take pictures that the JSON names elsewhere, too")
+    data.add_argument(
+        "--turns", choices=("chat", "independent"), help="whether a conversation's turns see the ones before"
+    )
+    data.add_argument("--template", choices=list(TEMPLATES), help="default: the model's; what is saved keeps that")
+    data.add_argument("--max-turns", type=int, help="of a conversation (miniature: 12)")
+    data.add_argument("--max-tokens", type=int, help="of a sequence; turns that do not fit are left out, the first cut")
+    data.add_argument(
+        "--skip-unusable", action="store_true", help="leave out records that cannot be used, and say which"
+    )
+    data.add_argument("--first-scene", type=int, default=0, help="miniature: the training split's scene to begin with")
+    data.add_argument("--dense", action="store_true", help="miniature: dense scenes only, instead of every fourth")
+    data.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead")
+
+    samplers = parser.add_argument_group("samplers")
+    samplers.add_argument("--sampler", choices=minifocus.methods.names(), help="default: focus (align: none)")
+    add_option(samplers)
+    samplers.add_argument("--window", type=int, help="a new selector's: 1, 2, 4, 8 or 12")
+    samplers.add_argument("--branches", type=int, help="a new selector's: 3 or 7")
+    samplers.add_argument("--thumbnail", choices=("keep", "compress", "drop"))
+    samplers.add_argument("--straight-through", action="store_true", help="Eq. 2's factor as p / p.detach()")
+    samplers.add_argument("--selector-bias", type=float, help="a new selector's lean to the finest scale (1)")
+    samplers.add_argument("--alpha", type=float, help=f"the balance loss' factor ({Objective.alpha})")
+    samplers.add_argument("--scale-weights", help="Eq. 10's weights, coarse to fine, with commas")
+    samplers.add_argument("--gamma", default="0.75,0.95", help="the range to draw gamma from")
+    samplers.add_argument(
+        "--layers", default="0.25,0.75", help="the range of depths to draw the text sampler's layer from"
+    )
+    samplers.add_argument(
+        "--sampler-dropout", type=float, default=0.0, help="a sample's chance to go without a sampler"
+    )
+
+    steps = parser.add_argument_group("steps")
+    steps.add_argument("--steps", type=int, help="default: one pass over the data (miniature: 500)")
+    steps.add_argument("--batch", type=int, help="examples per step, over all processes")
+    steps.add_argument(
+        "--micro-batch",
+        type=int,
+        help="examples per forward pass of a process (miniature: 4; else 1), over which the balance loss is taken",
+    )
+    steps.add_argument("--warmup", type=float, help="share of the steps over which the learning rates rise")
+    steps.add_argument("--final-lr", type=float, default=0.0, help="where the cosine ends, as a share of the peak")
+    for part in PARTS:
+        steps.add_argument(f"--lr-{part}", type=float, help=f"peak learning rate of the {part}; 0 freezes it")
+    steps.add_argument("--lr-selector-bias", type=float, help="peak learning rate of the selector's bias")
+    steps.add_argument("--freeze", default="", help=f"parts to leave as they are, with commas: {', '.join(PARTS)}")
+    steps.add_argument("--optimizer", choices=("adamw", "muon"), help="default: adamw (miniature: muon for matrices)")
+    steps.add_argument("--weight-decay", type=float, default=0.0)
+    steps.add_argument("--beta2", type=float, default=0.98)
+    steps.add_argument("--max-grad-norm", type=float, default=1.0)
+    steps.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    steps.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
+    steps.add_argument("--device", help="default: cuda where there is one, else cpu")
+    steps.add_argument("--seed", type=int, default=0)
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    output.add_argument("--log-every", type=int, default=10)
+    output.add_argument(
+        "--validate", type=int, default=0, help="ask this many questions of the validation split (or data)"
+    )
+    output.add_argument("--validate-every", type=int, default=200)
+    output.add_argument("--validation-data", help="a JSON file to validate on, with --data")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Check what neither argparse nor the library checks."""
+    expect_numbers(arguments, 1, "steps max_turns max_tokens save_every log_every validate_every")
+    expect_numbers(arguments, 1, "batch micro_batch", MOST_EXAMPLES)
+    expect_numbers(arguments, 0, "first_scene validate seed")
+    expect_numbers(arguments, 0, "workers", 1000)
+    expect_numbers(arguments, 0, "weight_decay final_lr lr_selector_bias", MOST)
+    expect_numbers(arguments, 0, " ".join(f"lr_{part}" for part in PARTS), MOST)
+    expect_numbers(arguments, -MOST, "selector_bias", MOST)
+    warmup = arguments.warmup
+    expect(warmup is None or 0 <= warmup <= 1, arguments, "warmup", "a share from 0 to 1")
+    expect(0 <= arguments.beta2 < 1, arguments, "beta2", "a number from 0 to below 1")
+    expect(arguments.max_grad_norm > 0, arguments, "max_grad_norm", "a number above 0")
+    expect(bool(arguments.out), arguments, "out", "the name of a folder")
+    if arguments.data is None:
+        for name in ("images", "images_anywhere", "validation_data", "skip_unusable"):
+            expect(not getattr(arguments, name), arguments, name, "--data beside it")
+    else:
+        for name in ("dense", "first_scene"):
+            expect(not getattr(arguments, name), arguments, name, "no --data, as it is of the miniature")
+        held_out = arguments.validation_data
+        expect(not arguments.validate or held_out, arguments, "validate", "--validation-data beside it")
+        expect(arguments.validate or not held_out, arguments, "validation_data", "--validate beside it")
+
+
+def names(text: str, flag: str, known: tuple[str, ...]) -> set[str]:
+    found = {name.strip() for name in text.split(",") if name.strip()}
+    if found - set(known):
+        raise minifocus.InputError(f"--{flag}: expected some of {', '.join(known)}, got {shown(text)}")
+    return found
+
+
+def numbers(text: str, flag: str, count: int | None = None) -> tuple[float, ...]:
+    try:
+        values = tuple(float(value) for value in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or (count is not None and len(values) != count):
+        wanted = f"{count} numbers" if count else "numbers"
+        raise minifocus.InputError(f"--{flag}: expected {wanted} with commas between, got {shown(text)}")
+    return values
+
+
+def options_of_sampler(arguments: argparse.Namespace, fresh: set[str]) -> dict[str, Any]:
+    """The sampler's own options. Refuses what the sampler would ignore, and what is drawn at random instead."""
+    sampler = arguments.sampler
+    given = {"window": arguments.window, "branches": arguments.branches, "thumbnail": arguments.thumbnail}
+    own = {name: value for name, value in given.items() if value is not None}
+    if arguments.straight_through:
+        own["straight_through"] = True
+    if sampler not in LEARNED:
+        for name in own:
+            raise minifocus.InputError(f"{option(name)}: sampler {sampler!r} has no such option")
+        for name in ("alpha", "scale_weights"):
+            if getattr(arguments, name) is not None:
+                raise minifocus.InputError(f"{option(name)}: sampler {sampler!r} has no selector to balance")
+    if arguments.selector_bias is not None and not begins_selector(arguments.model, sampler, fresh):
+        raise minifocus.InputError(
+            "--selector-bias: expected a new selector to give it to, such as --fresh selector makes"
+        )
+    options = {**read_options(arguments.option, own), **own}
+    for name, drawn in {"gamma": "gamma", "layer": "layers"}.items() if sampler in ("focus", "text") else ():
+        if name in options:
+            raise minifocus.InputError(f"--option: {name} is drawn for every sample: expected its range as --{drawn}")
+    return options
