@@ -99,6 +99,14 @@ def test_the_readme_is_short() -> None:
     assert max(map(len, shown)) <= 100
 
 
+@pytest.mark.parametrize("page", [page for page in WRITTEN if page != "README.md"])
+def test_prose_keeps_to_its_columns(page: str) -> None:
+    """CONTRIBUTING.md names the limit. Tables and code may be wider."""
+    (limit,) = re.findall(r"prose up to (\d+)", read("CONTRIBUTING.md"))
+    prose = [line for line in without_blocks(page).splitlines() if not line.lstrip().startswith(("|", "!"))]
+    assert max(map(len, prose)) <= int(limit)
+
+
 def test_the_path_is_short() -> None:
     """The README says how many lines its seven files have, with the two that it names beside them."""
     files = re.findall(r"^\d\. \[(minifocus/[\w/]+\.py)\]", read("README.md"), flags=re.MULTILINE)
