@@ -172,7 +172,6 @@ def test_answers_to_text_are_right(load: Load, dtype: str) -> None:
     questions = [question for question, _ in ANSWERS]
     alone = [model.generate(None, question, max_new_tokens=24) for question in questions]
     for answer, (_, word) in zip(alone, ANSWERS, strict=True):
-        print(answer.text)
         assert word.lower() in answer.text.lower()
     if dtype == "float32":
         together = model.generate_batch([None] * len(questions), questions, max_new_tokens=24)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import minifocus
 
@@ -56,19 +56,14 @@ def test_inputs_are_those_of_transformers_processor(
 def test_logits(
     load: Load, oracle: Oracle, processor: Callable[[str], Any], photographs: list[Image.Image], name: str
 ) -> None:
-    """In float32, of up to 30: rounded by 1e-6 at every step, and 5e-5 is what 30 layers were seen to make of it."""
+    """In float32, of up to 40: equal, and in a batch within 9e-5, where sums are added up in another order."""
     rows = [([photographs[2]], QUESTIONS[0])]
     if name == "llava":  # a batch of rows of different lengths, one without a picture
         rows.append(([], "What is the capital of France?"))
     inputs = batch_of(processor(name), rows)
     expected, got = oracle(name)(**inputs).logits, load(name)(**inputs)
     present = inputs["attention_mask"].bool()
-    print(
-        name,
-        (got - expected)[present].abs().max(),
-        expected[present].abs().max(),
-    )
-    assert 10 < expected[present].abs().max() < 50
+    assert 10 < expected[present].abs().max() < 50  # the tolerance is for logits of this size
     assert (got - expected)[present].abs().max() < 2e-4
 
 
@@ -82,7 +77,6 @@ def test_bfloat16_is_as_near_to_float32_as_in_transformers(
     half = inputs.to(torch.bfloat16)
     expected, got = oracle("llava", torch.bfloat16)(**half).logits, load("llava", "bfloat16")(**half)
     theirs, ours = ((logits.float() - exact).norm() / exact.norm() for logits in (expected, got))
-    print(theirs, ours)
     assert got.dtype == expected.dtype == torch.bfloat16
     assert ours < 1.25 * theirs < 0.1
 
@@ -93,12 +87,9 @@ def test_greedy_words(
     load: Load, oracle: Oracle, processor: Callable[[str], Any], photographs: list[Image.Image], name: str
 ) -> None:
     """They mean nothing of the picture, as the projector is random, and are the same."""
-    hf = processor(name)
-    for question in QUESTIONS[: 2 if name == "llava" else 1]:
-        inputs = batch_of(hf, [([photographs[2]], question)])
-        expected = oracle(name).generate(**inputs, do_sample=False, max_new_tokens=20)[
-            0, inputs["input_ids"].shape[1] :
-        ]
-        answer = load(name).generate(photographs[2], question, max_new_tokens=20)
-        print(answer.text)
-        assert answer.text == hf.decode(expected, skip_special_tokens=True).strip()
+    hf, photograph = processor(name), ImageOps.fit(photographs[2], (224, 224))
+    inputs = batch_of(hf, [([photograph], QUESTIONS[0])])
+    expected = oracle(name).generate(**inputs, do_sample=False, max_new_tokens=10)[0, inputs["input_ids"].shape[1] :]
+    answer = load(name).generate(photograph, QUESTIONS[0], max_new_tokens=10)
+    assert answer.token_ids == expected.tolist()[: len(answer.token_ids)]
+    assert answer.text == hf.decode(expected, skip_special_tokens=True).strip()
