@@ -10,6 +10,8 @@ from ..record import ROOT
 from .importance_maps import TOP
 from .selector_inputs import NORMS
 
+FEWEST = 3  # rounds from which a token's time is shown
+
 HEAD = """# Real parts, nothing trained
 
 Made by `{command}` at `{commit}`, with torch {torch}, on {threads} of {cores} cores ({cpu}).
@@ -31,7 +33,7 @@ One question about a photograph, another one in each round: {alone_rounds}. `non
 
 {alone}
 A batch of {batch_size} questions about pieces of photographs, each of {batch_tokens:.0f} visual tokens: {batch_rounds}. `none`
-reads them in {batch_prefill:.1f} s, and makes a token of every answer in {batch_decode:.0f} ms.{left_out}
+reads them in {batch_prefill:.1f} s{batch_decode}{left_out}
 
 {batch}"""
 
@@ -72,16 +74,19 @@ def over(rounds: int) -> str:
     return "one round" if rounds == 1 else f"medians over {rounds} rounds"
 
 
-def speed_table(results: list[dict[str, Any]]) -> str:
-    rows = []
+def speed_table(results: list[dict[str, Any]], rounds: int) -> str:
+    """Without the time of a token where there are few rounds: a few seconds that other programs may have had."""
+    rows, decoded = [], rounds >= FEWEST
     for one in sorted(results, key=lambda one: one["prefill_ratio"]):
         options = {key: value for key, value in one["options"].items() if key != "selector"}
         named = ", ".join(f"{key} {value:g}" for key, value in options.items() if not isinstance(value, bool))
         memory = "" if one["memory_bytes"] is None else f"{one['memory_bytes'] / 2**20:.0f}"
         cells = [f"`{one['method']}`" + (f" ({named})" if named else "")]
         cells += [f"{one['tokens']['equivalent']:.1%}", f"{one['gflops']:.0f}"]
-        rows.append([*cells, f"{one['prefill_ratio']:.2f}", f"{one['decode_ratio']:.2f}", memory])
-    return table(["method", "tokens", "GFLOPs a question", "prefill ÷ none", "per token ÷ none", "MiB"], rows)
+        cells += [f"{one['prefill_ratio']:.2f}", *([f"{one['decode_ratio']:.2f}"] if decoded else []), memory]
+        rows.append(cells)
+    times = ["prefill ÷ none", *(["per token ÷ none"] if decoded else [])]
+    return table(["method", "tokens", "GFLOPs a question", *times, "MiB"], rows)
 
 
 def speed(found: dict[str, Any]) -> str:
@@ -94,14 +99,16 @@ def speed(found: dict[str, Any]) -> str:
         tokens=none["tokens"]["full"],
         prefill=none["prefill_seconds"],
         decode=1000 * none["decode_seconds_per_token"],
-        alone=speed_table(found["alone"]),
+        alone=speed_table(found["alone"], alone_rounds),
         batch_size=found["batch_size"],
         batch_tokens=together["tokens"]["full"],
         batch_rounds=over(batch_rounds),
         batch_prefill=together["prefill_seconds"],
-        batch_decode=1000 * together["decode_seconds_per_token"],
-        left_out=f" Not asked in a batch, for the time that it takes: {', '.join(missing)}." if missing else "",
-        batch=speed_table(found["batch"]),
+        batch_decode=f", and makes a token of every answer in {1000 * together['decode_seconds_per_token']:.0f} ms."
+        if batch_rounds >= FEWEST
+        else ". So few rounds say nothing of a token's time, a few seconds in which the machine had other work: it is left out.",
+        left_out=f"\nNot asked in a batch, for the time that it takes: {', '.join(missing)}." if missing else "",
+        batch=speed_table(found["batch"], batch_rounds),
     )
 
 

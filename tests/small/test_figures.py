@@ -104,6 +104,13 @@ def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         figures.load("next")
 
 
+def test_the_recorded_page_is_its_record_s() -> None:
+    folder = ROOT / "experiments/results/small"
+    record = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert (folder / "README.md").read_text(encoding="utf-8") == report.page(record, folder / "README.md")
+    assert {one["method"] for one in record["speed"]["alone"]} == set(minifocus.methods.names())
+
+
 def test_quick_run(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "experiments.small.figures", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
