@@ -38,6 +38,7 @@ PAGES = [
     "experiments/results/README.md",
     "experiments/results/paper/README.md",
     "experiments/results/paper-650-steps/README.md",
+    "experiments/results/small/README.md",
 ]
 WRITTEN = [page for page in PAGES if not page.startswith("experiments/")]  # by hand
 
@@ -586,6 +587,7 @@ def test_the_stages_of_the_embedded_model() -> None:
     "folder",
     [
         "paper",
+        "small",
         pytest.param(
             "paper-650-steps",
             marks=pytest.mark.xfail(strict=True, reason="the page's command was edited when the programs moved"),
