@@ -43,15 +43,15 @@ class VisionGuidedOptions:
     branches          3 (4×4, 2×2, 1×1) or 7 (4×2, 2×4, 2×1 and 1×2 as well, Table 3)
     score_pool        how a region becomes the one vector that the selector compares: "max" or "mean"
     thumbnail         LLaVA-NeXT's thumbnail tokens: "keep", "compress" (sampled like the map) or "drop"
-    straight_through  in training, multiply tokens by p / p.detach() instead of p (Eq. 2), so that their size is the same
-                      as at inference
+    straight_through  in training, multiply tokens by p / p.detach() (default), so that their size is the same as at
+                      inference; False: by p, which is Eq. 2 as printed
     """
 
     window: int = 4
     branches: int = 3
     score_pool: Literal["max", "mean"] = "max"
     thumbnail: Literal["keep", "compress", "drop"] = "keep"
-    straight_through: bool = False
+    straight_through: bool = True
 
     def __post_init__(self) -> None:
         arguments.settle(
@@ -144,7 +144,7 @@ class VisionGuidedSampler(BeforeLLM):
         return _SampledMap(tokens, source, extent, offsets, choice, logits)
 
     def _weight(self, logits: torch.Tensor, choice: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The factor of a region's tokens in training (Eq. 2): the probability of its branch."""
+        """The factor of a region's tokens in training (Eq. 2): the probability of its branch, or its gradient alone."""
         chosen = logits.softmax(dim=-1).gather(1, choice[:, None]).squeeze(1)
         factor = chosen / chosen.detach() if self.options.straight_through else chosen
         return factor.to(wide(dtype))

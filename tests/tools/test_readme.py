@@ -582,16 +582,7 @@ def test_the_stages_of_the_embedded_model() -> None:
     assert {int(batch) for stage, _, batch in stages if stage in ("full", "focus")} == {make.BATCH}
 
 
-@pytest.mark.parametrize(
-    "folder",
-    [
-        "paper",
-        pytest.param(
-            "paper-650-steps",
-            marks=pytest.mark.xfail(strict=True, reason="the page's command was edited when the programs moved"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("folder", ["paper", "paper-650-steps"])
 def test_generated_pages_name_their_record_s_command(folder: str) -> None:
     """A program may have moved since. The command stays the one that was run at the commit that stands beside it."""
     found = record(f"{folder}/results.json")
