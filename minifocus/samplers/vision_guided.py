@@ -42,6 +42,8 @@ class VisionGuidedOptions:
     window            side of a region, in cells: 1, 2, 4 (paper's default), 8 or 12
     branches          3 (4×4, 2×2, 1×1) or 7 (4×2, 2×4, 2×1 and 1×2 as well, Table 3)
     score_pool        how a region becomes the one vector that the selector compares: "max" or "mean"
+    score_norm        what is done to a region's inner products with the thumbnail before the linear layer: "none" (§3.2), "layer"
+                      (mean 0, deviation 1 over the thumbnail's tokens) or "cosine" (of both vectors instead)
     thumbnail         LLaVA-NeXT's thumbnail tokens: "keep", "compress" (sampled like the map) or "drop"
     straight_through  in training, multiply tokens by p / p.detach() (default), so that their size is the same as at
                       inference; False: by p, which is Eq. 2 as printed
@@ -50,6 +52,7 @@ class VisionGuidedOptions:
     window: int = 4
     branches: int = 3
     score_pool: Literal["max", "mean"] = "max"
+    score_norm: Literal["none", "layer", "cosine"] = "none"
     thumbnail: Literal["keep", "compress", "drop"] = "keep"
     straight_through: bool = True
 
@@ -59,6 +62,7 @@ class VisionGuidedOptions:
             window=arguments.whole_of("window", self.window, WINDOWS),
             branches=arguments.whole_of("branches", self.branches, tuple(_POOLS)),
             score_pool=arguments.choice("score_pool", self.score_pool, ("max", "mean")),
+            score_norm=arguments.choice("score_norm", self.score_norm, ("none", "layer", "cosine")),
             thumbnail=arguments.choice("thumbnail", self.thumbnail, ("keep", "compress", "drop")),
             straight_through=arguments.flag("straight_through", self.straight_through),
         )
@@ -88,23 +92,32 @@ class LinearSelector(nn.Module):
     """The paper's learned selector: z = W·score + b with score = pool(X_i)·X_gᵀ / √C (G numbers, one per thumbnail token).
 
     At inference the two products are folded, z = pool(X_i)·(X_gᵀWᵀ)/√C + b, which costs R·C·S instead of R·G·C
-    (nothing non-linear stands between them), and with score_pool "max" one operator does it all (`ops.region_route`).
+    (nothing non-linear stands between them, unless `score_norm` does), and with score_pool "max" one operator does it all
+    (`ops.region_route`).
     """
 
-    def __init__(self, num_thumbnail_tokens: int, branches: int, score_pool: str = "max"):
+    def __init__(self, num_thumbnail_tokens: int, branches: int, score_pool: str = "max", score_norm: str = "none"):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(branches, num_thumbnail_tokens, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(branches, dtype=torch.float32))
-        self.score_pool = score_pool
+        self.score_pool, self.score_norm = score_pool, score_norm
+        self.one_operator = (score_pool, score_norm) == ("max", "none")
 
     def forward(self, regions: torch.Tensor, exists: torch.Tensor, thumbnail: torch.Tensor) -> torch.Tensor:
         pooled = pool_regions(regions, exists, self.score_pool)
         pooled = pooled.to(wide(pooled.dtype))
         with torch.autocast(pooled.device.type, enabled=False):  # which would round the products
-            if self.training:
-                score = pooled @ thumbnail.to(pooled.dtype).T / math.sqrt(pooled.shape[-1])
+            if self.training or self.score_norm != "none":
+                score = self.score(pooled, thumbnail.to(pooled.dtype))
                 return F.linear(score, self.weight.to(pooled.dtype), self.bias.to(pooled.dtype))
             return torch.addmm(self.bias.to(pooled.dtype), pooled, self.fold(thumbnail).T)
+
+    def score(self, pooled: torch.Tensor, thumbnail: torch.Tensor) -> torch.Tensor:
+        """Region vectors [R, C] and X_g [G, C] → how alike they are [R, G]."""
+        if self.score_norm == "cosine":
+            return F.normalize(pooled, dim=-1) @ F.normalize(thumbnail, dim=-1).T
+        score = pooled @ thumbnail.T / math.sqrt(pooled.shape[-1])
+        return F.layer_norm(score, score.shape[-1:]) if self.score_norm == "layer" else score
 
     def fold(self, thumbnail: torch.Tensor) -> torch.Tensor:
         """X_g [G, C] → W·X_g / √C [S, C], in float32 (float64 for float64)."""
@@ -127,7 +140,7 @@ class VisionGuidedSampler(BeforeLLM):
         cells, grid = x.flatten(0, 1), torch.tensor([x.shape[:2]], device="cpu")
         thumbnail = thumbnail.flatten(0, 1)
         logits = None
-        if isinstance(selector, LinearSelector) and selector.score_pool == "max" and not self.training:
+        if isinstance(selector, LinearSelector) and selector.one_operator and not self.training:
             context, bias = selector.fold(thumbnail)[None], selector.bias.to(wide(x.dtype))
             tokens, source, offsets, choice = region_route(cells, grid, context, bias, window, pools)
         else:

@@ -126,7 +126,12 @@ def test_no_half_of_a_picture_is_empty(scene):
 
 
 def test_splits_share_no_background_no_font_and_no_word():
-    for of_split in (PHOTOGRAPHS, TEXTURES, {name: [package for package, _ in own] for name, own in FONTS.items()}, cards.WORDS):
+    for of_split in (
+        PHOTOGRAPHS,
+        TEXTURES,
+        {name: [package for package, _ in own] for name, own in FONTS.items()},
+        cards.WORDS,
+    ):
         assert set(of_split) == set(cards.SPLITS) and all(of_split.values())
         for a, b in itertools.combinations(of_split, 2):
             assert not set(of_split[a]) & set(of_split[b])
