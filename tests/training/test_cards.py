@@ -137,10 +137,12 @@ def test_splits_share_no_background_no_font_and_no_word():
             assert not set(of_split[a]) & set(of_split[b])
     for split, first in cards.SPLITS.items():
         words, other = set(), {word for name, own in cards.WORDS.items() if name != split for word in own}
-        with mock.patch.object(drawing, "draw_background", wraps=drawing.draw_background) as background:
-            with mock.patch.object(drawing, "glyph_mask", wraps=drawing.glyph_mask) as mask:
-                for seed in range(first, first + 40):
-                    words |= {thing.text for thing in cards.draw(seed).objects if thing.kind == "sign"}
+        with (
+            mock.patch.object(drawing, "draw_background", wraps=drawing.draw_background) as background,
+            mock.patch.object(drawing, "glyph_mask", wraps=drawing.glyph_mask) as mask,
+        ):
+            for seed in range(first, first + 40):
+                words |= {thing.text for thing in cards.draw(seed).objects if thing.kind == "sign"}
         assert {call.args[1] for call in background.call_args_list} == {split}
         assert {call.args[0] for call in mask.call_args_list} == {split}
         assert words and not words & other
@@ -156,9 +158,9 @@ def test_the_embedded_tokenizer_spells_words_letter_by_letter():
 
 
 def test_a_package_that_is_missing_is_named():
-    with mock.patch.object(lettering, "find_spec", return_value=None):
-        with pytest.raises(InputError, match=r"font_lato: pip install 'minifocus\[cards\]'"):
-            lettering.package_folder.__wrapped__("font_lato")
+    missing = mock.patch.object(lettering, "find_spec", return_value=None)
+    with missing, pytest.raises(InputError, match=r"font_lato: pip install 'minifocus\[cards\]'"):
+        lettering.package_folder.__wrapped__("font_lato")
     for seed in (-1, 3 * cards.SPLIT_SIZE, 10**5000):
         with pytest.raises(InputError, match="seed: expected 0 to 299999999, got"):
             cards.draw(seed)
