@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json and tokenizer")
     parser.add_argument("--tower", type=Path, required=True, help="the pretrained tower")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; gets the model in model/")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=2)
     arguments = parser.parse_args()
