@@ -91,7 +91,12 @@ def run(stage: str, command: list[str], processes: int) -> float:
 
 
 def run_stages(
-    runs: Path, steps: dict[str, int], processes: int = 2, scenes: int = SCENES, validate: int = 400, until: str = "focus"
+    runs: Path,
+    steps: dict[str, int],
+    processes: int = 2,
+    scenes: int = SCENES,
+    validate: int = 400,
+    until: str = "focus",
 ) -> dict[str, float]:
     """All stages up to `until`, each from where an earlier run left it; returns the seconds of all runs they took.
 
