@@ -51,7 +51,7 @@ def test_every_training_free_method_is_compared() -> None:
         ("--timed 0", "--timed: expected a number of at least 1, got 0"),
         ("--methods focus,typo", "got typo"),
         ("--budgets 0.5,half", "--budgets: expected numbers with commas between"),
-        ("--image examples/cards.png", "--image: expected --model or --random"),
+        ("--image examples/cards.png", "--image: expected --model without --count"),
         ("--random --count 5", "--count: is of accuracy"),
         ("--model weights/tiny --image nowhere.png --methods random", "nowhere.png"),
     ],
