@@ -54,6 +54,8 @@ test_lmms_eval: .venv/lmms-eval/installed
 	$(PYTHON) -m venv .venv/lmms-eval
 	$(LMMS) -m pip install --quiet --constraint constraints.txt torch
 	$(LMMS) -m pip install --quiet --constraint constraints.txt lmms-eval==0.7.3 'filelock<4' pytest pytest-timeout hypothesis
+	$(LMMS) -m pip install --quiet --constraint constraints.txt matplotlib scikit-image font-caladea font-fredoka-one \
+		font-hanken-grotesk font-lato font-manrope font-source-sans-pro font-source-serif-pro
 	$(LMMS) -m pip uninstall --quiet --yes torchvision timm
 	touch $@
 
