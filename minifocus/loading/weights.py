@@ -169,7 +169,10 @@ def read_tensors(
     check_finite: bool,
     progress: Progress | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each name and tensor, on `device` and in `dtype`. With `check_finite`, NaN and infinity are refused."""
+    """Each name and tensor, on `device` and in `dtype`. With `check_finite`, NaN and infinity are refused.
+
+    So are matrices, kernels and embeddings that float16 is too narrow for (`_vanishes`).
+    """
     total = sum(_num_bytes(tensor) for tensor in found.values())
     done = 0
     for file in sorted({tensor.file for tensor in found.values()}):
@@ -177,7 +180,12 @@ def read_tensors(
             for name, tensor in found.items():
                 if tensor.file != file:
                     continue
-                value = stored.get_tensor(tensor.key).to(device=device, dtype=dtype)
+                whole = stored.get_tensor(tensor.key)
+                value = whole.to(device=device, dtype=dtype)
+                if dtype == torch.float16 and whole.dtype != dtype and _vanishes(whole, value):
+                    raise CheckpointError(
+                        f"{file}: {brief(tensor.key)}: its values are too small for {dtype}: expected dtype bfloat16 or float32"
+                    )
                 if check_finite and not _finite(value):
                     raise CheckpointError(f"{file}: {brief(tensor.key)}: holds NaN or infinite values (as {dtype})")
                 done += _num_bytes(tensor)
@@ -201,6 +209,27 @@ def _finite(value: torch.Tensor) -> bool:
     """
     parts = value.flatten().split(2**22)
     return all(bool(part.sum(dtype=torch.float32).isfinite()) or bool(part.isfinite().all()) for part in parts)
+
+
+def _vanishes(whole: torch.Tensor, half: torch.Tensor) -> bool:
+    """Whether float16 takes more than a tenth of the magnitude of a matrix, of any larger tensor, or of embeddings.
+
+    Below 2⁻¹⁴ float16 has steps of 2⁻²⁴, so that it is off by 2⁻²⁵ at most: one pass over memory tells that nearly every
+    tensor is far from it. Vectors may vanish: a bias of 1e-8 is as good as none.
+    """
+    if whole.dim() < 2:
+        return False
+    magnitude = _magnitude(whole)
+    if not magnitude < 10 * 2**-25 * whole.numel():
+        return False
+    lost = whole.float() - half.to(whole.device, torch.float32)
+    return _magnitude(lost) > magnitude / 10
+
+
+def _magnitude(value: torch.Tensor) -> float:
+    """The sum of all absolute values. In parts, as in `_finite`."""
+    parts = value.flatten().split(2**22)
+    return sum(float(torch.linalg.vector_norm(part, 1, dtype=torch.float32)) for part in parts)
 
 
 class _WithoutInitialisation(TorchFunctionMode):

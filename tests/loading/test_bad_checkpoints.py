@@ -366,6 +366,44 @@ def test_values_that_overflow_the_dtype_asked_for(folder: Path) -> None:
     refused(folder, "image_newline", "float16", dtype="float16")
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-30, 3e-9, 1e-7])
+def test_matrices_that_vanish_in_float16(folder: Path, stored: torch.dtype, size: float) -> None:
+    """All to zero, or to one of few values. Other dtypes hold them, and float16 itself, if they were stored in it."""
+    key = "vision_tower.embeddings.patch_embedding.weight"
+    change_weights(folder, lambda t: t.update({key: (t[key] * size).to(stored)}))
+    refused(folder, "model.safetensors", key, "too small for torch.float16", "bfloat16", dtype="float16")
+    refused(folder, key, dtype="float16", check_finite=False)
+    for dtype in ("float32", "bfloat16"):
+        assert minifocus.load(folder, sampler="none", dtype=dtype).vision_tower.embeddings.patch_embedding.weight.any()
+    change_weights(folder, lambda t: t.update({key: t[key].half()}))
+    minifocus.load(folder, sampler="none", dtype="float16")
+
+
+def test_what_may_vanish_in_float16(folder: Path) -> None:
+    """Vectors, zeros, and small values beside usual ones."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        layer = "vision_tower.encoder.layers.0."
+        tensors[f"{layer}self_attn.k_proj.bias"].mul_(1e-9)
+        tensors[f"{layer}mlp.fc1.weight"].zero_()
+        tensors[f"{layer}mlp.fc2.weight"][1:].mul_(1e-9)
+        tensors["language_model.lm_head.weight"].mul_(1e-5)
+
+    change_weights(folder, change)
+    minifocus.load(folder, sampler="none", dtype="float16")
+
+
+@pytest.mark.parametrize("place", [0, 2**22 - 1, 2**22, -1])
+def test_one_value_tells_that_a_large_tensor_does_not_vanish(place: int) -> None:
+    from minifocus.loading.weights import _vanishes
+
+    large = torch.full((2, 2**21 + 3), 1e-9)
+    assert _vanishes(large, large.half())
+    large.view(-1)[place] = 1.0
+    assert not _vanishes(large, large.half())
+
+
 def test_tied_head_that_is_not(folder: Path) -> None:
     change_config(folder, tie_word_embeddings=True)
     refused(folder, "tie_word_embeddings", "lm_head")
