@@ -27,8 +27,8 @@ from torch import nn
 
 from examples.command_line import expect_numbers
 from minifocus import cards
-from minifocus.cards.drawing import BAR_STEP
 from minifocus.cards.feature_map import GRID, PATCH, View, patch_cover, scene_geometry
+from minifocus.cards.plan import BAR_STEP
 from minifocus.inputs.image_processor import CLIP_MEAN, CLIP_STD
 from minifocus.loading.config import Config, load_config
 from minifocus.training.loop import fit

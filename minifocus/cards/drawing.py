@@ -22,8 +22,6 @@ Cards and shapes themselves are cut freely.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -31,16 +29,12 @@ from PIL import Image, ImageDraw
 
 from ..inputs.anyres import select_best_resolution
 from .backgrounds import draw_background, draw_distractor
-from .lettering import FONTS, glyph_mask
+from .lettering import glyph_mask
+from .plan import Plan, Planner
 from .question_families import ask
-from .scene import COLOURS, PINPOINTS, SHAPES, TILE, Box, Object, Scene, split_of
-from .words import draw_word
+from .scene import COLOURS, PINPOINTS, SHAPES, TILE, Box, Scene, split_of
 
-_PITCH = 15  # of digits and letters; wider than a patch (14), so that two seldom share one
-_PLATE_HEIGHT = 26  # of a card or a sign, and of a table's row
 _GAP = 3  # least number of pixels between two objects
-BAR_STEP = 8  # pixels between two heights of bars
-_BAR_WIDTH, _BAR_LEVELS = 13, 5
 _PAPER = (242.0, 240.0, 232.0)  # of signs, tables and charts
 
 
@@ -76,120 +70,6 @@ def _shape_mask(kind: str, size: int) -> np.ndarray:
     return np.asarray(mask.resize((size, size), Image.Resampling.LANCZOS), np.float32)[..., None] / 255
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Something to be placed as a whole: a card, a sign, a shape, or a panel (a table or a chart) with its parts.
-
-    size    (width, height)
-    parts   the objects that it consists of, with their boxes as if it stood at (0, 0)
-    fonts   per part, the number of its font and the height of its capitals
-    paper   whether it lies on a sheet of its own: a panel
-    """
-
-    size: tuple[int, int]
-    parts: tuple[Object, ...]
-    fonts: tuple[tuple[int, int], ...]
-    paper: bool = False
-
-    def at(self, x: int, y: int) -> list[Object]:
-        def moved(box: Box) -> Box:
-            return (box[0] + x, box[1] + y, box[2] + x, box[3] + y)
-
-        return [replace(part, box=moved(part.box), glyphs=tuple(map(moved, part.glyphs))) for part in self.parts]
-
-
-def _glyphs(split: str, font: tuple[int, int], text: str, area: Box) -> tuple[Box, ...]:
-    """Boxes of the digits or letters of a text, evenly spaced, in the middle of an area."""
-    left, top, right, bottom = area
-    boxes = []
-    for i, character in enumerate(text):
-        h, w = glyph_mask(split, *font, character).shape[:2]
-        centre = (left + right) / 2 + (i - (len(text) - 1) / 2) * _PITCH
-        x, y = round(centre - w / 2), (top + bottom - h + 1) // 2
-        boxes.append((x, y, x + w, y + h))
-    return tuple(boxes)
-
-
-def _number(rng: np.random.Generator, digits: int) -> str:
-    return str(rng.integers(10 ** (digits - 1), 10**digits))
-
-
-class _Planner:
-    """What a scene is to have: each colour once a kind, each text once."""
-
-    def __init__(self, rng: np.random.Generator, split: str, dense: bool):
-        self.rng, self.split, self.dense = rng, split, dense
-        self.texts: set[str] = set()
-
-    def font(self) -> tuple[int, int]:
-        return int(self.rng.integers(len(FONTS[self.split]))), int(self.rng.integers(11, 14))
-
-    def text(self, draw: Callable[[], str]) -> str:
-        while (text := draw()) in self.texts:
-            pass
-        self.texts.add(text)
-        return text
-
-    def colours(self, count: int) -> list[str]:
-        return [str(colour) for colour in self.rng.permutation(list(COLOURS))[:count]]
-
-    def plate(self, kind: str, colour: str) -> _Plan:
-        """A card with a number or a sign with a word."""
-        digits = 3 if self.dense else int(self.rng.integers(1, 4))
-        text = self.text(lambda: draw_word(self.rng, self.split) if kind == "sign" else _number(self.rng, digits))
-        font, box = self.font(), (0, 0, (8 if kind == "card" else 12) + _PITCH * len(text), _PLATE_HEIGHT)
-        glyphs = _glyphs(self.split, font, text, box)
-        return _Plan(box[2:], (Object(kind, colour, box, text, glyphs),), (font,))
-
-    def table(self) -> _Plan:
-        """Two to four rows, each a swatch of colour and a number of two digits."""
-        rows, fonts, font = [], [], self.font()
-        for i, colour in enumerate(self.colours(int(self.rng.integers(2, 5)))):
-            top = 2 + i * _PLATE_HEIGHT
-            text = self.text(lambda: _number(self.rng, 2))
-            glyphs = _glyphs(self.split, font, text, (24, top, 26 + 2 * _PITCH, top + _PLATE_HEIGHT))
-            rows.append(Object("row", colour, (2, top, 28 + 2 * _PITCH, top + _PLATE_HEIGHT - 1), text, glyphs))
-            fonts.append(font)
-        return _Plan((30 + 2 * _PITCH, 2 + len(rows) * _PLATE_HEIGHT), tuple(rows), tuple(fonts), paper=True)
-
-    def chart(self) -> _Plan:
-        """Three to five bars of different heights that stand on one line."""
-        colours = self.colours(int(self.rng.integers(3, _BAR_LEVELS + 1)))
-        levels = self.rng.permutation(_BAR_LEVELS)[: len(colours)]
-        floor = 5 + BAR_STEP * (_BAR_LEVELS + 1)
-        bars = []
-        for i, (colour, level) in enumerate(zip(colours, levels, strict=True)):
-            left = 4 + i * (_BAR_WIDTH + 3)
-            bars.append(Object("bar", colour, (left, floor - BAR_STEP * (int(level) + 2), left + _BAR_WIDTH, floor)))
-        return _Plan((5 + len(bars) * (_BAR_WIDTH + 3), floor + 3), tuple(bars), (), paper=True)
-
-    def shapes(self, count: int) -> list[_Plan]:
-        """Kinds repeat (that gives something to count), pairs of kind and colour do not."""
-        kinds = self.rng.permutation(SHAPES)[: self.rng.integers(2, 5)]
-        pairs: list[tuple[str, str]] = []
-        while len(pairs) < count:
-            pair = (str(self.rng.choice(kinds)), str(self.rng.choice(list(COLOURS))))
-            pairs += [] if pair in pairs else [pair]
-        plans = []
-        for kind, colour in pairs:
-            side = int(self.rng.integers(22, 33))
-            plans.append(_Plan((side, side), (Object(kind, colour, (0, 0, side, side)),), ()))
-        return plans
-
-    def everything(self) -> list[_Plan]:
-        """In the order in which they are placed: what is largest first."""
-        rng, dense = self.rng, self.dense
-        num_cards = int(rng.integers(6, 9) if dense else rng.integers(3, 6))
-        num_signs, num_shapes = (
-            (int(rng.integers(0, 2)), 1) if dense else (int(rng.integers(0, 3)), int(rng.integers(2, 6)))
-        )
-        panels = [self.table() if rng.random() < 0.5 else self.chart()] if rng.random() < 0.5 else []
-        plates = [self.plate("card", colour) for colour in self.colours(num_cards)]
-        plates += [self.plate("sign", colour) for colour in self.colours(num_signs)]
-        things = plates + self.shapes(num_shapes)
-        return panels + [things[i] for i in rng.permutation(len(things))]
-
-
 def _gap(a: Box, b: Box) -> int:
     """Pixels between two boxes along the axis that separates them most; negative when they overlap."""
     return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
@@ -211,11 +91,11 @@ def _beside(rng: np.random.Generator, box: Box, width: int, height: int) -> tupl
             return x, bottom + gap
 
 
-def _place(rng: np.random.Generator, size: tuple[int, int], plans: list[_Plan], seams: bool) -> list[tuple[_Plan, Box]]:
+def _place(rng: np.random.Generator, size: tuple[int, int], plans: list[Plan], seams: bool) -> list[tuple[Plan, Box]]:
     """A box for each plan, anywhere or next to one that is there already. What finds no room is left out."""
     width, height = size
     columns, rows = _seams(width, height) if seams else ([], [])
-    placed: list[tuple[_Plan, Box]] = []
+    placed: list[tuple[Plan, Box]] = []
     for plan in plans:
         w, h = plan.size
         if w + 2 >= width or h + 2 >= height:
@@ -240,7 +120,7 @@ def _place(rng: np.random.Generator, size: tuple[int, int], plans: list[_Plan], 
     return placed
 
 
-def _paint(pixels: np.ndarray, split: str, plan: _Plan, corner: tuple[int, int], rng: np.random.Generator) -> None:
+def _paint(pixels: np.ndarray, split: str, plan: Plan, corner: tuple[int, int], rng: np.random.Generator) -> None:
     x, y = corner
     if plan.paper:
         pixels[y : y + plan.size[1], x : x + plan.size[0]] = _PAPER
@@ -300,7 +180,7 @@ def draw(seed: int, dense: bool = False, size: tuple[int, int] | None = None) ->
     if size is None and dense:
         width, height = max(width, 200), max(height, 200)
     pixels = draw_background(rng, split, width, height)
-    placed = _place(rng, (width, height), _Planner(rng, split, dense).everything(), seams=size is None)
+    placed = _place(rng, (width, height), Planner(rng, split, dense).everything(), seams=size is None)
     distractors = _distract(rng, pixels, [box for _, box in placed])
     for plan, box in placed:
         _paint(pixels, split, plan, box[:2], rng)

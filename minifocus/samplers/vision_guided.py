@@ -92,8 +92,7 @@ class LinearSelector(nn.Module):
     """The paper's learned selector: z = W·score + b with score = pool(X_i)·X_gᵀ / √C (G numbers, one per thumbnail token).
 
     At inference the two products are folded, z = pool(X_i)·(X_gᵀWᵀ)/√C + b, which costs R·C·S instead of R·G·C
-    (nothing non-linear stands between them, unless `score_norm` does), and with score_pool "max" one operator does it all
-    (`ops.region_route`).
+    (nothing non-linear is between them but `score_norm`), and with score_pool "max" one operator does it (`ops.region_route`).
     """
 
     def __init__(self, num_thumbnail_tokens: int, branches: int, score_pool: str = "max", score_norm: str = "none"):
@@ -150,10 +149,8 @@ class VisionGuidedSampler(BeforeLLM):
             tokens, source, offsets = region_pool(cells, grid, choice, window, pools, weight)
         extent = torch.tensor(pools, device=choice.device)[choice.repeat_interleave(offsets.diff())]
         (height, width), across = x.shape[:2], max(x.shape[1], 1)
-        left = torch.stack(
-            [height - source // across, width - source % across], dim=-1
-        )  # from there to the map's edges
-        extent = extent.minimum(left)
+        to_the_edge = torch.stack([height - source // across, width - source % across], dim=-1)
+        extent = extent.minimum(to_the_edge)
         return _SampledMap(tokens, source, extent, offsets, choice, logits)
 
     def _weight(self, logits: torch.Tensor, choice: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -11,8 +11,8 @@ import pytest
 from minifocus import cards
 from minifocus.cards import drawing, lettering
 from minifocus.cards.backgrounds import PHOTOGRAPHS, TEXTURES
-from minifocus.cards.drawing import BAR_STEP
 from minifocus.cards.lettering import FONTS
+from minifocus.cards.plan import BAR_STEP
 from minifocus.errors import InputError
 from minifocus.inputs.tokenizer import Tokenizer
 
