@@ -103,8 +103,7 @@ class LinearSelector(nn.Module):
         self.one_operator = (score_pool, score_norm) == ("max", "none")
 
     def forward(self, regions: torch.Tensor, exists: torch.Tensor, thumbnail: torch.Tensor) -> torch.Tensor:
-        pooled = pool_regions(regions, exists, self.score_pool)
-        pooled = pooled.to(wide(pooled.dtype))
+        pooled = pool_regions(regions, exists, self.score_pool).to(wide(regions.dtype))
         with torch.autocast(pooled.device.type, enabled=False):  # which would round the products
             if self.training or self.score_norm != "none":
                 score = self.score(pooled, thumbnail.to(pooled.dtype))
