@@ -47,7 +47,7 @@ weights: install
 # is the last that the script writes.
 small: weights/small/NOTICE.txt
 
-weights/small/NOTICE.txt: $(wildcard experiments/small/*.py) | .venv/operators
+weights/small/NOTICE.txt: $(addprefix experiments/small/,decoder.py files.py make.py tower.py wheels.py) | .venv/operators
 	$(BIN)/python -m experiments.small.make
 
 # lmms-eval has an environment of its own: 1 GB of packages besides torch, among them torchvision, whose wheel on PyPI needs

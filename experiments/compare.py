@@ -159,29 +159,43 @@ def decoding_steps(answer: minifocus.Answer) -> int:
 
 
 def measure(
-    model: minifocus.Llava, settings: list[Setting], asked: list[tuple[Any, str]], new_tokens: int
+    model: minifocus.Llava,
+    settings: list[Setting],
+    batches: list[list[tuple[Any, str]]],
+    new_tokens: int,
+    warm_up: bool = True,
+    all_of_them: bool = False,
 ) -> list[dict[str, Any]]:
-    """Time, memory, tokens and FLOPs of every setting, on single questions."""
-    questions = [asked[0], *asked]  # the first one warms up
+    """Time and memory of every setting for a batch of questions, and tokens and FLOPs of a question.
+
+    `warm_up`: the first batch is asked once more before. `all_of_them`: no answer ends before it has `new_tokens` tokens.
+    """
+    rounds = [batches[0], *batches] if warm_up else batches
 
     def answer(setting: Setting, number: int) -> dict[str, Any]:
-        image, question = questions[number]
+        images, questions = map(list, zip(*rounds[number], strict=True))
         use(model, setting)
+        least = new_tokens if all_of_them else None
         found, memory = extra_memory(
-            lambda: model.generate(image, question, max_new_tokens=new_tokens), model.device.type == "cuda"
+            lambda: model.generate_batch(images, questions, max_new_tokens=new_tokens, min_new_tokens=least),
+            model.device.type == "cuda",
         )
-        tiles = model.num_tiles((image.height, image.width))
-        decoded = decoding_steps(found)
+        decoded = max(map(decoding_steps, found))
+        flops = [
+            decoder_flops(model.config, one.layer_tokens)
+            + vision_flops(model.config, model.num_tiles((image.height, image.width)))
+            for one, image in zip(found, images, strict=True)
+        ]
         return {
-            "prefill": found.prefill_seconds,
-            "decode": found.decode_seconds / decoded if decoded else math.nan,
+            "prefill": found[0].prefill_seconds,
+            "decode": found[0].decode_seconds / decoded if decoded else math.nan,
             "memory": memory,
-            "flops": decoder_flops(model.config, found.layer_tokens) + vision_flops(model.config, tiles),
-            "tokens": vars(found.tokens),
+            "flops": fmean(flops),
+            "tokens": {name: fmean(vars(one.tokens)[name] for one in found) for name in vars(found[0].tokens)},
         }
 
     answering = {number: partial(answer, setting) for number, setting in enumerate(settings)}
-    runs = list(interleaved(answering, len(asked), warm_up=1, title="question").values())
+    runs = list(interleaved(answering, len(batches), int(warm_up), title="question").values())
 
     def middle(values: list[float]) -> float | None:
         real = [value for value in values if value is not None and not math.isnan(value)]
@@ -380,12 +394,11 @@ def compare(arguments: argparse.Namespace, folder: Path | None) -> list[dict[str
         tuning = [(picture, "What is in the picture?")]
         timed = tuning * arguments.timed
     settings = settings_of(model, arguments.methods, arguments.budgets, tuning, selector)
-    results = measure(model, settings, timed, arguments.new_tokens)
+    results = measure(model, settings, [[one] for one in timed], arguments.new_tokens)
     if arguments.scenes:
-        for one, found in zip(
-            results, accuracies(folder or TINY, settings, arguments.count, arguments.jobs), strict=True
-        ):
-            one |= found
+        found = accuracies(folder or TINY, settings, arguments.count, arguments.jobs)
+        for one, answers in zip(results, found, strict=True):
+            one |= answers
     return results
 
 

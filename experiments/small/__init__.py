@@ -1,1 +1,2 @@
-"""LLaVA folders of real parts, a trained vision tower and a trained language model, for the tests: how they are made (`make`)."""
+"""LLaVA folders of real parts, a trained vision tower and a trained language model: how they are made (`make`), and what is
+measured on them (`figures`)."""

@@ -115,7 +115,7 @@ class LinearSelector(nn.Module):
         if self.score_norm == "cosine":
             return F.normalize(pooled, dim=-1) @ F.normalize(thumbnail, dim=-1).T
         score = pooled @ thumbnail.T / math.sqrt(pooled.shape[-1])
-        return F.layer_norm(score, score.shape[-1:]) if self.score_norm == "layer" else score
+        return F.layer_norm(score, score.shape[-1:], eps=1e-20) if self.score_norm == "layer" else score
 
     def fold(self, thumbnail: torch.Tensor) -> torch.Tensor:
         """X_g [G, C] → W·X_g / √C [S, C], in float32 (float64 for float64)."""

@@ -95,7 +95,7 @@ def test_selector_equals_the_paper_s_two_products_with_or_without_a_norm_between
             pooled = cells.amax(dim=0) if pool == "max" else cells.mean(dim=0)
             score = pooled @ thumbnail.T / math.sqrt(6)
             if norm == "layer":
-                score = (score - score.mean()) / (score.var(correction=0) + 1e-5).sqrt()
+                score = (score - score.mean()) / score.std(correction=0)
             elif norm == "cosine":
                 score = pooled @ thumbnail.T / (pooled.norm() * thumbnail.norm(dim=1))
             expected.append(selector.weight @ score + selector.bias)

@@ -38,6 +38,7 @@ PAGES = [
     "experiments/results/README.md",
     "experiments/results/paper/README.md",
     "experiments/results/paper-650-steps/README.md",
+    "experiments/results/small/README.md",
 ]
 WRITTEN = [page for page in PAGES if not page.startswith("experiments/")]  # by hand
 
@@ -582,7 +583,7 @@ def test_the_stages_of_the_embedded_model() -> None:
     assert {int(batch) for stage, _, batch in stages if stage in ("full", "focus")} == {make.BATCH}
 
 
-@pytest.mark.parametrize("folder", ["paper", "paper-650-steps"])
+@pytest.mark.parametrize("folder", ["paper", "paper-650-steps", "small"])
 def test_generated_pages_name_their_record_s_command(folder: str) -> None:
     """A program may have moved since. The command stays the one that was run at the commit that stands beside it."""
     found = record(f"{folder}/results.json")
