@@ -479,6 +479,26 @@ def beside_transformers() -> list[str]:
     ]
 
 
+def real_parts() -> list[str]:
+    speed = record("small/results.json")["speed"]
+
+    def range_of(rows: list[Any]) -> tuple[Any, Any]:
+        own = [one for one in rows if one["method"] not in ("none", "vision", "avgpool", "maxpool")]  # at the budget
+        return min(own, key=lambda one: one["prefill_ratio"]), max(own, key=lambda one: one["prefill_ratio"])
+
+    (fast, slow), (fast_together, slow_together) = range_of(speed["alone"]), range_of(speed["batch"])
+    names = [one["method"] for one in (fast, slow, fast_together, slow_together)]
+    assert names == ["focus", "aim", "fastv", "focus"] and len(speed["batch"]) == 4
+    return [
+        f"at {100 * speed['budget']:.0f} % of the tokens, reading one photograph takes {fast['prefill_ratio']:.2f}",
+        f"to {slow['prefill_ratio']:.2f} (`aim`)",
+        f"that all {speed['alone'][0]['tokens']['full']:.0f} tokens take",
+        f"in a batch of {speed['batch_size']}",
+        f"{fast_together['prefill_ratio']:.2f} (`fastv`) to {slow_together['prefill_ratio']:.2f} (`focus`, at "
+        f"{100 * slow_together['tokens']['equivalent']:.0f} %)",
+    ]
+
+
 def operator_rows() -> list[str]:
     rows = []
     for case in record("operators_cpu.json")["cases"]:
@@ -551,6 +571,7 @@ FIGURES: dict[str, list[Callable[[], Iterable[str]]]] = {
         scales,
         two_forms,
         paper_in_miniature,
+        real_parts,
         beside_transformers,
         operator_rows,
     ],
