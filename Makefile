@@ -9,7 +9,7 @@ FIGURE ?= runs/answer.png
 demo: install
 	mkdir -p runs
 	$(BIN)/python examples/generate.py --prompt "What number is on the red card?" \
-		--prompt "What colour is the card with the word key?" --figure $(FIGURE)
+		--prompt "What word is on the purple sign?" --layer 2 --gamma 0.4 --figure $(FIGURE)
 
 test: install lint small
 	$(BIN)/python -m pytest -n logical --maxprocesses 4
