@@ -38,9 +38,9 @@ from ..record import ROOT, environment
 BATCH = 12  # conversations per step
 STEPS = {"vision": 4000, "warmup": 1800, "full": 600, "focus": 650}
 SCENES = 14_000  # of the vision tower's pretraining
-# Eq. 10's weights, coarse to fine: half of these pictures is empty, so the coarse scale may be used twice as much as even
-# use would have it.
-SCALE_WEIGHTS = "0.5,1.25,1.25"
+# Eq. 10's weights, coarse to fine: most regions have text or nothing that is asked about, so the scale between may be used
+# less than even use would have it.
+SCALE_WEIGHTS = "0.6,1.6,0.8"
 SELECTOR_RATES = ("--lr-selector", "1e-5", "--lr-selector-bias", "3e-3")
 
 
