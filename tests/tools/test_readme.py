@@ -216,7 +216,7 @@ def run_block(page: str, names: dict[str, Any], number: int = 0) -> dict[str, An
 def test_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     run_block("README.md", {})
-    assert capsys.readouterr().out.startswith("936 TokenCounts(full=")
+    assert capsys.readouterr().out.startswith("870 TokenCounts(full=")
 
     model = minifocus.load("weights/tiny", sampler="none")
     prompt = model.processor("examples/cards.png", "Is there a red card?")
@@ -330,7 +330,7 @@ def scales() -> list[str]:
         f"1×1 to {share['text']['1x1']} of the regions with text, to {share['things']['1x1']} of those with other things, "
         f"and to {share['empty']['1x1']} of the empty ones, {share['empty']['4x4']} of which become a single token",
         f'Of {looked["questions"]} "read" questions',
-        f"every digit of the asked card in {100 * looked['asked_card_covered']:.1f} %",
+        f"every letter and digit of what is asked in {100 * looked['asked_text_covered']:.1f} %",
         f"in {sum(training.values()) / 60:.0f} minutes",
     ]
 
@@ -346,7 +346,7 @@ def two_forms() -> list[str]:
 
     speed = found["speed"]["focus"]
     times = f"{speed['times_as_fast']:.2f} times as fast as none, one by one {speed['times_as_fast_alone']:.2f} times"
-    full = json.loads(read("weights/training/record.json"))["steps"]["full"]
+    full = 500  # steps of the stage, as it was then
     stages = (
         f"in one stage of {full + found['steps']} steps (`--arms single --seeds 1`), instead of {full} with all tokens"
     )
