@@ -9,7 +9,7 @@ FIGURE ?= runs/answer.png
 demo: install
 	mkdir -p runs
 	$(BIN)/python examples/generate.py --prompt "What number is on the red card?" \
-		--prompt "What colour is the card with the word key?" --figure $(FIGURE)
+		--prompt "What word is on the purple sign?" --layer 2 --gamma 0.4 --figure $(FIGURE)
 
 test: install lint small
 	$(BIN)/python -m pytest -n logical --maxprocesses 4
@@ -61,6 +61,8 @@ test_lmms_eval: .venv/lmms-eval/installed
 	$(PYTHON) -m venv .venv/lmms-eval
 	$(LMMS) -m pip install --quiet --constraint constraints.txt torch
 	$(LMMS) -m pip install --quiet --constraint constraints.txt lmms-eval==0.7.3 'filelock<4' pytest pytest-timeout hypothesis
+	$(LMMS) -m pip install --quiet --constraint constraints.txt matplotlib scikit-image font-caladea font-fredoka-one \
+		font-hanken-grotesk font-lato font-manrope font-source-sans-pro font-source-serif-pro
 	$(LMMS) -m pip uninstall --quiet --yes torchvision timm
 	touch $@
 

@@ -3,7 +3,7 @@
 python examples/draw_cards.py --out runs/cards --count 1000 --seed 0
 
 DIR/cards.json has one record per scene, with all of its questions; DIR/images has its picture, named by the scene's seed.
-The same arguments give the same bytes (with the same Pillow: it compresses the pictures).
+The same arguments give the same bytes (with the same Pillow, fonts and photographs: pip install '.[cards]').
 """
 
 from __future__ import annotations

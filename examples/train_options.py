@@ -54,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     samplers.add_argument("--window", type=int, help="a new selector's: 1, 2, 4, 8 or 12")
     samplers.add_argument("--branches", type=int, help="a new selector's: 3 or 7")
     samplers.add_argument("--thumbnail", choices=("keep", "compress", "drop"))
-    samplers.add_argument("--straight-through", action="store_true", help="Eq. 2's factor as p / p.detach()")
+    samplers.add_argument("--printed-factor", action="store_true", help="Eq. 2's factor as p, not as p / p.detach()")
     samplers.add_argument("--selector-bias", type=float, help="a new selector's lean to the finest scale (1)")
     samplers.add_argument("--alpha", type=float, help=f"the balance loss' factor ({Objective.alpha})")
     samplers.add_argument("--scale-weights", help="Eq. 10's weights, coarse to fine, with commas")
@@ -147,11 +147,12 @@ def options_of_sampler(arguments: argparse.Namespace, fresh: set[str]) -> dict[s
     sampler = arguments.sampler
     given = {"window": arguments.window, "branches": arguments.branches, "thumbnail": arguments.thumbnail}
     own = {name: value for name, value in given.items() if value is not None}
-    if arguments.straight_through:
-        own["straight_through"] = True
+    if arguments.printed_factor:
+        own["straight_through"] = False
     if sampler not in LEARNED:
         for name in own:
-            raise minifocus.InputError(f"{option(name)}: sampler {sampler!r} has no such option")
+            flag = option("printed_factor" if name == "straight_through" else name)
+            raise minifocus.InputError(f"{flag}: sampler {sampler!r} has no such option")
         for name in ("alpha", "scale_weights"):
             if getattr(arguments, name) is not None:
                 raise minifocus.InputError(f"{option(name)}: sampler {sampler!r} has no selector to balance")

@@ -2,6 +2,7 @@
 
 python -m experiments.compare --out experiments/results/compare.json   # the embedded model, accuracy on dense scenes included
 python -m experiments.compare --model DIR           # time and memory alone, on any checkpoint
+python -m experiments.compare --model DIR --count 1000   # on a miniature of your own: accuracy as well
 python -m experiments.compare --random              # the same on a random LLaVA-NeXT (see end_to_end.py)
 python -m experiments.compare --quick               # few questions, to try the script
 
@@ -324,7 +325,9 @@ def random_model(folder: Path) -> Path:
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--model", type=Path, help="measure time and memory on this checkpoint, and no accuracy")
+    parser.add_argument(
+        "--model", type=Path, help="measure time and memory on this checkpoint; accuracy only with --count"
+    )
     parser.add_argument("--random", action="store_true", help="the same on a random model of 552 M parameters")
     parser.add_argument("--methods", help="with commas between; default: all")
     parser.add_argument("--budgets", help=f"with commas between; default: {','.join(map(str, BUDGETS))}")
@@ -343,14 +346,14 @@ def parse_arguments() -> argparse.Namespace:
     defaults = {"count": 16 if quick else 800, "timed": 2 if quick else 24}
     defaults |= {"methods": "focus,fastv,random" if quick else ",".join(sorted(METHODS))}
     defaults |= {"budgets": "0.39" if quick else ",".join(map(str, BUDGETS))}
-    embedded = arguments.model is None and not arguments.random
+    arguments.scenes = not arguments.random and (arguments.model is None or arguments.count is not None)
     if arguments.random and arguments.model:
         parser.error("--random: not to be combined with --model")
-    if embedded and arguments.image:
-        parser.error("--image: expected --model or --random beside it; the embedded model is asked about scenes")
-    if not embedded and arguments.count is not None:
-        parser.error("--count: is of accuracy, which is the embedded model's alone")
-    if embedded and arguments.out and find_spec("matplotlib") is None:
+    if arguments.scenes and arguments.image:
+        parser.error("--image: expected --model without --count, or --random, beside it: others are asked about scenes")
+    if arguments.random and arguments.count is not None:
+        parser.error("--count: is of accuracy, which a random model has none of")
+    if arguments.scenes and arguments.out and find_spec("matplotlib") is None:
         parser.error("--out: the plot needs matplotlib, which is not installed: pip install '.[train]'")
     for name, value in defaults.items():
         if getattr(arguments, name) is None:
@@ -381,21 +384,21 @@ def compare(arguments: argparse.Namespace, folder: Path | None) -> list[dict[str
     """The figures of every method and budget, on the model of `folder` or the embedded one, "none" first."""
     picture = open_image(arguments.image or ROOT / "examples/cards.png")
     model = minifocus.load(folder or TINY, "none", arguments.device, arguments.dtype)
-    selector: dict[str, Any] = {}
-    if folder is None:
+    learned = (folder or TINY) / "selector.safetensors"
+    selector: dict[str, Any] = {} if learned.is_file() else {"selector": "variance"}
+    if arguments.scenes:
         scenes = islice(cards.scenes("test", TUNING, dense=True), 64)
         tuning = [(scene.image, scene.questions[0].question) for scene in scenes]
         timed = [(image, q) for image, q, _, _ in cards.questions("test", arguments.timed, TUNING + 1000, True)]
     else:
-        if not (folder / "selector.safetensors").is_file():
-            selector = {"selector": "variance"}
         tuning = [(picture, "What is in the picture?")]
         timed = tuning * arguments.timed
     settings = settings_of(model, arguments.methods, arguments.budgets, tuning, selector)
     results = measure(model, settings, [[one] for one in timed], arguments.new_tokens)
-    if folder is None:
-        for one, found in zip(results, accuracies(TINY, settings, arguments.count, arguments.jobs), strict=True):
-            one |= found
+    if arguments.scenes:
+        found = accuracies(folder or TINY, settings, arguments.count, arguments.jobs)
+        for one, answers in zip(results, found, strict=True):
+            one |= answers
     return results
 
 

@@ -1,4 +1,4 @@
-"""Where the samplers look on the miniature's scenes: scales by what a region shows, and whether the asked card survives.
+"""Where the samplers look on the miniature's scenes: scales by what a region shows, and whether the asked text survives.
 
 python -m experiments.scales_by_content --model weights/tiny --count 500
 """
@@ -28,18 +28,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def region_kinds(scene: cards.Scene, window: int) -> np.ndarray:
-    """Of each region of the map: 2 where a digit's middle or a word is in it, 1 where some other thing, 0 where nothing is."""
+    """Of each region of the map: 2 where a digit's or letter's middle is in it, 1 where some other thing, 0 where nothing is
+    that can be asked about."""
     places = locate(scene)
     rows, cols = places.grid
     text = np.zeros(places.things.shape[1], bool)
-    for thing, own, digits in zip(scene.objects, places.things, places.digits, strict=True):
-        if thing.number is not None:
-            text[digits[: len(thing.text)]] = True
-        elif thing.text:
-            text |= own
+    for thing, glyphs in zip(scene.objects, places.glyphs, strict=True):
+        text[glyphs[: len(thing.text)]] = True
     kinds = np.where(text, 2, places.foreground.astype(int))[GRID * GRID :].reshape(rows, cols + 1)[:, :cols]
     padded = np.pad(kinds, ((0, -rows % window), (0, -cols % window)))
     return padded.reshape(padded.shape[0] // window, window, -1, window).max(axis=(1, 3))
+
+
+def asked_thing(question: str) -> str:
+    """The name of the card, the sign or the row of the table that a "read" question is about."""
+    match = re.search(r"the (\w+ (?:card|sign))|beside (\w+) in", question)
+    assert match is not None, question
+    return match[1] or f"{match[2]} row"
 
 
 def covered(trace: PictureTrace, places: np.ndarray) -> bool:
@@ -57,7 +62,7 @@ def covered(trace: PictureTrace, places: np.ndarray) -> bool:
 
 
 def measure(model: minifocus.Llava, count: int, seed: int, dense: bool) -> dict[str, Any]:
-    """Over `count` "read" questions about numbers, one a scene."""
+    """Over `count` "read" questions, one a scene."""
     regions = np.zeros((3, 8), int)  # kind of region, scale
     survived, kept_share = [], []
     scenes = cards.scenes("test", seed, dense or None)
@@ -66,22 +71,20 @@ def measure(model: minifocus.Llava, count: int, seed: int, dense: bool) -> dict[
             scene = next(scenes, None)
             if scene is None:
                 raise minifocus.InputError(f"count: the split has only {len(survived)} such scenes from {seed} on")
-            asked = [q for q in scene.questions if q.family == "read" and q.answer.isdigit()][:1]
+            asked = [q for q in scene.questions if q.family == "read"][:1]
             for q in asked:
                 answer = model.generate(scene.image, q.question, max_new_tokens=1)
                 trace = answer.pictures[0]
                 if trace.choice is not None:
                     kinds = region_kinds(scene, model.before_llm.options.window)  # type: ignore[union-attr]
                     np.add.at(regions, (kinds.ravel(), trace.choice.numpy().ravel()), 1)
-                name = re.search(r"the (\w+ card)", q.question)
-                assert name is not None
-                number = next(i for i, thing in enumerate(scene.objects) if thing.name == name[1])
-                survived.append(covered(trace, locate(scene).digits[number][: len(q.answer)]))
+                number = next(i for i, thing in enumerate(scene.objects) if thing.name == asked_thing(q.question))
+                survived.append(covered(trace, locate(scene).glyphs[number][: len(q.answer)]))
                 kept_share.append(answer.tokens.after_text / answer.tokens.full)
                 bar.update()
     result: dict[str, Any] = {
         "questions": count,
-        "asked_card_covered": float(np.mean(survived)),
+        "asked_text_covered": float(np.mean(survived)),
         "tokens_kept": float(np.mean(kept_share)),
     }
     if regions.any():

@@ -111,9 +111,9 @@ def _draw_importance(picture: Image.Image, trace: PictureTrace) -> Image.Image:
     largest = float(scores[cells].max()) if len(cells) else 0.0
     for number, box in boxes:
         if int(trace.entered[number]) not in kept:
-            ImageDraw.Draw(light).rectangle(box, fill=60)
+            ImageDraw.Draw(light).rectangle(box, fill=45)
         elif largest > 0:
-            ImageDraw.Draw(heat).rectangle(box, fill=round(190 * (float(scores[number]) / largest) ** 0.5))
+            ImageDraw.Draw(heat).rectangle(box, fill=round(190 * (float(scores[number]) / largest) ** 1.0))
     sheet = Image.composite(picture, Image.new("RGB", picture.size, INK), light)
     sheet.paste(Image.new("RGB", picture.size, (255, 90, 0)), mask=heat)
     return sheet

@@ -1,4 +1,4 @@
-"""Make everything in weights/tiny from nothing: ``python weights/miniature.py`` (or ``make weights``).
+"""Make everything in weights/tiny from nothing: ``python -m experiments.miniature.make`` (or ``make weights``).
 
 A list of commands, each of which can be run by itself, goes on from its last checkpoint and does nothing when it is done:
 
@@ -36,10 +36,11 @@ from minifocus.training.plot_log import draw_curve
 from ..record import ROOT, environment
 
 BATCH = 12  # conversations per step
-STEPS = {"vision": 2800, "warmup": 1400, "full": 500, "focus": 650}
-# Eq. 10's weights, coarse to fine: half of these pictures is empty, so the coarse scale may be used twice as much as even
-# use would have it.
-SCALE_WEIGHTS = "0.5,1.25,1.25"
+STEPS = {"vision": 4000, "warmup": 1800, "full": 600, "focus": 650}
+SCENES = 14_000  # of the vision tower's pretraining
+# Eq. 10's weights, coarse to fine: most regions have text or nothing that is asked about, so the scale between may be used
+# less than even use would have it.
+SCALE_WEIGHTS = "0.6,1.6,0.8"
 SELECTOR_RATES = ("--lr-selector", "1e-5", "--lr-selector-bias", "3e-3")
 
 
@@ -90,7 +91,12 @@ def run(stage: str, command: list[str], processes: int) -> float:
 
 
 def run_stages(
-    runs: Path, steps: dict[str, int], processes: int = 2, scenes: int = 9000, validate: int = 400, until: str = "focus"
+    runs: Path,
+    steps: dict[str, int],
+    processes: int = 2,
+    scenes: int = SCENES,
+    validate: int = 400,
+    until: str = "focus",
 ) -> dict[str, float]:
     """All stages up to `until`, each from where an earlier run left it; returns the seconds of all runs they took.
 
@@ -124,7 +130,7 @@ def main() -> None:
     runs = arguments.runs.resolve()
     steps = dict.fromkeys(STEPS, 2) if arguments.quick else STEPS
     with hold(arguments.output), hold(arguments.record):
-        seconds = run_stages(runs, steps, arguments.processes, *((16, 8) if arguments.quick else (9000, 400)))
+        seconds = run_stages(runs, steps, arguments.processes, *((16, 8) if arguments.quick else (SCENES, 400)))
         for file in (runs / "focus/model").iterdir():
             shutil.copyfile(file, arguments.output / file.name)
         for stage in STEPS:

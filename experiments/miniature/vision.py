@@ -28,6 +28,7 @@ from torch import nn
 from examples.command_line import expect_numbers
 from minifocus import cards
 from minifocus.cards.feature_map import GRID, PATCH, View, patch_cover, scene_geometry
+from minifocus.cards.plan import BAR_STEP
 from minifocus.inputs.image_processor import CLIP_MEAN, CLIP_STD
 from minifocus.loading.config import Config, load_config
 from minifocus.training.loop import fit
@@ -41,15 +42,17 @@ FIRST_SCENE = 50_000_000  # place in the training split
 POOLS = 2  # parts of the data, each drawn by whoever needs it; micro-batch i is taken from part i % POOLS
 
 NAMES = [(kind, colour) for kind in cards.KINDS for colour in cards.COLOURS]  # what a thing can be called
-SLOTS = [
-    (length, place) for length in (1, 2, 3) for place in range(length)
-]  # a digit's place in a number of that length
+GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SLOTS = [  # a digit's or letter's place in a text of that length
+    (length, place) for length in range(1, cards.MOST_GLYPHS + 1) for place in range(length)
+]
+LEVELS = 6  # classes of a bar's height
 HEADS = {  # classes of what a patch is asked about itself, and the question's weight; class 0 is "none of these"
     "kind": (len(cards.KINDS) + 1, 1.0),
     "colour": (len(cards.COLOURS) + 1, 1.0),
-    "digit": (11, 2.0),
+    "glyph": (len(GLYPHS) + 1, 2.0),
     "slot": (len(SLOTS) + 1, 1.0),
-    "word": (len(cards.WORDS) + 1, 1.0),
+    "height": (LEVELS + 1, 1.0),
     "count": (6, 1.0),  # how many things of this kind there are
     **{side: (len(NAMES) + 1, 0.5) for side in cards.SIDES},  # what is directly on that side of this thing
 }
@@ -60,11 +63,12 @@ TILE = cards.TILE
 def view_labels(objects: list[cards.Object], view: View) -> tuple[np.ndarray, np.ndarray]:
     """What the patches of a view are to say: int8 [64, heads] in HEADS' order, and bool [64, names], what is there.
 
-    A patch speaks for the thing that covers most of it; one with the middle of a digit speaks for that digit's card.
+    A patch speaks for the thing that covers most of it; one with the middle of a digit or letter speaks for the thing
+    that carries it.
     """
     labels = {head: np.zeros((GRID, GRID), np.int8) for head in HEADS}
     present = np.zeros((GRID, GRID, len(NAMES)), bool)
-    for head in ("digit", "slot", "word") if view.whole else ("count",):
+    for head in ("glyph", "slot", "height") if view.whole else ("count",):
         labels[head][:] = UNASKED
     boxes = view.boxes([thing.box for thing in objects])
     cover = patch_cover(boxes, GRID, GRID)
@@ -72,7 +76,7 @@ def view_labels(objects: list[cards.Object], view: View) -> tuple[np.ndarray, np
     visible = cover.sum((1, 2)) * PATCH**2 / area
     owner = cover.argmax(0) if objects else np.zeros((GRID, GRID), int)
     for k, thing in enumerate(objects):
-        if view.whole or thing.number is None:
+        if view.whole:
             continue
         for i, (x0, y0, x1, y1) in enumerate(view.boxes(list(thing.glyphs))):
             x, y = (x0 + x1) / 2, (y0 + y1) / 2
@@ -80,7 +84,7 @@ def view_labels(objects: list[cards.Object], view: View) -> tuple[np.ndarray, np
                 patch = int(y // PATCH), int(x // PATCH)
                 owner[patch] = k
                 readable = min(x, y, TILE - x, TILE - y) > 5
-                labels["digit"][patch] = 1 + int(thing.text[i]) if readable else UNASKED
+                labels["glyph"][patch] = 1 + GLYPHS.index(thing.text[i]) if readable else UNASKED
                 labels["slot"][patch] = 1 + SLOTS.index((len(thing.text), i)) if visible[k] > 0.9 else UNASKED
     for k, thing in enumerate(objects):
         seen = cover[k] >= 0.08
@@ -90,8 +94,9 @@ def view_labels(objects: list[cards.Object], view: View) -> tuple[np.ndarray, np
         labels["colour"][mine] = 1 + list(cards.COLOURS).index(thing.colour)
         if view.whole:
             labels["count"][mine] = min(5, sum(other.kind == thing.kind for other in objects))
-        elif thing.text and thing.number is None:
-            labels["word"][mine] = 1 + cards.WORDS.index(thing.text) if visible[k] > 0.95 else UNASKED
+        elif thing.kind == "bar":
+            level = min((thing.box[3] - thing.box[1]) // BAR_STEP, LEVELS)
+            labels["height"][mine] = level if visible[k] > 0.9 else UNASKED
         for side in cards.SIDES:
             other = cards.neighbour(objects, thing, side)
             if other is not None:
@@ -195,7 +200,7 @@ class PatchObjective(nn.Module):
         self.pretraining = VisionPretraining(config)
         # "Nothing" is what most patches hold.
         self.weights = {
-            head: torch.tensor([0.1 if head in ("digit", "slot", "word") else 0.2] + [1.0] * (classes - 1))
+            head: torch.tensor([0.1 if head in ("glyph", "slot", "height") else 0.2] + [1.0] * (classes - 1))
             for head, (classes, _) in HEADS.items()
         }
 
@@ -212,7 +217,7 @@ class PatchObjective(nn.Module):
         total = (
             sum(weight * losses[head] for head, (_, weight) in HEADS.items()) + 5 * losses["present"] + losses["cls"]
         )
-        figures = {"loss": total, "digit_loss": losses["digit"], "left_loss": losses["left"]}
+        figures = {"loss": total, "glyph_loss": losses["glyph"], "left_loss": losses["left"]}
         share = batch.num_targets / num_targets
         return total * share, {name: float(value.detach()) for name, value in figures.items()}
 
@@ -259,8 +264,8 @@ def main() -> None:
     parser = command_line.Parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; gets tower.safetensors")
-    parser.add_argument("--steps", type=int, default=2800)
-    parser.add_argument("--scenes", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--scenes", type=int, default=14_000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()

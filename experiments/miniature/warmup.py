@@ -55,11 +55,11 @@ MAX_TURNS = 12
 
 @dataclass(frozen=True)
 class Gaze:
-    """Where a token of a turn had better look: at some things of the scene (by number), or at one digit of the first."""
+    """Where a token of a turn had better look: at some things of the scene (by number), or at one glyph of the first."""
 
     token: int
     things: tuple[int, ...]
-    digit: int | None = None
+    glyph: int | None = None  # digit or letter
     answering: bool = False  # looked at to find the answer, not because it was named
     thumbnail: bool = False  # in the thumbnail, the only view that shows them all
 
@@ -90,11 +90,13 @@ def mentions(question: str, objects: list[cards.Object]) -> list[tuple[int, int,
 
     for match in re.finditer(rf"\b((?:{colours}) (?:{kinds}))\b", question):
         add(match, lambda thing, name=match[1]: thing.name == name)
-    for match in re.finditer(rf"\b(?:many|the) ({'|'.join(cards.SHAPES)})", question):
+    for match in re.finditer(rf"\b(?:many|the|Which) ({'|'.join((*cards.SHAPES, 'bar'))})", question):
         add(match, lambda thing, kind=match[1]: thing.kind == kind)
     for match in re.finditer(rf"\bthe ({colours}) (?:or|one)\b", question):
         add(match, lambda thing, name=f"{match[1]} card": thing.name == name)
-    for match in re.finditer(r"with the (?:number|word) (\w+)\?", question):
+    for match in re.finditer(rf"\bbeside ({colours}) in the table", question):
+        add(match, lambda thing, name=f"{match[1]} row": thing.name == name)
+    for match in re.finditer(r"(?:with the (?:number|word)|beside) ([A-Z]+|[0-9]+)\b", question):
         add(match, lambda thing, text=match[1]: thing.text == text)
     return found
 
@@ -102,30 +104,39 @@ def mentions(question: str, objects: list[cards.Object]) -> list[tuple[int, int,
 def gazes(turn: Turn, objects: list[cards.Object], tokenizer: Tokenizer, image_token: int) -> list[Gaze]:
     """Where the tokens of a turn had better look; they are counted from the first after the placeholder."""
     prompt = f"USER: <image>\n{turn.question} ASSISTANT:"
-    encoded = tokenizer.encode(prompt)
+    encoded = tokenizer.encode(f"{prompt} {turn.answer}")
     skip, begin = encoded.ids.index(image_token) + 1, prompt.index(turn.question)
     spans = [(first - begin, last - begin) for first, last in encoded.offsets[skip:]]
     named = mentions(turn.question, objects)
     wanted = [
-        Gaze(i, things, digit=first - start if turn.question[start:end].isdigit() else None)
+        Gaze(i, things, glyph=last - 1 - start if is_text(turn.question[start:end]) else None)
         for start, end, things in named
         for i, (first, last) in enumerate(spans)
         if first < end and last > start
     ]
-    last = len(spans) - 1
+    # The token before each of the answer's, and the place of the character with which that one ends.
+    asks = {i - 1: end - 1 - (len(prompt) + 1 - begin) for i, (_, end) in enumerate(spans)}
+    last = len(tokenizer.encode(prompt).ids) - skip - 1
     found = tuple(sorted({thing for _, _, things in named for thing in things}))
+    if turn.question.startswith("Which bar"):
+        found = tuple(i for i in found if objects[i].colour == turn.answer)
     if found:
         wanted.append(Gaze(last, found, answering=True, thumbnail=turn.question.startswith("How many")))
         if turn.family == "relate":  # what is beside a thing is known where the thing is
             wanted.append(Gaze(last + 1, found, answering=True))
-        elif turn.family == "read" and turn.answer.isdigit():  # the answer's first token is a space
-            wanted += [Gaze(last + 1 + i, found, digit=i, answering=True) for i in range(len(turn.answer))]
+        elif turn.family == "read":
+            wanted += [Gaze(token, found, glyph=place, answering=True) for token, place in asks.items() if place >= 0]
     return wanted
+
+
+def is_text(mention: str) -> bool:
+    """Whether a thing is named by the number or word on it."""
+    return mention.isdigit() or mention.isupper()
 
 
 def learned_early(question: cards.Question) -> bool:
     """Whether a question is of a kind that needs few examples: what stands on a thing, or what a thing that is named is."""
-    from_text = question.question.startswith("What colour is the card with")
+    from_text = re.search(r"with the (?:number|word)|beside \d", question.question) is not None
     return question.family in ("read", "perceive") and not from_text
 
 
@@ -208,12 +219,12 @@ class GazeLoss:
                 for gaze in wanted:
                     if gaze.answering != answering:
                         continue
-                    if gaze.digit is None:
+                    if gaze.glyph is None:
                         at = places.things[list(gaze.things)].any(0)[source]
                         if gaze.thumbnail:
                             at = at & (source < GRID * GRID)
                     else:
-                        at = source == places.digits[gaze.things[0], gaze.digit]
+                        at = source == places.glyphs[gaze.things[0], gaze.glyph]
                     target = torch.zeros(rows.valid.shape[1])
                     target[visual] = torch.from_numpy(at).float()
                     where.append((row, start + gaze.token))
@@ -268,7 +279,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder with config.json and tokenizer")
     parser.add_argument("--tower", type=Path, required=True, help="the pretrained tower")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run; gets the model in model/")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--seed", type=int, default=2)
     arguments = parser.parse_args()

@@ -30,7 +30,7 @@ def selector(weights: str = miniature.SCALE_WEIGHTS, alpha: str = "0.1", printed
     pictures is empty, and even use of the scales would take finer ones than they need. Its weights' steps are a third of the
     paper's: with 1e-5 one seed of two gave up the finest scale before the answers' loss had a say (notes.md). Eq. 2's factor
     acts by its gradient alone: as printed it makes tokens smaller in training than they are when it is over."""
-    factor = () if printed else ("--straight-through",)
+    factor = ("--printed-factor",) if printed else ()
     return ("--scale-weights", weights, "--alpha", alpha, "--lr-selector", "3e-6", *factor)
 
 
@@ -69,7 +69,7 @@ ARMS: dict[str, Arm] = {
     "text": trained("text"),
     "focus": trained("focus", own=selector()),
     "printed": trained("focus", own=selector(printed=True)),
-    "single": trained("focus", own=selector(printed=True), start="warmup"),
+    "single": trained("focus", own=selector(), start="warmup"),
     "avgpool": trained("avgpool"),
     "random": trained("random", "--option", "ratio=0.39"),
     # Table 3

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ..arguments import settle
 from ..inputs.conversations import Conversation, Turn
 from ..inputs.template_writer import IMAGE
-from .scene import Scene
-from .splits import SPLIT_SIZE, scenes
+from .scene import SPLIT_SIZE, Scene
+from .splits import scenes
 
 
 def conversation(scene: Scene) -> Conversation:

@@ -1,19 +1,20 @@
 """Pictures that any computer can draw, with questions whose answers are known.
 
-A scene is a grey, textured canvas with coloured cards (one to three digits, or a short word) and coloured shapes, laid
-out in clusters, so that about half of it is empty. Four families of questions are asked about it:
+A scene is a photograph or a texture with confetti, and on it, all over the picture: coloured cards with one to three digits,
+signs with a word, coloured shapes, a table of numbers or a chart of bars. Between them are bright shapes that are never asked
+about. Four families of questions are asked about it:
 
-- ``read``: what number is on the red card?
+- ``read``: what number is on the red card, what word is on the blue sign, what number is beside green in the table?
 - ``perceive``: is there a blue star, how many circles are there, what colour is the triangle?
-- ``reason``: which of two cards has the larger number, is a number even or odd?
+- ``reason``: which of two cards has the larger number, is a number even or odd, which bar is the tallest?
 - ``relate``: what is directly to the left of the red card?
 
-Everything follows from one integer seed: the same seed gives the same bytes. Training, validation and test scenes come
-from seed ranges that never meet (``splits.py``). No two cards of a scene share a colour and no two shapes share both kind
-and colour, so that "the red card" and "the green circle" always name one thing.
+Everything follows from one integer seed: the same seed gives the same bytes, with the same Pillow, fonts and photographs.
+Training, validation and test scenes come from seed ranges that never meet, and share no photograph, kind of texture, font or
+word. No two things of a kind share a colour, so that "the red card" and "the green circle" always name one thing.
 
-One concession to the small model these scenes are drawn for: text keeps clear of the lines at which LLaVA-NeXT cuts the
-resized picture into tiles of 112 pixels, and a relation is asked of two things on the same tile. A digit is a tenth of
+One concession to the small model these scenes are drawn for: text and charts keep clear of the lines at which LLaVA-NeXT cuts
+the resized picture into tiles of 112 pixels, and a relation is asked of two things on the same tile. A digit is a tenth of
 such a tile (of a 336-pixel tile it would be a thirtieth), and a digit that is cut in two is often unreadable to anyone.
 Cards and shapes themselves are cut freely.
 """
@@ -24,16 +25,17 @@ import math
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..inputs.anyres import select_best_resolution
+from .backgrounds import draw_background, draw_distractor
+from .lettering import glyph_mask
+from .plan import Plan, Planner
 from .question_families import ask
-from .scene import COLOURS, PINPOINTS, SHAPES, TILE, WORDS, Box, Object, Scene
+from .scene import COLOURS, PINPOINTS, SHAPES, TILE, Box, Scene, split_of
 
-_DIGIT_PITCH = 15  # wider than a patch (14), so that two digits of a card seldom share one
-_CARD_HEIGHT = 26
-_FONT_SIZE = 18
 _GAP = 3  # least number of pixels between two objects
+_PAPER = (242.0, 240.0, 232.0)  # of signs, tables and charts
 
 
 def _seams(width: int, height: int) -> tuple[list[float], list[float]]:
@@ -45,23 +47,6 @@ def _seams(width: int, height: int) -> tuple[list[float], list[float]]:
         [(x - left) / scale for x in range(TILE, w, TILE)],
         [(y - top) / scale for y in range(TILE, h, TILE)],
     )
-
-
-def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """A smooth grey gradient, blotches or stripes, and grain. Returns float32 [height, width, 3]."""
-    coarse = rng.uniform(75, 185) + rng.uniform(-12, 12, 3) + rng.uniform(-30, 30, (4, 4, 1))
-    canvas = Image.fromarray(coarse.clip(0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    pixels = np.asarray(canvas, np.float32)
-    texture = rng.integers(3)
-    if texture == 1:
-        blotches = Image.fromarray(rng.integers(0, 25, (height // 8, width // 8), np.uint8))
-        pixels = pixels + np.asarray(blotches.resize((width, height), Image.Resampling.BICUBIC), np.float32)[..., None]
-    elif texture == 2:
-        angle, period = rng.uniform(0, math.pi), rng.uniform(6, 20)
-        y, x = np.mgrid[:height, :width]
-        stripes = 8 * np.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period))
-        pixels = pixels + stripes[..., None].astype(np.float32)
-    return pixels + rng.normal(0, 3, (height, width, 1)).astype(np.float32)
 
 
 @cache
@@ -85,114 +70,93 @@ def _shape_mask(kind: str, size: int) -> np.ndarray:
     return np.asarray(mask.resize((size, size), Image.Resampling.LANCZOS), np.float32)[..., None] / 255
 
 
-@cache
-def _text_mask(text: str) -> np.ndarray:
-    """Coverage of one digit or one word, drawn boldly and cropped to its ink: float32 [height, width, 1]."""
-    mask = Image.new("L", (96, 48), 0)
-    font = ImageFont.load_default(_FONT_SIZE)
-    ImageDraw.Draw(mask).text((16, 8), text, font=font, fill=255, stroke_width=0.4)
-    return np.asarray(mask.crop(mask.getbbox()), np.float32)[..., None] / 255
-
-
-def _card_glyphs(text: str, left: int, top: int, width: int) -> tuple[Box, ...]:
-    """Boxes of the digits of a number (evenly spaced), or of a word as a whole, on a card at (left, top)."""
-    parts = list(text) if text.isdigit() else [text]
-    boxes = []
-    for i, part in enumerate(parts):
-        h, w = _text_mask(part).shape[:2]
-        centre = left + width / 2 + (i - (len(parts) - 1) / 2) * _DIGIT_PITCH
-        x, y = round(centre - w / 2), top + (_CARD_HEIGHT - h) // 2
-        boxes.append((x, y, x + w, y + h))
-    return tuple(boxes)
-
-
-def _card_width(text: str) -> int:
-    return 8 + (_DIGIT_PITCH * len(text) if text.isdigit() else _text_mask(text).shape[1] + 2)
-
-
-def _paint(pixels: np.ndarray, thing: Object, rng: np.random.Generator) -> None:
-    left, top, right, bottom = thing.box
-    colour = np.array(COLOURS[thing.colour], np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
-    area = pixels[top:bottom, left:right]
-    if thing.kind != "card":
-        mask = _shape_mask(thing.kind, right - left)
-        area[:] = area * (1 - mask) + colour * mask
-        return
-    area[:] = colour
-    ink = 15.0 if colour @ (0.3, 0.59, 0.11) > 125 else 245.0
-    parts = list(thing.text) if thing.number is not None else [thing.text]
-    for part, (x0, y0, x1, y1) in zip(parts, thing.glyphs, strict=True):
-        mask = _text_mask(part)
-        pixels[y0:y1, x0:x1] = pixels[y0:y1, x0:x1] * (1 - mask) + ink * mask
-
-
-def _contents(rng: np.random.Generator, dense: bool) -> list[tuple[str, str, str]]:
-    """(kind, colour, text) of the objects of a scene; each card's colour, number and word occurs once."""
-    names = list(COLOURS)
-    num_cards = rng.integers(6, 9) if dense else rng.integers(3, 7)
-    num_shapes = rng.integers(0, 3) if dense else rng.integers(2, 7)
-    things, used = [], set()
-    for colour in rng.permutation(names)[:num_cards]:
-        text = ""
-        while not text or text in used:
-            digits = 3 if dense else rng.integers(1, 4)
-            is_word = not dense and rng.random() < 0.25
-            text = str(rng.choice(WORDS)) if is_word else str(rng.integers(10 ** (digits - 1), 10**digits))
-        used.add(text)
-        things.append(("card", str(colour), text))
-    # Kinds repeat (that gives something to count), pairs of kind and colour do not.
-    kinds = rng.permutation(SHAPES)[: rng.integers(2, 5)]
-    while len(things) < num_cards + num_shapes:
-        kind, colour = str(rng.choice(kinds)), str(rng.choice(names))
-        if (kind, colour, "") not in things:
-            things.append((kind, colour, ""))
-    return [things[i] for i in rng.permutation(len(things))]
-
-
 def _gap(a: Box, b: Box) -> int:
     """Pixels between two boxes along the axis that separates them most; negative when they overlap."""
     return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
 
 
-def _place(rng: np.random.Generator, size: tuple[int, int], dense: bool, seams: bool) -> list[Object]:
-    """Lay the objects out in clusters: most go next to one that is there already. What finds no room is left out."""
+def _beside(rng: np.random.Generator, box: Box, width: int, height: int) -> tuple[int, int]:
+    """A corner for something of this size next to a box, with edges or middles roughly in line."""
+    left, top, right, bottom = box
+    gap, slip = int(rng.integers(_GAP, 9)), int(rng.integers(-5, 6))
+    x, y = (left + right - width) // 2 + slip, (top + bottom - height) // 2 + slip
+    match rng.integers(4):
+        case 0:
+            return left - gap - width, y
+        case 1:
+            return right + gap, y
+        case 2:
+            return x, top - gap - height
+        case _:
+            return x, bottom + gap
+
+
+def _place(rng: np.random.Generator, size: tuple[int, int], plans: list[Plan], seams: bool) -> list[tuple[Plan, Box]]:
+    """A box for each plan, anywhere or next to one that is there already. What finds no room is left out."""
     width, height = size
     columns, rows = _seams(width, height) if seams else ([], [])
-    centres = rng.uniform(0.2, 0.8, (2 if dense else int(rng.integers(2, 4)), 2)) * size
-    placed: list[Object] = []
-    for kind, colour, text in _contents(rng, dense):
-        side = int(rng.integers(24, 33))
-        w, h = (_card_width(text), _CARD_HEIGHT) if kind == "card" else (side, side)
-        for attempt in range(80):
-            if placed and rng.random() < 0.7:  # next to another object, with edges or middles roughly in line
-                l0, t0, r0, b0 = placed[rng.integers(len(placed))].box
-                gap, slip = int(rng.integers(_GAP, 9)), rng.integers(-5, 6)
-                x, y = (l0 + r0 - w) // 2 + int(slip), (t0 + b0 - h) // 2 + int(slip)
-                match rng.integers(4):
-                    case 0:
-                        x = l0 - gap - w
-                    case 1:
-                        x = r0 + gap
-                    case 2:
-                        y = t0 - gap - h
-                    case _:
-                        y = b0 + gap
+    placed: list[tuple[Plan, Box]] = []
+    for plan in plans:
+        w, h = plan.size
+        if w + 2 >= width or h + 2 >= height:
+            continue
+        for _ in range(80):
+            if placed and rng.random() < 0.6:
+                x, y = _beside(rng, placed[rng.integers(len(placed))][1], w, h)
             else:
-                middle = centres[rng.integers(len(centres))] + rng.normal(0, 16 + attempt, 2)
-                x, y = (middle - (w / 2, h / 2)).astype(int)
-            box = (int(x), int(y), int(x) + w, int(y) + h)
-            if min(box[:2]) < 1 or box[2] >= width or box[3] >= height:
+                x, y = int(rng.integers(1, width - w)), int(rng.integers(1, height - h))
+            box = (x, y, x + w, y + h)
+            if min(x, y) < 1 or box[2] >= width or box[3] >= height:
                 continue
-            if any(_gap(box, other.box) < _GAP for other in placed):
+            if any(_gap(box, other) < _GAP for _, other in placed):
                 continue
-            glyphs = _card_glyphs(text, box[0], box[1], w) if text else ()
-            if glyphs and any(glyphs[0][0] - 1 < c < glyphs[-1][2] + 1 for c in columns):
+            whole = [part.glyphs or ((part.box,) if plan.paper else ()) for part in plan.at(x, y)]
+            if any(of[0][0] - 1 < c < of[-1][2] + 1 for of in whole if of for c in columns):
                 continue
-            if any(y0 - 1 < r < y1 + 1 for r in rows for _, y0, _, y1 in glyphs[:1]):
+            if any(min(b[1] for b in of) - 1 < r < max(b[3] for b in of) + 1 for of in whole if of for r in rows):
                 continue
-            placed.append(Object(kind, colour, box, text, glyphs))
+            placed.append((plan, box))
             break
     return placed
+
+
+def _paint(pixels: np.ndarray, split: str, plan: Plan, corner: tuple[int, int], rng: np.random.Generator) -> None:
+    x, y = corner
+    if plan.paper:
+        pixels[y : y + plan.size[1], x : x + plan.size[0]] = _PAPER
+    for k, thing in enumerate(plan.at(x, y)):
+        left, top, right, bottom = thing.box
+        colour = np.array(COLOURS[thing.colour], np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
+        area, ink = pixels[top:bottom, left:right], 15.0
+        if thing.kind in SHAPES:
+            mask = _shape_mask(thing.kind, right - left)
+            area[:] = area * (1 - mask) + colour * mask
+        elif thing.kind == "row":
+            area[3:-3, 2:20] = colour
+            pixels[bottom, left:right] = 150.0  # the line below the row
+        else:
+            area[:] = colour
+            if thing.kind == "sign":
+                area[3:-3, 3:-3] = _PAPER
+            elif thing.kind == "card":
+                ink = 15.0 if colour @ (0.3, 0.59, 0.11) > 125 else 245.0
+        for character, (x0, y0, x1, y1) in zip(thing.text, thing.glyphs, strict=True):
+            mask = glyph_mask(split, *plan.fonts[k], character)
+            pixels[y0:y1, x0:x1] = pixels[y0:y1, x0:x1] * (1 - mask) + ink * mask
+
+
+def _distract(rng: np.random.Generator, pixels: np.ndarray, taken: list[Box]) -> list[Box]:
+    """Fill the gaps between things with bright shapes that nobody asks about; returns their boxes."""
+    height, width = pixels.shape[:2]
+    found: list[Box] = []
+    for _ in range(width * height // 1500):
+        side = int(rng.integers(12, 31))
+        x, y = int(rng.integers(0, width - side)), int(rng.integers(0, height - side))
+        box = (x, y, x + side, y + side)
+        if all(_gap(box, other) >= 2 for other in taken + found):
+            draw_distractor(rng, pixels, box)
+            found.append(box)
+    return found
 
 
 def _canvas_size(rng: np.random.Generator) -> tuple[int, int]:
@@ -205,18 +169,22 @@ def _canvas_size(rng: np.random.Generator) -> tuple[int, int]:
 def draw(seed: int, dense: bool = False, size: tuple[int, int] | None = None) -> Scene:
     """Draw the scene of a seed and ask about it.
 
-    ``dense`` puts six to eight cards of three digits each into tight clusters. ``size`` (width, height) replaces the
-    random canvas; such a canvas need not be one that is cut into tiles, so text is then placed anywhere.
+    ``dense`` puts six to eight cards of three digits each on the canvas, with few other things. ``size`` (width, height)
+    replaces the random canvas; such a canvas need not be one that is cut into tiles, so text is then placed anywhere. Raises
+    InputError for a seed of no split, and where the fonts or photographs are not installed.
     """
+    split = split_of(seed)
     rng = np.random.default_rng([seed, int(dense)])
     drawn = _canvas_size(rng)
     width, height = size or drawn
     if size is None and dense:
         width, height = max(width, 200), max(height, 200)
-    pixels = _background(rng, width, height)
-    objects = _place(rng, (width, height), dense, seams=size is None)
-    for thing in objects:
-        _paint(pixels, thing, rng)
+    pixels = draw_background(rng, split, width, height)
+    placed = _place(rng, (width, height), Planner(rng, split, dense).everything(), seams=size is None)
+    distractors = _distract(rng, pixels, [box for _, box in placed])
+    for plan, box in placed:
+        _paint(pixels, split, plan, box[:2], rng)
+    objects = [thing for plan, box in placed for thing in plan.at(*box[:2])]
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     tiles = _seams(width, height) if size is None else ([], [])
-    return Scene(seed, image, objects, ask(rng, objects, tiles))
+    return Scene(seed, image, objects, ask(rng, objects, tiles), distractors)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..inputs.anyres import select_best_resolution, unpadded_grid
-from .scene import PINPOINTS, TILE, Box, Scene
+from .scene import MOST_GLYPHS, PINPOINTS, TILE, Box, Scene
 
 PATCH = 14
 GRID = TILE // PATCH
@@ -52,13 +52,13 @@ class Places:
 
     things      [scene's objects, N] bool, the patches that show each
     newline     [N] bool, the tokens that end the map's rows
-    digits      [scene's objects, 3] int64, the token with the middle of each digit of its number (0: none)
+    glyphs      [scene's objects, 4] int64, the token with the middle of each digit or letter of its text (0: none)
     grid        (rows, columns) of the map
     """
 
     things: np.ndarray
     newline: np.ndarray
-    digits: np.ndarray
+    glyphs: np.ndarray
     grid: tuple[int, int]
 
     @property
@@ -79,9 +79,9 @@ def locate(scene: Scene) -> Places:
     things = np.concatenate(shares, axis=1) > 0.05
     place = np.arange(things.shape[1]) - GRID * GRID
     newline = (place >= 0) & (place % (cols + 1) == cols)
-    digits = np.zeros((len(boxes), 3), np.int64)
+    glyphs = np.zeros((len(boxes), MOST_GLYPHS), np.int64)
     for k, thing in enumerate(scene.objects):
-        for i, (x0, y0, x1, y1) in enumerate(view.boxes(list(thing.glyphs)) if thing.number is not None else ()):
+        for i, (x0, y0, x1, y1) in enumerate(view.boxes(list(thing.glyphs))):
             row, col = int((y0 + y1) / 2 // PATCH) - top, int((x0 + x1) / 2 // PATCH) - left
-            digits[k, i] = GRID * GRID + row * (cols + 1) + col
-    return Places(things, newline, digits, (rows, cols))
+            glyphs[k, i] = GRID * GRID + row * (cols + 1) + col
+    return Places(things, newline, glyphs, (rows, cols))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from .scene import COLOURS, SHAPES, SIDES, Box, Object, Question
+from .scene import COLOURS, FREE, SHAPES, SIDES, Box, Object, Question
 
 
 def neighbour(objects: list[Object], thing: Object, side: str) -> Object | None:
     """What is directly to the ``side`` of an object; None if nothing is, or if the answer is open to doubt.
 
-    The neighbour is at most 12 pixels away and shares at least half of the smaller one's extent across that direction;
-    nothing else that shares any of it may start within 24 pixels.
+    Both stand by themselves: parts of a table or a chart have no neighbours. The neighbour is at most 12 pixels away and
+    shares at least half of the smaller one's extent across that direction; nothing else that shares any of it may start
+    within 24 pixels.
     """
+    if thing.kind not in FREE:
+        return None
     axis, sign = (0 if side in ("left", "right") else 1), (-1 if side in ("left", "above") else 1)
     across = 1 - axis
     a, close = thing.box, []
@@ -22,16 +25,19 @@ def neighbour(objects: list[Object], thing: Object, side: str) -> Object | None:
         shared = min(a[across + 2], b[across + 2]) - max(a[across], b[across])
         if other is not thing and 0 <= gap <= 24 and shared > 0:
             smaller = min(a[across + 2] - a[across], b[across + 2] - b[across])
-            close.append((other, gap <= 12 and 2 * shared >= smaller))
+            close.append((other, gap <= 12 and 2 * shared >= smaller and other.kind in FREE))
     return close[0][0] if len(close) == 1 and close[0][1] else None
 
 
 def _read(rng: np.random.Generator, objects: list[Object]) -> list[tuple[str, str]]:
     pairs = []
-    for card in (o for o in objects if o.kind == "card"):
-        what = "word" if card.number is None else "number"
-        phrases = (f"What {what} is on the {card.name}?", f"What {what} does the {card.name} show?")
-        pairs.append((phrases[rng.integers(2)], card.text))
+    for thing in objects:
+        if thing.kind in ("card", "sign"):
+            what = "number" if thing.kind == "card" else "word"
+            phrases = (f"What {what} is on the {thing.name}?", f"What {what} does the {thing.name} show?")
+            pairs.append((phrases[rng.integers(2)], thing.text))
+        elif thing.kind == "row":
+            pairs.append((f"What number is beside {thing.colour} in the table?", thing.text))
     return pairs
 
 
@@ -39,7 +45,7 @@ def _perceive(rng: np.random.Generator, objects: list[Object]) -> list[tuple[str
     present = {o.name for o in objects}
     pairs = []
     # As many questions answered by yes as by no, about cards as about shapes: the wording must not give it away.
-    for kind in ("card", str(rng.choice(SHAPES))):
+    for kind in ("card", str(rng.choice(FREE[1:]))):
         there = [c for c in COLOURS if f"{c} {kind}" in present]
         missing = [c for c in COLOURS if f"{c} {kind}" not in present]
         answer = "yes" if rng.random() < 0.5 else "no"
@@ -54,15 +60,18 @@ def _perceive(rng: np.random.Generator, objects: list[Object]) -> list[tuple[str
         same = [o for o in objects if o.kind == kind]
         if len(same) == 1:
             pairs.append((f"What colour is the {kind}?", same[0].colour))
-    cards = [o for o in objects if o.kind == "card"]
-    for i in rng.permutation(len(cards))[:2]:
-        what = "word" if cards[i].number is None else "number"
-        pairs.append((f"What colour is the card with the {what} {cards[i].text}?", cards[i].colour))
+    plates = [o for o in objects if o.kind in ("card", "sign")]
+    for i in rng.permutation(len(plates))[:2]:
+        what = "number" if plates[i].kind == "card" else "word"
+        pairs.append((f"What colour is the {plates[i].kind} with the {what} {plates[i].text}?", plates[i].colour))
+    rows = [o for o in objects if o.kind == "row"]
+    for i in rng.permutation(len(rows))[:1]:
+        pairs.append((f"What colour is beside {rows[i].text} in the table?", rows[i].colour))
     return pairs
 
 
 def _reason(rng: np.random.Generator, objects: list[Object]) -> list[tuple[str, str]]:
-    cards = [o for o in objects if o.number is not None]
+    cards = [o for o in objects if o.kind == "card"]
     pairs = [
         (f"Is the number on the {card.name} even or odd?", "odd" if int(card.text) % 2 else "even") for card in cards
     ]
@@ -77,6 +86,13 @@ def _reason(rng: np.random.Generator, objects: list[Object]) -> list[tuple[str, 
             answer = pick(first, second, key=lambda card: int(card.text)).colour
             phrase = f"Which card has the {word} number, the {first.colour} or the {second.colour} one?"
             pairs.append((phrase, answer))
+    bars = sorted((o for o in objects if o.kind == "bar"), key=lambda bar: bar.box[1])
+    if bars:
+        pairs += [("Which bar is the tallest?", bars[0].colour), ("Which bar is the shortest?", bars[-1].colour)]
+        for i in rng.permutation(len(bars) - 1)[:2]:
+            first, second = (bars[i], bars[i + 1]) if rng.random() < 0.5 else (bars[i + 1], bars[i])
+            taller = "yes" if first is bars[i] else "no"
+            pairs.append((f"Is the {first.name} taller than the {second.name}?", taller))
     return pairs
 
 

@@ -9,10 +9,7 @@ from PIL import Image
 from ..arguments import shown
 from ..errors import InputError
 from .drawing import draw
-from .scene import FAMILIES, Scene
-
-SPLITS = {"train": 0, "validation": 100_000_000, "test": 200_000_000}  # first seed of each split
-SPLIT_SIZE = 100_000_000
+from .scene import FAMILIES, SPLIT_SIZE, SPLITS, Scene
 
 
 def scenes(split: str, seed: int = 0, dense: bool | None = None) -> Iterator[Scene]:

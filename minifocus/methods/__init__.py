@@ -55,6 +55,7 @@ class SamplerOptions(TypedDict, total=False):
     ratio: float | None
     rope: bool
     rounds: int
+    score_norm: Literal["none", "layer", "cosine"]
     score_pool: Literal["max", "mean"]
     second: float
     seed: int

@@ -32,10 +32,11 @@ def load_selector(
             "window": int(metadata["window"]),
             "branches": int(metadata["branches"]),
             "score_pool": metadata["score_pool"],
+            "score_norm": metadata["score_norm"],
         }
     except (KeyError, ValueError) as error:
         raise CheckpointError(
-            f"{file}: metadata: expected window, branches and score_pool, got {shown(metadata)}"
+            f"{file}: metadata: expected window, branches, score_pool and score_norm, got {shown(metadata)}"
         ) from error
     try:
         VisionGuidedOptions(**trained)  # type: ignore[arg-type]
@@ -46,7 +47,8 @@ def load_selector(
         if key in options and getattr(given, key) != value:
             raise InputError(f"{key}: the selector in {file} was trained with {value!r}, got {getattr(given, key)!r}")
     full = dataclasses.replace(given, **trained)  # type: ignore[arg-type]
-    selector = LinearSelector(num_thumbnail_tokens, len(pools_for(full.window, full.branches)), full.score_pool)
+    branches = len(pools_for(full.window, full.branches))
+    selector = LinearSelector(num_thumbnail_tokens, branches, full.score_pool, full.score_norm)
     expected = {name: tuple(value.shape) for name, value in selector.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if found != expected:
@@ -68,6 +70,7 @@ def save_selector(file: Path, selector: LinearSelector, options: VisionGuidedOpt
         "window": str(options.window),
         "branches": str(options.branches),
         "score_pool": options.score_pool,
+        "score_norm": options.score_norm,
     }
     tensors = {name: value.detach().float().cpu().contiguous() for name, value in selector.state_dict().items()}
     branches = len(pools_for(options.window, options.branches))

@@ -42,16 +42,19 @@ class VisionGuidedOptions:
     window            side of a region, in cells: 1, 2, 4 (paper's default), 8 or 12
     branches          3 (4×4, 2×2, 1×1) or 7 (4×2, 2×4, 2×1 and 1×2 as well, Table 3)
     score_pool        how a region becomes the one vector that the selector compares: "max" or "mean"
+    score_norm        what is done to a region's inner products with the thumbnail before the linear layer: "none" (§3.2), "layer"
+                      (mean 0, deviation 1 over the thumbnail's tokens) or "cosine" (of both vectors instead)
     thumbnail         LLaVA-NeXT's thumbnail tokens: "keep", "compress" (sampled like the map) or "drop"
-    straight_through  in training, multiply tokens by p / p.detach() instead of p (Eq. 2), so that their size is the same
-                      as at inference
+    straight_through  in training, multiply tokens by p / p.detach() (default), so that their size is the same as at
+                      inference; False: by p, which is Eq. 2 as printed
     """
 
     window: int = 4
     branches: int = 3
     score_pool: Literal["max", "mean"] = "max"
+    score_norm: Literal["none", "layer", "cosine"] = "none"
     thumbnail: Literal["keep", "compress", "drop"] = "keep"
-    straight_through: bool = False
+    straight_through: bool = True
 
     def __post_init__(self) -> None:
         arguments.settle(
@@ -59,6 +62,7 @@ class VisionGuidedOptions:
             window=arguments.whole_of("window", self.window, WINDOWS),
             branches=arguments.whole_of("branches", self.branches, tuple(_POOLS)),
             score_pool=arguments.choice("score_pool", self.score_pool, ("max", "mean")),
+            score_norm=arguments.choice("score_norm", self.score_norm, ("none", "layer", "cosine")),
             thumbnail=arguments.choice("thumbnail", self.thumbnail, ("keep", "compress", "drop")),
             straight_through=arguments.flag("straight_through", self.straight_through),
         )
@@ -88,23 +92,30 @@ class LinearSelector(nn.Module):
     """The paper's learned selector: z = W·score + b with score = pool(X_i)·X_gᵀ / √C (G numbers, one per thumbnail token).
 
     At inference the two products are folded, z = pool(X_i)·(X_gᵀWᵀ)/√C + b, which costs R·C·S instead of R·G·C
-    (nothing non-linear stands between them), and with score_pool "max" one operator does it all (`ops.region_route`).
+    (nothing non-linear is between them but `score_norm`), and with score_pool "max" one operator does it (`ops.region_route`).
     """
 
-    def __init__(self, num_thumbnail_tokens: int, branches: int, score_pool: str = "max"):
+    def __init__(self, num_thumbnail_tokens: int, branches: int, score_pool: str = "max", score_norm: str = "none"):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(branches, num_thumbnail_tokens, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(branches, dtype=torch.float32))
-        self.score_pool = score_pool
+        self.score_pool, self.score_norm = score_pool, score_norm
+        self.one_operator = (score_pool, score_norm) == ("max", "none")
 
     def forward(self, regions: torch.Tensor, exists: torch.Tensor, thumbnail: torch.Tensor) -> torch.Tensor:
-        pooled = pool_regions(regions, exists, self.score_pool)
-        pooled = pooled.to(wide(pooled.dtype))
+        pooled = pool_regions(regions, exists, self.score_pool).to(wide(regions.dtype))
         with torch.autocast(pooled.device.type, enabled=False):  # which would round the products
-            if self.training:
-                score = pooled @ thumbnail.to(pooled.dtype).T / math.sqrt(pooled.shape[-1])
+            if self.training or self.score_norm != "none":
+                score = self.score(pooled, thumbnail.to(pooled.dtype))
                 return F.linear(score, self.weight.to(pooled.dtype), self.bias.to(pooled.dtype))
             return torch.addmm(self.bias.to(pooled.dtype), pooled, self.fold(thumbnail).T)
+
+    def score(self, pooled: torch.Tensor, thumbnail: torch.Tensor) -> torch.Tensor:
+        """Region vectors [R, C] and X_g [G, C] → how alike they are [R, G]."""
+        if self.score_norm == "cosine":
+            return F.normalize(pooled, dim=-1) @ F.normalize(thumbnail, dim=-1).T
+        score = pooled @ thumbnail.T / math.sqrt(pooled.shape[-1])
+        return F.layer_norm(score, score.shape[-1:], eps=1e-20) if self.score_norm == "layer" else score
 
     def fold(self, thumbnail: torch.Tensor) -> torch.Tensor:
         """X_g [G, C] → W·X_g / √C [S, C], in float32 (float64 for float64)."""
@@ -127,7 +138,7 @@ class VisionGuidedSampler(BeforeLLM):
         cells, grid = x.flatten(0, 1), torch.tensor([x.shape[:2]], device="cpu")
         thumbnail = thumbnail.flatten(0, 1)
         logits = None
-        if isinstance(selector, LinearSelector) and selector.score_pool == "max" and not self.training:
+        if isinstance(selector, LinearSelector) and selector.one_operator and not self.training:
             context, bias = selector.fold(thumbnail)[None], selector.bias.to(wide(x.dtype))
             tokens, source, offsets, choice = region_route(cells, grid, context, bias, window, pools)
         else:
@@ -137,14 +148,12 @@ class VisionGuidedSampler(BeforeLLM):
             tokens, source, offsets = region_pool(cells, grid, choice, window, pools, weight)
         extent = torch.tensor(pools, device=choice.device)[choice.repeat_interleave(offsets.diff())]
         (height, width), across = x.shape[:2], max(x.shape[1], 1)
-        left = torch.stack(
-            [height - source // across, width - source % across], dim=-1
-        )  # from there to the map's edges
-        extent = extent.minimum(left)
+        to_the_edge = torch.stack([height - source // across, width - source % across], dim=-1)
+        extent = extent.minimum(to_the_edge)
         return _SampledMap(tokens, source, extent, offsets, choice, logits)
 
     def _weight(self, logits: torch.Tensor, choice: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The factor of a region's tokens in training (Eq. 2): the probability of its branch."""
+        """The factor of a region's tokens in training (Eq. 2): the probability of its branch, or its gradient alone."""
         chosen = logits.softmax(dim=-1).gather(1, choice[:, None]).squeeze(1)
         factor = chosen / chosen.detach() if self.options.straight_through else chosen
         return factor.to(wide(dtype))

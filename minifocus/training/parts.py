@@ -68,7 +68,7 @@ def new_selector(model: Llava, options: VisionGuidedOptions, bias: float = 1.0) 
     """
     check_thumbnail(options.thumbnail, model.config.anyres)
     branches = len(pools_for(options.window, options.branches))
-    selector = LinearSelector(model.config.vision.grid**2, branches, options.score_pool)
+    selector = LinearSelector(model.config.vision.grid**2, branches, options.score_pool, options.score_norm)
     with torch.no_grad():
         selector.bias[-1] = bias
     model.before_llm = VisionGuidedSampler(selector, options).to(model.device)

@@ -35,7 +35,8 @@ VISION = [dict(window=w) for w in (1, 2, 4, 8, 12)] + [
     dict(branches=7),
     dict(thumbnail="compress"),
     dict(thumbnail="drop"),
-    dict(score_pool="mean"),
+    dict(score_pool="mean", score_norm="layer"),
+    dict(score_norm="cosine"),
 ]
 TEXT = [dict(), dict(gamma=0.3), dict(keep=3), dict(text="all"), dict(rope=True), dict(layer=0), dict(layer=3)]
 
@@ -48,7 +49,7 @@ def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def random_selector(folder: Path, **options: Any) -> Path:
     """A selector file with random weights, so that different regions get different scales."""
     full = VisionGuidedOptions(**options)
-    selector = LinearSelector(16, len(pools_for(full.window, full.branches)), full.score_pool)
+    selector = LinearSelector(16, len(pools_for(full.window, full.branches)), full.score_pool, full.score_norm)
     generator = torch.Generator().manual_seed(4)
     for value in selector.parameters():
         value.data = torch.randn(value.shape, generator=generator)
@@ -58,7 +59,7 @@ def random_selector(folder: Path, **options: Any) -> Path:
 
 
 def load(folder: Path, **options: Any) -> minifocus.Llava:
-    vision = {k: v for k, v in options.items() if k in ("window", "branches", "score_pool")}
+    vision = {k: v for k, v in options.items() if k in ("window", "branches", "score_pool", "score_norm")}
     if options.get("sampler", "focus") in ("focus", "vision"):
         options["selector"] = random_selector(folder, **vision)
     return minifocus.load(folder, **options)
@@ -76,9 +77,10 @@ def features(height: int, width: int, seed: int = 0, channels: int = 6, newline:
     )
 
 
+@pytest.mark.parametrize("norm", ["none", "layer", "cosine"])
 @pytest.mark.parametrize("pool", ["max", "mean"])
-def test_folded_selector_equals_the_paper_s_two_products(pool: str) -> None:
-    selector = LinearSelector(16, 3, pool)
+def test_selector_equals_the_paper_s_two_products_with_or_without_a_norm_between(pool: str, norm: str) -> None:
+    selector = LinearSelector(16, 3, pool, norm)
     torch.manual_seed(0)
     for value in selector.parameters():
         torch.nn.init.normal_(value)
@@ -92,6 +94,10 @@ def test_folded_selector_equals_the_paper_s_two_products(pool: str) -> None:
             cells = x[top : top + 4, left : left + 4].flatten(0, 1)
             pooled = cells.amax(dim=0) if pool == "max" else cells.mean(dim=0)
             score = pooled @ thumbnail.T / math.sqrt(6)
+            if norm == "layer":
+                score = (score - score.mean()) / score.std(correction=0)
+            elif norm == "cosine":
+                score = pooled @ thumbnail.T / (pooled.norm() * thumbnail.norm(dim=1))
             expected.append(selector.weight @ score + selector.bias)
     assert torch.allclose(folded, torch.stack(expected), atol=1e-5)
     assert torch.allclose(selector.train()(regions, exists, thumbnail), torch.stack(expected), atol=1e-5)
@@ -472,6 +478,7 @@ def test_no_selector_is_an_error_that_names_the_ways_out(folder: Path) -> None:
         ("vision", dict(selector="variance", branches=5), "branches: expected 3 or 7, got 5"),
         ("vision", dict(selector="variance", branches=[3]), r"branches: expected 3 or 7, got \[3\]"),
         ("vision", dict(selector="variance", score_pool="sum"), "score_pool: expected"),
+        ("vision", dict(selector="variance", score_norm=1), "score_norm: expected"),
         ("vision", dict(selector="variance", thumbnail="maybe"), "thumbnail: "),
         ("vision", dict(selector=7), "selector: expected 'variance' or a selector's file, got 7"),
         ("vision", dict(selector="nofile"), "selector: expected 'variance' or a selector's file, got 'nofile'"),
@@ -484,10 +491,10 @@ def test_wrong_options_are_named(folder: Path, sampler: str, options: dict[str, 
 
 
 def test_a_selector_s_own_settings_hold(folder: Path) -> None:
-    file = random_selector(folder, window=8, branches=7, score_pool="mean")
+    file = random_selector(folder, window=8, branches=7, score_pool="mean", score_norm="layer")
     model = minifocus.load(folder, sampler="vision", selector=file)
     assert isinstance(model.before_llm, VisionGuidedSampler)
-    assert model.before_llm.options == VisionGuidedOptions(window=8, branches=7, score_pool="mean")
+    assert model.before_llm.options == VisionGuidedOptions(window=8, branches=7, score_pool="mean", score_norm="layer")
     with pytest.raises(
         minifocus.InputError, match="window: the selector in .*random-selector.* was trained with 8, got 4"
     ):
@@ -497,7 +504,7 @@ def test_a_selector_s_own_settings_hold(folder: Path) -> None:
 def test_bad_selector_files(folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
-    good = {"format": "minifocus-selector", "window": "4", "branches": "3", "score_pool": "max"}
+    good = {"format": "minifocus-selector", "window": "4", "branches": "3", "score_pool": "max", "score_norm": "none"}
     file = tmp_path / "s.safetensors"
 
     def refused(message: str) -> None:
@@ -512,6 +519,8 @@ def test_bad_selector_files(folder: Path, tmp_path: Path) -> None:
     refused("metadata: expected format=minifocus-selector")
     save_file({"weight": torch.zeros(3, 16), "bias": torch.zeros(3)}, file, metadata={**good, "window": "four"})
     refused("metadata: expected window, branches")
+    save_file({"weight": torch.zeros(3, 16), "bias": torch.zeros(3)}, file, metadata={**good, "score_norm": "l1"})
+    refused("s.safetensors: metadata: score_norm: expected one of")
     save_file({"weight": torch.zeros(3, 16), "bias": torch.zeros(3)}, file, metadata={**good, "window": "5"})
     refused("s.safetensors: metadata: window: expected one of")
     save_file({"weight": torch.zeros(3, 25), "bias": torch.zeros(3)}, file, metadata=good)

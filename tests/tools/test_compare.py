@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_every_training_free_method_is_compared() -> None:
         ("--timed 0", "--timed: expected a number of at least 1, got 0"),
         ("--methods focus,typo", "got typo"),
         ("--budgets 0.5,half", "--budgets: expected numbers with commas between"),
-        ("--image examples/cards.png", "--image: expected --model or --random"),
+        ("--image examples/cards.png", "--image: expected --model without --count"),
         ("--random --count 5", "--count: is of accuracy"),
         ("--model weights/tiny --image nowhere.png --methods random", "nowhere.png"),
     ],
@@ -98,9 +99,14 @@ def test_memory_of_a_call_does_not_depend_on_the_call_before() -> None:
     assert len(pin)
 
 
-def test_quick_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("of_one_s_own", [False, True])
+def test_quick_run(of_one_s_own: bool, tmp_path: Path) -> None:
+    """On the embedded model; on another one, which has no selector."""
     file = tmp_path / "compare.json"
     command = [sys.executable, "-m", "experiments.compare", "--quick", "--out", str(file)]
+    if of_one_s_own:
+        folder = shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("selector.safetensors"))
+        command += ["--model", str(folder), "--count", "16"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     record = json.loads(file.read_text(encoding="utf-8"))
@@ -109,6 +115,7 @@ def test_quick_run(tmp_path: Path) -> None:
     for name, one in results.items():
         budget = 1.0 if name == "none" else 0.39
         # Of focus it depends on the four scenes that a quick run asks about; of the others on their options alone.
+        assert one["options"].get("selector") == ("variance" if of_one_s_own and name == "focus" else None)
         assert one["tokens"]["equivalent"] == pytest.approx(budget, abs=0.2 if name == "focus" else 0.02)
         assert 0 < one["gflops"] <= results["none"]["gflops"]
         assert one["prefill_seconds"] > 0 and one["decode_seconds_per_token"] > 0

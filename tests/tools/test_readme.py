@@ -216,7 +216,7 @@ def run_block(page: str, names: dict[str, Any], number: int = 0) -> dict[str, An
 def test_python(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     run_block("README.md", {})
-    assert capsys.readouterr().out.startswith("936 TokenCounts(full=")
+    assert capsys.readouterr().out.startswith("870 TokenCounts(full=")
 
     model = minifocus.load("weights/tiny", sampler="none")
     prompt = model.processor("examples/cards.png", "Is there a red card?")
@@ -330,7 +330,7 @@ def scales() -> list[str]:
         f"1×1 to {share['text']['1x1']} of the regions with text, to {share['things']['1x1']} of those with other things, "
         f"and to {share['empty']['1x1']} of the empty ones, {share['empty']['4x4']} of which become a single token",
         f'Of {looked["questions"]} "read" questions',
-        f"every digit of the asked card in {100 * looked['asked_card_covered']:.1f} %",
+        f"every letter and digit of what is asked in {100 * looked['asked_text_covered']:.1f} %",
         f"in {sum(training.values()) / 60:.0f} minutes",
     ]
 
@@ -346,7 +346,7 @@ def two_forms() -> list[str]:
 
     speed = found["speed"]["focus"]
     times = f"{speed['times_as_fast']:.2f} times as fast as none, one by one {speed['times_as_fast_alone']:.2f} times"
-    full = json.loads(read("weights/training/record.json"))["steps"]["full"]
+    full = 500  # steps of the stage, as it was then
     stages = (
         f"in one stage of {full + found['steps']} steps (`--arms single --seeds 1`), instead of {full} with all tokens"
     )
@@ -479,6 +479,26 @@ def beside_transformers() -> list[str]:
     ]
 
 
+def real_parts() -> list[str]:
+    speed = record("small/results.json")["speed"]
+
+    def range_of(rows: list[Any]) -> tuple[Any, Any]:
+        own = [one for one in rows if one["method"] not in ("none", "vision", "avgpool", "maxpool")]  # at the budget
+        return min(own, key=lambda one: one["prefill_ratio"]), max(own, key=lambda one: one["prefill_ratio"])
+
+    (fast, slow), (fast_together, slow_together) = range_of(speed["alone"]), range_of(speed["batch"])
+    names = [one["method"] for one in (fast, slow, fast_together, slow_together)]
+    assert names == ["focus", "aim", "fastv", "focus"] and len(speed["batch"]) == 4
+    return [
+        f"at {100 * speed['budget']:.0f} % of the tokens, reading one photograph takes {fast['prefill_ratio']:.2f}",
+        f"to {slow['prefill_ratio']:.2f} (`aim`)",
+        f"that all {speed['alone'][0]['tokens']['full']:.0f} tokens take",
+        f"in a batch of {speed['batch_size']}",
+        f"{fast_together['prefill_ratio']:.2f} (`fastv`) to {slow_together['prefill_ratio']:.2f} (`focus`, at "
+        f"{100 * slow_together['tokens']['equivalent']:.0f} %)",
+    ]
+
+
 def operator_rows() -> list[str]:
     rows = []
     for case in record("operators_cpu.json")["cases"]:
@@ -551,6 +571,7 @@ FIGURES: dict[str, list[Callable[[], Iterable[str]]]] = {
         scales,
         two_forms,
         paper_in_miniature,
+        real_parts,
         beside_transformers,
         operator_rows,
     ],

@@ -51,7 +51,7 @@ def test_arms_differ_in_what_they_are_about_alone() -> None:
     allowed = {"--sampler", "--option", "--window", "--branches", "--scale-weights", "--alpha", "--layers", "--gamma"}
     for arm in ARMS.values():
         words = {word for word in arm.training if word.startswith("--")}
-        assert words <= allowed | {"--lr-selector", "--straight-through"}
+        assert words <= allowed | {"--lr-selector", "--printed-factor"}
     weights = {
         name: [float(w) for w in arm.training[arm.training.index("--scale-weights") + 1].split(",")]
         for name, arm in ARMS.items()

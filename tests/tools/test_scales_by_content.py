@@ -66,7 +66,7 @@ def test_the_recorded_accuracy_is_written_by_its_command(tmp_path: Path) -> None
     made = json.loads((tmp_path / "a.json").read_text())
     recorded = json.loads((ROOT / "experiments/results/accuracy.json").read_text())
     assert recorded.keys() == made.keys() and recorded["where"].keys() == made["where"].keys()
-    assert recorded["results"]["dense"]["focus"]["count"] == 4000
+    assert recorded["results"]["dense"]["focus"]["count"] == 2000
 
 
 def test_command() -> None:

@@ -31,16 +31,17 @@ def brightness(size: tuple[int, int], boxes: list[cards.Box]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: str(scene.seed))
-def test_things_and_digits_are_where_the_model_sees_them(scene: cards.Scene) -> None:
+def test_things_and_letters_are_where_the_model_sees_them(scene: cards.Scene) -> None:
     places = locate(scene)
     dark = np.nanmin(brightness(scene.image.size, []))
+    white = np.nanmax(brightness(scene.image.size, [(0, 0, *scene.image.size)]))
     assert places.things.shape == (len(scene.objects), len(brightness(scene.image.size, [])))
-    for thing, own, digits in zip(scene.objects, places.things, places.digits, strict=True):
+    for thing, own, glyphs in zip(scene.objects, places.things, places.glyphs, strict=True):
         seen = brightness(scene.image.size, [thing.box]) - dark
         assert np.array_equal(np.isnan(seen), places.newline)
-        share = np.nan_to_num(seen) / np.nanmax(seen)
-        assert own[share > 0.3].all() and not own[share < 0.01].any()
-        for glyph, place in zip(thing.glyphs if thing.number is not None else (), digits, strict=False):
+        share = np.nan_to_num(seen) / (white - dark)
+        assert own[share > 0.08].all() and not own[share < 0.005].any()
+        for glyph, place in zip(thing.glyphs, glyphs, strict=False):
             x, y = (glyph[0] + glyph[2]) / 2, (glyph[1] + glyph[3]) / 2
             dot = (round(x) - 2, round(y) - 2, round(x) + 2, round(y) + 2)
             light = np.nan_to_num(brightness(scene.image.size, [dot]) - dark)

@@ -61,7 +61,13 @@ def test_a_digest_of_a_model_is_of_its_content(tmp_path: Path) -> None:
         (tmp_path / "selector.safetensors").unlink(missing_ok=True)
         save_selector(tmp_path / "selector.safetensors", LinearSelector(16, 3), VisionGuidedOptions(window=window))
         selectors.append(digest())
-    metadata = {"format": "minifocus-selector", "window": "4", "branches": "3", "score_pool": "max"}
+    metadata = {
+        "format": "minifocus-selector",
+        "window": "4",
+        "branches": "3",
+        "score_pool": "max",
+        "score_norm": "none",
+    }
     file = tmp_path / "selector.safetensors"
     for _ in range(4):  # as it was written before, in random order
         save_file({"weight": torch.zeros(3, 16), "bias": torch.zeros(3)}, file, dict(metadata))

@@ -25,6 +25,7 @@ TINY = Path(__file__).resolve().parents[2] / "weights/tiny"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 GATED = [dict(), dict(branches=7), dict(window=2), dict(thumbnail="compress"), dict(score_pool="mean")]
+GATED += [dict(score_norm="layer"), dict(score_norm="cosine", branches=7)]
 MAP, THUMBNAIL = (9, 6), (4, 4)  # regions at the map's edges are not whole
 
 
@@ -34,7 +35,7 @@ class Gated:
     def __init__(self, options: dict[str, Any], straight_through: bool = False, training: bool = True):
         self.options = VisionGuidedOptions(straight_through=straight_through, **options)
         self.branches = len(pools_for(self.options.window, self.options.branches))
-        selector = LinearSelector(16, self.branches, self.options.score_pool).double()
+        selector = LinearSelector(16, self.branches, self.options.score_pool, self.options.score_norm).double()
         self.sampler = VisionGuidedSampler(selector, self.options).train(training)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
@@ -104,7 +105,7 @@ def test_the_selector_learns_from_the_answers_through_the_whole_model(
 ) -> None:
     """Its gradient from the answers' loss alone is what that loss changes by when the selector is moved."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # Llama's norms are in float32 otherwise
-    model = minifocus.load(folder, "focus").double().train()
+    model = minifocus.load(folder, "focus", straight_through=False).double().train()
     assert isinstance(model.before_llm, VisionGuidedSampler)
     batch = collate([random_example(model, [(57, 91)], 0), random_example(model, [(30, 90)], 1)])
     guidance = Guidance([True] * 2, [2, None], [0.8, 1.0])

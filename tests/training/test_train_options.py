@@ -121,7 +121,7 @@ def test_aligning_a_fresh_projector(tmp_path: Path) -> None:
 
 
 def test_a_fresh_selector_of_another_kind(tmp_path: Path) -> None:
-    new = ["--fresh", "selector,projector", "--window", 8, "--branches", 7, "--straight-through"]
+    new = ["--fresh", "selector,projector", "--window", 8, "--branches", 7, "--printed-factor"]
     with mock.patch.object(trainer, "AnswerObjective", side_effect=AnswerObjective) as objective:
         trained = short(tmp_path, *new, "--option", "text=all", "--option", "score_pool=max")
     model = objective.call_args.args[0]

@@ -109,7 +109,7 @@ BAD: list[tuple[Sequence[Any], str]] = [
     (["--window", 5, "--fresh", "selector"], "window: expected one of 1, 2, 4, 8, 12, got 5"),
     (["--branches", 5, "--fresh", "selector"], "branches: expected 3 or 7, got 5"),
     (["--thumbnail", "drop", "--sampler", "text"], "--thumbnail: sampler 'text' has no such option"),
-    (["--straight-through", "--sampler", "none"], "--straight-through: sampler 'none' has no such option"),
+    (["--printed-factor", "--sampler", "none"], "--printed-factor: sampler 'none' has no such option"),
     (["--sampler", "fastv"], "sampler: FastV acts inside the language model and is not for training"),
     (["--sampler", "random", "--option", "window=2"], "window: not an option of sampler 'random'"),
     (
