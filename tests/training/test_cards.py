@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from minifocus import cards
-from minifocus.cards import drawing, lettering
+from minifocus.cards import drawing, packages
 from minifocus.cards.backgrounds import PHOTOGRAPHS, TEXTURES
 from minifocus.cards.lettering import FONTS
 from minifocus.cards.plan import BAR_STEP
@@ -149,6 +149,18 @@ def test_splits_share_no_background_no_font_and_no_word():
         assert split == "train" or words <= set(cards.WORDS[split])
 
 
+def test_what_scenes_are_drawn_with_is_required_and_pinned():
+    """By the extra `cards`, at one version; and in the environment of lmms-eval's tests, which installs no extra."""
+    root = TINY.parents[1]
+    used = {package for own in FONTS.values() for package, _ in own} | {"scikit-image"}
+    used = {package.replace("_", "-") for package in used}
+    (extra,) = re.findall(r"^cards = \[(.*?)^\]", (root / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r'"([\w-]+)"', extra)) == used
+    assert used <= set(re.findall(r"^([\w-]+)==", (root / "constraints.txt").read_text(), re.MULTILINE))
+    lmms = (root / "Makefile").read_text().split("lmms-eval/installed:")[1]
+    assert used <= set(lmms.split())
+
+
 def test_the_embedded_tokenizer_spells_words_letter_by_letter():
     tokenizer = Tokenizer.from_folder(TINY)
     before = len(tokenizer.encode("ASSISTANT:").ids)
@@ -158,9 +170,12 @@ def test_the_embedded_tokenizer_spells_words_letter_by_letter():
 
 
 def test_a_package_that_is_missing_is_named():
-    missing = mock.patch.object(lettering, "find_spec", return_value=None)
-    with missing, pytest.raises(InputError, match=r"font_lato: pip install 'minifocus\[cards\]'"):
-        lettering.package_folder.__wrapped__("font_lato")
+    missing = mock.patch.object(packages, "find_spec", return_value=None)
+    with (
+        missing,
+        pytest.raises(InputError, match=r"font_lato, which .* is not installed: pip install 'minifocus\[cards\]'"),
+    ):
+        packages.package_folder.__wrapped__("font_lato")
     for seed in (-1, 3 * cards.SPLIT_SIZE, 10**5000):
         with pytest.raises(InputError, match="seed: expected 0 to 299999999, got"):
             cards.draw(seed)
