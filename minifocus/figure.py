@@ -113,7 +113,7 @@ def _draw_importance(picture: Image.Image, trace: PictureTrace) -> Image.Image:
         if int(trace.entered[number]) not in kept:
             ImageDraw.Draw(light).rectangle(box, fill=45)
         elif largest > 0:
-            ImageDraw.Draw(heat).rectangle(box, fill=round(190 * (float(scores[number]) / largest) ** 1.0))
+            ImageDraw.Draw(heat).rectangle(box, fill=round(190 * float(scores[number]) / largest))
     sheet = Image.composite(picture, Image.new("RGB", picture.size, INK), light)
     sheet.paste(Image.new("RGB", picture.size, (255, 90, 0)), mask=heat)
     return sheet
