@@ -26,10 +26,10 @@ SEEDS = (1, 2, 3)
 
 
 def selector(weights: str = miniature.SCALE_WEIGHTS, alpha: str = "0.1", printed: bool = False) -> tuple[str, ...]:
-    """How a selector is trained here. The coarsest scale is penalised half as much as the others (Eq. 10): half of these
-    pictures is empty, and even use of the scales would take finer ones than they need. Its weights' steps are a third of the
-    paper's: with 1e-5 one seed of two gave up the finest scale before the answers' loss had a say (notes.md). Eq. 2's factor
-    acts by its gradient alone: as printed it makes tokens smaller in training than they are when it is over."""
+    """How a selector is trained here. The balance loss weighs the scales as for the embedded model (Eq. 10), and the steps of
+    the selector's weights are a third of the paper's: with 1e-5 one seed of two gave up the finest scale before the answers'
+    loss had a say (notes.md). Eq. 2's factor acts by its gradient alone: as printed it makes tokens smaller in training than
+    they are when it is over."""
     factor = ("--printed-factor",) if printed else ()
     return ("--scale-weights", weights, "--alpha", alpha, "--lr-selector", "3e-6", *factor)
 
@@ -58,9 +58,14 @@ def trained(sampler: str, *options: str, own: tuple[str, ...] = (), start: str =
     return Arm(("--sampler", sampler, *options), ("--sampler", sampler, *options, *own), start)
 
 
-def coarse(branches: int) -> str:
-    """`selector`'s rule for another number of scales."""
-    return ",".join(["0.5", *[str((branches - 0.5) / (branches - 1))] * (branches - 1)])
+def scale_weights(branches: int) -> str:
+    """The embedded model's weights for another number of scales: its own for the coarsest and the finest, and the rest shared
+    by those between. They sum to the number of scales, also where there are two."""
+    first, *_, last = map(float, miniature.SCALE_WEIGHTS.split(","))
+    if branches == 2:
+        return f"{2 * first / (first + last)},{2 * last / (first + last)}"
+    between = [(branches - first - last) / (branches - 2)] * (branches - 2)
+    return ",".join(map(str, [first, *between, last]))
 
 
 ARMS: dict[str, Arm] = {
@@ -69,14 +74,14 @@ ARMS: dict[str, Arm] = {
     "text": trained("text"),
     "focus": trained("focus", own=selector()),
     "printed": trained("focus", own=selector(printed=True)),
-    "single": trained("focus", own=selector(), start="warmup"),
+    "single": trained("focus", own=selector(printed=True), start="warmup"),
     "avgpool": trained("avgpool"),
     "random": trained("random", "--option", "ratio=0.39"),
     # Table 3
-    "branches-7": trained("vision", own=(*selector(coarse(7)), "--branches", "7")),
+    "branches-7": trained("vision", own=(*selector(scale_weights(7)), "--branches", "7")),
     # Table 4
     **{
-        f"window-{w}": trained("vision", own=(*selector(coarse(2 if w < 3 else 3)), "--window", str(w)))
+        f"window-{w}": trained("vision", own=(*selector(scale_weights(2 if w < 3 else 3)), "--window", str(w)))
         for w in (1, 2, 8, 12)
     },
     # Table 5
@@ -119,9 +124,16 @@ class Recipe:
     count: int
     jobs: int
 
-    def record(self) -> dict[str, int]:
+    def record(self) -> dict[str, Any]:
         """What results have to have in common to be set side by side."""
-        return {"steps": self.steps, "batch": self.batch, "questions": self.count}
+        stages = {name: miniature.STEPS[name] for name in ("vision", "warmup", "full")}
+        return {
+            "steps": self.steps,
+            "batch": self.batch,
+            "questions": self.count,
+            "scale_weights": miniature.SCALE_WEIGHTS,
+            "stages": stages,
+        }
 
 
 class CommandFailed(Failed):

@@ -23,8 +23,8 @@ several seeds were run, a row shows their mean and, in brackets, their range; th
 §4.4's equivalent, a share of what LLaVA-NeXT reads. ± is 1.96 standard errors of a difference, from the number of answers
 alone: another seed's training would move it, too.
 
-Rows marked * stand for the paper's default. What differs from it here: the balance loss' weights of the scales are 0.5, 1.25
-and 1.25 (Eq. 10; half of these pictures is empty), the selector's learning rate is a third of the paper's, its bias has one of
+Rows marked * stand for the paper's default. What differs from it here: the balance loss' weights of the scales are {weights}
+(Eq. 10; coarse to fine), the selector's learning rate is a third of the paper's, its bias has one of
 its own, and of Eq. 2's factor the gradient alone is taken. "read" stands for TextVQA, "perceive" for MME, "reason" for
 ScienceQA, "relate" for GQA. The values are not comparable; their order is. What was tried and did not work:
 [notes.md]({notes}).
@@ -69,6 +69,7 @@ def write_page(record: dict[str, Any], file: Path) -> None:
             steps=record["steps"],
             batch=record["batch"],
             questions=record["questions"],
+            weights=record["scale_weights"].replace(",", ", "),
             notes=os.path.relpath(NOTES, file.parent),
         )
     ]

@@ -27,6 +27,7 @@ from typing import Any
 from tqdm import tqdm
 
 from examples.command_line import Refused, expect_numbers, working, write_text
+from minifocus.arguments import shown
 from minifocus.files.locks import hold
 
 from ..miniature import make as miniature
@@ -113,13 +114,20 @@ def known_results(file: Path, recipe: Recipe) -> dict[str, Any]:
         return {}
     try:
         known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        there, here = ((one["steps"], one["batch"], one["questions"]) for one in (known, recipe.record()))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        own = recipe.record()
+        there, here = ((one["steps"], one["batch"], one["questions"]) for one in (known, own))
+        other = [name for name in own if known.get(name) != own[name]]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Refused(f"{file}: expected an earlier run's results: {type(error).__name__}") from error
     if there != here:
         raise Refused(
             f"{file}: expected arms of {here[0]} steps of {here[1]} conversations and {here[2]} questions, as these, got "
             f"{there[0]} of {there[1]} and {there[2]}; name another --out or delete it"
+        )
+    for name in other:
+        raise Refused(
+            f"{file}: {name}: expected {own[name]}, as these arms have, got {shown(known.get(name))}; name another --out or "
+            "delete it"
         )
     return known
 
@@ -141,9 +149,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
     wanted = wanted_arms(tables, figures, arguments.seeds, named)
     figures = [number for number in figures if named is None or set(FIGURES[number].arms) <= set(named)]
     recipe = recipe_of(arguments)
-    known = known_results(file, recipe)
-    if not some and named is None:
-        known = {}  # all of it is made again
+    known = known_results(file, recipe) if some or named is not None else {}  # or all of it is made again
     with hold(arguments.runs), hold(out):
         if not arguments.quick:
             miniature.run_stages(arguments.runs.resolve() / "tiny", miniature.STEPS, until="full")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import importlib
@@ -18,6 +19,7 @@ from unittest import mock
 import pytest
 from example_scripts import example
 
+from examples.command_line import Refused
 from experiments import record as record_of
 from experiments.paper import arms as trained
 from experiments.paper import report as page
@@ -147,11 +149,20 @@ def test_a_table_s_markdown() -> None:
 
 def test_a_table_without_all_of_its_arms_claims_nothing(tmp_path: Path) -> None:
     record = record_of.environment(ROOT / "experiments/paper/reproduce.py", "torch")
-    record |= {"steps": 2, "batch": 4, "questions": 16, "tables": [2, 7], "speed": {}, "figures": {}}
+    record |= {
+        "steps": 2,
+        "batch": 4,
+        "questions": 16,
+        "scale_weights": "1,2,3",
+        "tables": [2, 7],
+        "speed": {},
+        "figures": {},
+    }
     record |= {"arms": {"control": {"1": answers(0.9)}, "focus": {"1": answers(0.9)}}}
     page.write_page(record, tmp_path / "README.md")
     written = (tmp_path / "README.md").read_text()
     assert re.findall(r"^## (\w+ \d)", written, flags=re.MULTILINE) == ["Table 2", "Table 7"]
+    assert "weights of the scales are 1, 2, 3\n" in written
     assert "\nNot run here: vision-guided sampler*; text-guided sampler*; 2×2 average pooling; random" in written
     assert "arms were asked at `0123456789ab`" in written
     link = re.search(r"\[notes.md\]\((.*)\)", written)
@@ -190,6 +201,29 @@ def test_results_of_other_steps_are_not_added_to(tmp_path: Path) -> None:
     assert (
         "expected arms of 2 steps of 4 conversations and 16 questions, as these, got 400 of 12 and 4000" in done.stderr
     )
+
+
+def test_results_from_other_stages_are_not_added_to(tmp_path: Path) -> None:
+    """Such as those of the scenes before, whose records did not name them."""
+    recipe = reproduction.recipe_of(argparse.Namespace(quick=True, runs=tmp_path, jobs=1))
+    own, file = recipe.record(), tmp_path / "results.json"
+    file.write_text(json.dumps(own | {"arms": {}}))
+    assert reproduction.known_results(file, recipe)["arms"] == {}
+    for name, other in (("scale_weights", "1,1,1"), ("stages", {**own["stages"], "full": 500}), ("stages", None)):
+        known = own | {"arms": {}, name: other}
+        file.write_text(json.dumps({key: value for key, value in known.items() if value is not None}))
+        with pytest.raises(Refused, match=f"results.json: {name}: expected .*, as these arms have, got"):
+            reproduction.known_results(file, recipe)
+
+
+def test_weights_of_other_numbers_of_scales() -> None:
+    """With three they are the embedded model's; always they sum to the number of scales, and the coarsest has the least."""
+    assert [float(w) for w in trained.scale_weights(3).split(",")] == pytest.approx(
+        [float(w) for w in trained.miniature.SCALE_WEIGHTS.split(",")]
+    )
+    for branches in (2, 3, 7):
+        own = [float(w) for w in trained.scale_weights(branches).split(",")]
+        assert len(own) == branches and sum(own) == pytest.approx(branches) and min(own) == own[0] > 0
 
 
 @pytest.mark.parametrize(
