@@ -19,9 +19,12 @@ from checkpoints import add_tokenizer, build, save
 from PIL import Image
 
 import minifocus
+from minifocus import figure
 from minifocus.figure import draw_answers
 from minifocus.generate import Generation, sample
+from minifocus.inputs.token_layout import Layout
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler
+from minifocus.trace import PictureTrace
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLERS = [("none", {}), ("text", dict(gamma=0.5)), ("vision", {}), ("focus", dict(keep=5))]
@@ -479,6 +482,24 @@ def test_command_line_json_and_figure(folder: Path, tmp_path: Path) -> None:
     assert report["visual_tokens"] == vars(answer.tokens)
     with Image.open(io.BytesIO(figure.read_bytes())) as image:
         assert image.size[0] > 500 and len(image.convert("RGB").getcolors(1 << 24) or []) > 100
+
+
+def test_a_figure_shows_what_a_question_keeps() -> None:
+    """Dropped tokens are dark. Of the kept ones the most important is the most orange, and one of no importance is as it was."""
+    layout = Layout(leading=0, height=1, width=3, newlines=False)
+    entered, extent = torch.arange(3), torch.ones(3, 2, dtype=torch.int64)
+    importance = torch.tensor([1.0, 0.5, 0.0])
+    grey = Image.new("RGB", (448, 149), (120, 120, 120))
+
+    def colours(kept: list[int]) -> list[tuple[int, int, int]]:
+        trace = PictureTrace(layout, None, entered, extent, torch.tensor(kept), importance)
+        panel = figure._draw_importance(grey, trace)
+        return [panel.getpixel((x, 75)) for x in (75, 224, 373)]
+
+    (red, _, blue), (red_half, _, blue_half), plain = colours([0, 1, 2])
+    assert red - blue > 1.8 * (red_half - blue_half) > 60 and plain == (120, 120, 120)
+    dropped = colours([0])[1]
+    assert max(dropped) < 60
 
 
 def test_a_figure_shows_what_the_model_sees(folder: Path) -> None:

@@ -103,6 +103,30 @@ def test_selector_equals_the_paper_s_two_products_with_or_without_a_norm_between
     assert torch.allclose(selector.train()(regions, exists, thumbnail), torch.stack(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", ["none", "layer", "cosine"])
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_a_loaded_selector_chooses_by_its_own_scores(folder: Path, pool: str, norm: str) -> None:
+    """The branch with the largest logit of the paper's formula, whichever operator finds it; another norm chooses otherwise."""
+    file = random_selector(folder, score_pool=pool, score_norm=norm)
+    sampler = minifocus.load(folder, sampler="vision", selector=file).before_llm
+    assert isinstance(sampler, VisionGuidedSampler) and isinstance(sampler.selector, LinearSelector)
+    picture = features(40, 36)
+    size = torch.linspace(0.02, 1, 40)[:, None, None]  # from where the bias decides to where the scores do
+    picture = replace(picture, map=size * picture.map, thumbnail=picture.thumbnail + 1)
+    regions, _ = split_regions(picture.map, 4)
+    pooled = regions.amax(dim=(1, 2)) if pool == "max" else regions.mean(dim=(1, 2))
+    score = pooled @ picture.thumbnail.flatten(0, 1).T / math.sqrt(6)
+    scores = {"none": score, "layer": (score - score.mean(1, True)) / score.std(1, correction=0, keepdim=True)}
+    lengths = pooled.norm(dim=1)[:, None] * picture.thumbnail.flatten(0, 1).norm(dim=1)
+    scores["cosine"] = score * math.sqrt(6) / lengths
+    choices = {
+        name: (one @ sampler.selector.weight.T + sampler.selector.bias).argmax(1) for name, one in scores.items()
+    }
+    choice = sampler(picture, torch.zeros(0, 6)).choice
+    assert choice is not None and torch.equal(choice.flatten(), choices.pop(norm))
+    assert all(not torch.equal(choice.flatten(), other) for other in choices.values())
+
+
 @pytest.mark.parametrize("grid", [(4, 4), (5, 7), (8, 3), (1, 1), (0, 6), (13, 9)])
 @pytest.mark.parametrize("newline", [True, False])
 def test_tokens_stand_region_by_region_with_a_newline_after_each_row_of_regions(
@@ -212,12 +236,16 @@ def test_variance_selector_gives_finer_scales_to_more_varied_regions() -> None:
     assert VarianceSelector(3)(regions, exists, x).argmax(dim=-1).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("straight_through", [False, True])
-def test_eq_2_factor_in_training(straight_through: bool) -> None:
+@pytest.mark.parametrize("straight_through", [False, True, None])
+def test_eq_2_factor_in_training(straight_through: bool | None) -> None:
+    """None: the default, which is the factor's gradient alone."""
     torch.manual_seed(0)
     selector = LinearSelector(16, 3)
     torch.nn.init.normal_(selector.weight)
-    sampler = VisionGuidedSampler(selector, VisionGuidedOptions(straight_through=straight_through))
+    options = (
+        VisionGuidedOptions() if straight_through is None else VisionGuidedOptions(straight_through=straight_through)
+    )
+    sampler = VisionGuidedSampler(selector, options)
     picture = features(9, 6)
     plain = sampler.eval()(picture, torch.zeros(0, 6))
     trained = sampler.train()(picture, torch.zeros(0, 6))
@@ -226,7 +254,7 @@ def test_eq_2_factor_in_training(straight_through: bool) -> None:
     factor = torch.ones(len(plain.tokens))
     region = plain.layout.cells(plain.source) // 6 // 4 * 2 + plain.layout.cells(plain.source) % 6 // 4
     mapped = plain.layout.cells(plain.source) >= 0
-    if not straight_through:
+    if straight_through is False:
         factor[mapped] = probability[region[mapped]]
     assert torch.allclose(trained.tokens, plain.tokens * factor[:, None], atol=1e-6)
     (trained.tokens[:-1] ** 2).sum().backward()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.scales_by_content import covered, region_kinds
+from experiments.scales_by_content import asked_thing, covered, region_kinds
 from minifocus import cards
 from minifocus.inputs.token_layout import Layout
 from minifocus.trace import PictureTrace
@@ -25,8 +25,10 @@ def test_kinds_of_regions() -> None:
     assert set(np.unique(kinds)) == {0, 1, 2}
     empty = cards.Scene(0, scene.image, [], [])
     assert kinds.shape == region_kinds(empty, 4).shape and not region_kinds(empty, 4).any()
-    shapes = cards.Scene(0, scene.image, [o for o in scene.objects if o.kind != "card"], [])
+    shapes = cards.Scene(0, scene.image, [o for o in scene.objects if not o.text], [])
     assert region_kinds(shapes, 4).max() <= 1
+    glyphs = sum(len(thing.text) for thing in scene.objects)
+    assert 0.8 * glyphs <= (region_kinds(scene, 1) == 2).sum() <= glyphs  # seldom do two share a patch
     cells = region_kinds(scene, 1)
     for window in (2, 4, 8, 12):
         of_window = region_kinds(scene, window)
@@ -34,6 +36,18 @@ def test_kinds_of_regions() -> None:
         for row, col in np.ndindex(of_window.shape):
             own = cells[row * window : (row + 1) * window, col * window : (col + 1) * window]
             assert of_window[row, col] == own.max()
+
+
+def test_the_thing_that_is_asked_about() -> None:
+    """It is in the scene, and its text is the answer."""
+    kinds = set()
+    for seed in range(40):
+        scene = cards.draw(seed)
+        for q in (q for q in scene.questions if q.family == "read"):
+            (thing,) = [thing for thing in scene.objects if thing.name == asked_thing(q.question)]
+            assert thing.text == q.answer
+            kinds.add(thing.kind)
+    assert kinds == {"card", "sign", "row"}
 
 
 @pytest.mark.parametrize(

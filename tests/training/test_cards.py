@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from minifocus import cards
-from minifocus.cards import drawing, packages
+from minifocus.cards import backgrounds, lettering, packages
 from minifocus.cards.backgrounds import PHOTOGRAPHS, TEXTURES
 from minifocus.cards.lettering import FONTS
 from minifocus.cards.plan import BAR_STEP
+from minifocus.cards.words import draw_word
 from minifocus.errors import InputError
 from minifocus.inputs.tokenizer import Tokenizer
 
@@ -135,18 +136,43 @@ def test_splits_share_no_background_no_font_and_no_word():
         assert set(of_split) == set(cards.SPLITS) and all(of_split.values())
         for a, b in itertools.combinations(of_split, 2):
             assert not set(of_split[a]) & set(of_split[b])
-    for split, first in cards.SPLITS.items():
-        words, other = set(), {word for name, own in cards.WORDS.items() if name != split for word in own}
-        with (
-            mock.patch.object(drawing, "draw_background", wraps=drawing.draw_background) as background,
-            mock.patch.object(drawing, "glyph_mask", wraps=drawing.glyph_mask) as mask,
-        ):
-            for seed in range(first, first + 40):
-                words |= {thing.text for thing in cards.draw(seed).objects if thing.kind == "sign"}
-        assert {call.args[1] for call in background.call_args_list} == {split}
-        assert {call.args[0] for call in mask.call_args_list} == {split}
-        assert words and not words & other
-        assert split == "train" or words <= set(cards.WORDS[split])
+
+
+@pytest.mark.parametrize("split", cards.SPLITS)
+def test_a_scene_is_drawn_with_its_own_split_s(split):
+    """By the files that are opened, the textures that are made, and the words that are there."""
+    lettering._font.cache_clear()
+    lettering.glyph_mask.cache_clear()
+    backgrounds._photograph.cache_clear()
+    with (
+        mock.patch.object(backgrounds, "_texture", wraps=backgrounds._texture) as textures,
+        mock.patch.object(lettering.ImageFont, "truetype", wraps=lettering.ImageFont.truetype) as fonts,
+        mock.patch.object(backgrounds.Image, "open", wraps=backgrounds.Image.open) as photographs,
+    ):
+        drawn = [cards.draw(cards.SPLITS[split] + seed) for seed in range(60)]
+    assert {call.args[1] for call in textures.call_args_list} == set(TEXTURES[split])
+    assert {Path(call.args[0]).name for call in photographs.call_args_list} == set(PHOTOGRAPHS[split])
+    assert {Path(call.args[0]).name for call in fonts.call_args_list} <= {Path(file).name for _, file in FONTS[split]}
+    words = {thing.text for scene in drawn for thing in scene.objects if thing.kind == "sign"}
+    assert words and all(word.isalpha() and word.isupper() and 3 <= len(word) <= 4 for word in words)
+    if split != "train":
+        assert words <= set(cards.WORDS[split])
+
+
+def test_a_code_is_no_word_of_the_other_splits():
+    """Of as many codes of three letters as there are, half of the words of the others would be drawn by chance."""
+    letters = np.random.default_rng(0).permutation(26**3)
+    rng = mock.Mock()
+    held_out = {word for split in ("validation", "test") for word in cards.WORDS[split] if len(word) == 3}
+
+    def code(number):
+        return [chr(65 + number // 676), chr(65 + number // 26 % 26), chr(65 + number % 26)]
+
+    rng.random.return_value = 0.0
+    rng.integers.return_value = 3
+    rng.choice.side_effect = map(code, letters)
+    drawn = {draw_word(rng, "train") for _ in range(len(letters) - len(held_out))}
+    assert len(drawn) == len(letters) - len(held_out) and not drawn & held_out
 
 
 def test_what_scenes_are_drawn_with_is_required_and_pinned():

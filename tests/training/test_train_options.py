@@ -123,9 +123,11 @@ def test_aligning_a_fresh_projector(tmp_path: Path) -> None:
 def test_a_fresh_selector_of_another_kind(tmp_path: Path) -> None:
     new = ["--fresh", "selector,projector", "--window", 8, "--branches", 7, "--printed-factor"]
     with mock.patch.object(trainer, "AnswerObjective", side_effect=AnswerObjective) as objective:
-        trained = short(tmp_path, *new, "--option", "text=all", "--option", "score_pool=max")
+        options = ("text=all", "score_pool=max", "score_norm=layer")
+        trained = short(tmp_path, *new, *(word for option in options for word in ("--option", option)))
     model = objective.call_args.args[0]
     assert (model.inside_llm.options.text, model.before_llm.options.score_pool) == ("all", "max")
+    assert model.before_llm.options.straight_through is False and model.before_llm.selector.score_norm == "layer"
     start = weights(TINY)
     assert trained["selector.weight"].shape == (7, 64) and trained["selector.bias"].shape == (7,)
     assert trained["selector.weight"].any()
@@ -133,6 +135,7 @@ def test_a_fresh_selector_of_another_kind(tmp_path: Path) -> None:
     assert (trained[name] - start[name]).abs().max() > 0.1 * start[name].abs().max()
     with safe_open(tmp_path / "model/selector.safetensors", "pt") as stored:
         assert stored.metadata()["window"] == "8" and stored.metadata()["branches"] == "7"
+        assert stored.metadata()["score_norm"] == "layer"
     model = minifocus.load(tmp_path / "model", "focus")
     image, question, _, _ = next(iter(cards.questions("test", 1)))
     model.generate(image, question, max_new_tokens=1)
