@@ -112,7 +112,8 @@ def test_a_loaded_selector_chooses_by_its_own_scores(folder: Path, pool: str, no
     assert isinstance(sampler, VisionGuidedSampler) and isinstance(sampler.selector, LinearSelector)
     picture = features(40, 36)
     size = torch.linspace(0.02, 1, 40)[:, None, None]  # from where the bias decides to where the scores do
-    picture = replace(picture, map=size * picture.map, thumbnail=picture.thumbnail + 1)
+    region = features(10, 9, seed=1).map.repeat_interleave(4, dim=0).repeat_interleave(4, dim=1)
+    picture = replace(picture, map=size * (picture.map + 2 * region), thumbnail=picture.thumbnail + 1)
     regions, _ = split_regions(picture.map, 4)
     pooled = regions.amax(dim=(1, 2)) if pool == "max" else regions.mean(dim=(1, 2))
     score = pooled @ picture.thumbnail.flatten(0, 1).T / math.sqrt(6)
