@@ -2,11 +2,12 @@
 
     python -m experiments.kernels.gpu_check --out DIR
 
-In order, each step with a time limit of its own, under 10 minutes in all: build both halves for this GPU; the tests marked
-`gpu`, streams, graphs and the like before the properties; the benchmarks, with importance's tensor-core kernels and without;
-20 steps of training in bfloat16; compute-sanitizer's memcheck and racecheck on a few calls of every operator.
+Each step has a time limit of its own, and all end within 10 minutes. First both halves are built for this GPU. Then side by
+side, in processes of their own: the tests of graphs, streams and the like; the operators' properties; 20 steps of training in
+bfloat16; compute-sanitizer's memcheck and racecheck on a few calls of every operator. Then by themselves, as they are timed:
+the benchmarks, with importance's tensor-core kernels and without.
 DIR/gpu_check.json holds every step's result, the training's losses, the commit, the device and the versions;
-DIR/gpu_check.log what the steps printed. A step that fails does not keep the next from running, but the build does.
+DIR/gpu_check.log what the steps printed. A step that fails does not keep another from running, but the build does.
 
 Where the checkout comes without its .git, MINIFOCUS_COMMIT says what it is of.
 
@@ -29,8 +30,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -78,9 +81,9 @@ def steps(capability: tuple[int, int], out: Path, scratch: Path) -> list[tuple[s
     build = {"MINIFOCUS_BUILD": "all", "TORCH_CUDA_ARCH_LIST": architecture}
     every: list[tuple[str, list[str], dict[str, str], int]] = [
         ("build", [python, "-m", "csrc.build"], build, 120),
-        # By themselves: an error of the device fails whatever comes after it in the same process.
-        ("tests", [*pytest, "tests/ops/test_gpu.py"], {}, 60),
-        ("properties", [*pytest, "tests/ops/test_operators.py"], {}, 120),
+        # Apart from each other: an error of the device fails whatever comes after it in the same process.
+        ("tests", [*pytest, "tests/ops/test_gpu.py"], {}, 90),
+        ("properties", [*pytest, "-n", "7", "tests/ops/test_operators.py"], {}, 150),
         ("benchmark", [*benchmark, str(out / RESULTS["benchmark"])], {}, 90),
         (
             "benchmark_tensor_cores",
@@ -88,18 +91,21 @@ def steps(capability: tuple[int, int], out: Path, scratch: Path) -> list[tuple[s
             {"MINIFOCUS_TENSOR_CORES": "1"},
             50,
         ),
-        ("training", [*train, str(scratch / "training")], {}, 50),
+        ("training", [*train, str(scratch / "training")], {}, 90),
     ]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "MINIFOCUS_TENSOR_CORES": "1"}
     # Calls that fail are looked at where they are made; torch makes some that may.
     for tool, options in (("memcheck", ["--report-api-errors", "no"]), ("racecheck", [])):
         command = [sanitizer, "--tool", tool, *options, "--error-exitcode", "9", python, "-c", SANITIZED]
-        every.append((tool, command, watched, 45))
+        every.append((tool, command, watched, 120))
     return every
 
 
-def run(command: list[str], settings: dict[str, str], limit: int, output: TextIO) -> int | str:
+RUNNING: set[subprocess.Popen[bytes]] = set()
+
+
+def run(command: list[str], settings: dict[str, str], limit: int, output: BinaryIO) -> int | str:
     """Exit status, or why there is none. Whatever the command started ends with it."""
     try:
         running = subprocess.Popen(
@@ -107,14 +113,21 @@ def run(command: list[str], settings: dict[str, str], limit: int, output: TextIO
         )
     except OSError as error:
         return str(error)
+    RUNNING.add(running)
     try:
         return running.wait(limit)
-    except BaseException as error:
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
-        if not isinstance(error, subprocess.TimeoutExpired):
-            raise
+    except subprocess.TimeoutExpired:
         return f"took more than {limit} s"
+    finally:
+        end(running)
+        RUNNING.discard(running)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Of the process and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def measured(name: str, out: Path, scratch: Path) -> dict[str, Any]:
@@ -156,20 +169,42 @@ def check(out: Path) -> int:
     log.write_text("")
     for file in RESULTS.values():  # an earlier run's are not this one's
         (out / file).unlink(missing_ok=True)
-    for name, command, extra, limit in steps(torch.cuda.get_device_capability(), out, scratch):
+    every = steps(torch.cuda.get_device_capability(), out, scratch)
+
+    def take(step: tuple[str, list[str], dict[str, str], int]) -> bool:
+        name, command, extra, limit = step
         start = time.monotonic()
-        with log.open("a", encoding="utf-8") as stream:
-            print(f"==== {name}: {shlex.join(command[:6])} …", file=stream, flush=True)
-            begun = stream.tell()
-            code = run(command, {**common, **extra}, limit, stream)
-        said = log.read_bytes()[begun:].decode(errors="replace")
+        with tempfile.TemporaryFile() as output:
+            code = run(command, {**common, **extra}, limit, output)
+            output.seek(0)
+            said = output.read().decode(errors="replace")
         last = next((line for line in reversed(said.splitlines()) if line.strip()), "")
-        step = {"passed": code == 0, "exit": code, "seconds": round(time.monotonic() - start, 1)}
-        report["steps"][name] = {**step, "last_line": last[:500], **measured(name, out, scratch)}
+        result = {"passed": code == 0, "exit": code, "seconds": round(time.monotonic() - start, 1)}
+        report["steps"][name] = {**result, "last_line": last[:500], **measured(name, out, scratch)}
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(f"==== {name}: {shlex.join(command[:6])} …\n{said}\n")
         print(f"{name}: {'passed' if code == 0 else f'FAILED ({code})'}; {last[:200]}", flush=True)
+        return code == 0
+
+    def save() -> None:
         write_text(out / "gpu_check.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        if name == "build" and code != 0:
-            break
+
+    built = take(every[0])
+    save()
+    if built:
+        beside = [step for step in every[1:] if step[0] not in RESULTS]
+        with ThreadPoolExecutor(len(beside) or 1) as pool:
+            try:
+                list(pool.map(take, beside))
+            except BaseException:  # Ctrl-C reaches this thread alone, and the others wait for what they started
+                for process in list(RUNNING):
+                    end(process)
+                raise
+        save()
+        for step in every:
+            if step[0] in RESULTS:
+                take(step)
+                save()
     return 0 if all(step["passed"] for step in report["steps"].values()) and len(report["steps"]) > 1 else 1
 
 

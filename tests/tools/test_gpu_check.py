@@ -125,7 +125,10 @@ def test_without_a_build_nothing_else_is_run(tmp_path: Path, monkeypatch: pytest
 
 def test_the_steps_fit_into_ten_minutes_and_name_what_is_there(tmp_path: Path) -> None:
     steps = gpu_check.steps((9, 0), tmp_path, tmp_path)
-    assert sum(limit for *_, limit in steps) <= 600
+    limits = {name: limit for name, *_, limit in steps}
+    alone = ["build", *gpu_check.RESULTS]
+    beside = max(limit for name, limit in limits.items() if name not in alone)
+    assert sum(limits[name] for name in alone) + beside <= 600
     for _, command, _, _ in steps:
         for word in command:
             if word.startswith(("tests/", "examples/")):
