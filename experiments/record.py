@@ -31,7 +31,10 @@ def commit() -> str:
 
 
 def environment(script: Path, *packages: str) -> dict[str, Any]:
-    """Of `script`, run as it was now; the versions of `packages` besides those of Python and minifocus."""
+    """Of `script`, run as it was now; the versions of `packages` besides those of Python and minifocus.
+
+    MINIFOCUS_COMMIT says the commit of a copy, which has no .git, or one of its own.
+    """
 
     def installed(package: str) -> str | None:
         try:
@@ -39,13 +42,14 @@ def environment(script: Path, *packages: str) -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
+    copy_of = os.environ.get("MINIFOCUS_COMMIT")
     changes, cpuinfo = git("status", "--porcelain"), Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "command": shlex.join(["python", *invoked(script), *sys.argv[1:]]),
-        "commit": git("rev-parse", "--verify", "--quiet", "HEAD") or os.environ.get("MINIFOCUS_COMMIT"),
-        "dirty": None if changes is None else bool(changes),
+        "commit": copy_of or git("rev-parse", "--verify", "--quiet", "HEAD"),
+        "dirty": None if copy_of or changes is None else bool(changes),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),

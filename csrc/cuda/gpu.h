@@ -5,6 +5,7 @@
 //   gpu::launch(kernel, grid, block, shared_bytes, stream, arguments...)     instead of <<<...>>>, which is not C++
 //   gpu::store_release, gpu::load_acquire      pass a word, and all that was written before it, to another block
 //   gpu::dimension(n)                     a number of blocks, as dim3 takes it
+//   gpu::has_tensor_cores()
 //   gpu::max_shared_bytes()               dynamic shared memory that one block may have on the current device
 //   DEVICE_CHECK(condition)               stops the launch where the condition does not hold
 #pragma once
@@ -39,6 +40,13 @@ inline int64_t max_shared_bytes() {
     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
   return bytes - 2048;  // a kernel's own __shared__ variables, and what CUDA keeps for itself
+}
+
+// Whether the current device has mma.m16n8k16 for bfloat16 and half.
+inline bool has_tensor_cores() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 8;
 }
 
 inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {

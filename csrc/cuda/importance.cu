@@ -9,34 +9,21 @@
 //   3. mean_kernel         adds those and divides by T.
 // No sum depends on the order in which blocks run. Extra memory: 8 kSplits bytes per (t, h) and 4 kSplits per key.
 //
-// A tile is 64 keys by 16 rows per warp, held as the tensor cores' mma.m16n8k16 holds its results: eight parts of
-// 16 × 8, of which lane 4 g + c has rows g and g + 8, columns 2 c and 2 c + 1. The products come from those tensor
-// cores (TensorCores) or from plain multiply-adds (MultiplyAdd); the rest of the code is the same.
+// Here the products are plain multiply-adds. bfloat16 and half go through the tensor cores where the GPU has such
+// (importance_tensor_cores.cu). A tile is 64 keys by 16 rows per warp, in eight parts of 16 × 8, of which lane 4 g + c has
+// rows g and g + 8, columns 2 c and 2 c + 1.
+#include <climits>
 #include <cstdlib>
-#include <cstring>
-#include <type_traits>
 
-#include "vectors.h"
+#include "importance.h"
 
 namespace minifocus::cuda {
 namespace {
 
-constexpr int kSplits = 4;
 constexpr int kKeys = 64;  // of a tile
 constexpr int kRows = 16;  // of a warp
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
-constexpr unsigned kAll = 0xffffffffu;
-
-struct Arguments {
-  int64_t heads, group, dim, items, text, visual;
-  float scale;
-  const int64_t* cu_text;
-  const int64_t* cu_visual;
-  float2* statistics;  // [kSplits, heads, text]: m and the sum
-  float* sums;         // [kSplits, visual]
-  float* scores;       // [visual]
-};
 
 // A row of a tile in shared memory; its pitch lets the 32 lanes of a fragment's load hit 32 different banks.
 template <class T>
@@ -63,132 +50,30 @@ __device__ void fill(Tile<T>& tile, const T* from, int64_t pitch, int64_t rows, 
   }
 }
 
-// products += rows [first_row, + 16) of q · keys [first_key, + 8 * Parts) of k, over the tiles' first channels; the
-// mma's sixteen at a time, of which those beyond are 0 in the tiles.
-struct MultiplyAdd {
-  template <class T, int Parts>
-  static __device__ void add(float (&products)[Parts][4], const Tile<T>& q, int first_row, const Tile<T>& k,
-                             int first_key, int channels) {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+// products += rows [first_row, + 16) of q · keys [first_key, + 8 * Parts) of k, over the tiles' first channels.
+template <class T, int Parts>
+__device__ __forceinline__ void add_products(float (&products)[Parts][4], const Tile<T>& q, int first_row,
+                                             const Tile<T>& k, int first_key, int channels) {
+  const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll 4
-    for (int channel = 0; channel < channels; ++channel) {
-      const float upper = to_float(q.v[first_row + g][channel]), lower = to_float(q.v[first_row + g + 8][channel]);
+  for (int channel = 0; channel < channels; ++channel) {
+    const float upper = to_float(q.v[first_row + g][channel]), lower = to_float(q.v[first_row + g + 8][channel]);
 #pragma unroll
-      for (int part = 0; part < Parts; ++part) {
-        const float left = to_float(k.v[first_key + 8 * part + 2 * c][channel]);
-        const float right = to_float(k.v[first_key + 8 * part + 2 * c + 1][channel]);
-        products[part][0] = fmaf(upper, left, products[part][0]);
-        products[part][1] = fmaf(upper, right, products[part][1]);
-        products[part][2] = fmaf(lower, left, products[part][2]);
-        products[part][3] = fmaf(lower, right, products[part][3]);
-      }
+    for (int part = 0; part < Parts; ++part) {
+      const float left = to_float(k.v[first_key + 8 * part + 2 * c][channel]);
+      const float right = to_float(k.v[first_key + 8 * part + 2 * c + 1][channel]);
+      products[part][0] = fmaf(upper, left, products[part][0]);
+      products[part][1] = fmaf(upper, right, products[part][1]);
+      products[part][2] = fmaf(lower, left, products[part][2]);
+      products[part][3] = fmaf(lower, right, products[part][3]);
     }
   }
-};
-
-// d += a · b for a 16 × 16, b 16 × 8, d 16 × 8 of bf16 (or half) and float, spread over a warp as PTX's m16n8k16 says.
-template <class T>
-__device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if constexpr (sizeof(T) == 2 && std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  }
-#else
-  // The same by hand, also the emulator's: channels 2 o, 2 o + 1 (words a[0], a[1], b[0]) and 8 more (a[2], a[3], b[1])
-  // are in the lanes 4 x + o.
-  const auto number = [](unsigned word, int half) {
-    const unsigned short bits = (unsigned short)(word >> 16 * half);
-    T value;
-    memcpy(&value, &bits, sizeof(value));
-    return to_float(value);
-  };
-  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  for (int o = 0; o < 4; ++o) {
-    for (int upper_channels = 0; upper_channels < 2; ++upper_channels) {
-      const unsigned row = __shfl_sync(kAll, a[2 * upper_channels], 4 * g + o);
-      const unsigned row_below = __shfl_sync(kAll, a[2 * upper_channels + 1], 4 * g + o);
-      const unsigned left = __shfl_sync(kAll, b[upper_channels], 4 * (2 * c) + o);
-      const unsigned right = __shfl_sync(kAll, b[upper_channels], 4 * (2 * c + 1) + o);
-      for (int half = 0; half < 2; ++half) {
-        d[0] = fmaf(number(row, half), number(left, half), d[0]);
-        d[1] = fmaf(number(row, half), number(right, half), d[1]);
-        d[2] = fmaf(number(row_below, half), number(left, half), d[2]);
-        d[3] = fmaf(number(row_below, half), number(right, half), d[3]);
-      }
-    }
-  }
-#endif
-}
-
-struct TensorCores {
-  template <class T, int Parts>
-  static __device__ void add(float (&products)[Parts][4], const Tile<T>& q, int first_row, const Tile<T>& k,
-                             int first_key, int channels) {
-    const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-    const auto word = [](const T& first) { return *reinterpret_cast<const unsigned*>(&first); };  // two neighbours
-#pragma unroll
-    for (int channel = 0; channel < channels; channel += 16) {
-      const unsigned a[4] = {word(q.v[first_row + g][channel + 2 * c]), word(q.v[first_row + g + 8][channel + 2 * c]),
-                             word(q.v[first_row + g][channel + 8 + 2 * c]),
-                             word(q.v[first_row + g + 8][channel + 8 + 2 * c])};
-#pragma unroll
-      for (int part = 0; part < Parts; ++part) {
-        const T* key = k.v[first_key + 8 * part + g];
-        const unsigned b[2] = {word(key[channel + 2 * c]), word(key[channel + 8 + 2 * c])};
-        mma<T>(products[part], a, b);
-      }
-    }
-  }
-};
-
-struct Item {
-  int64_t text, num_text, key, num_keys;
-};
-
-// The host has not checked offsets that are on the GPU. Those out of order or out of range stop the launch.
-__device__ __forceinline__ Item item_of(const Arguments& arguments, int64_t number) {
-  const int64_t text = arguments.cu_text[number], text_end = arguments.cu_text[number + 1];
-  const int64_t key = arguments.cu_visual[number], key_end = arguments.cu_visual[number + 1];
-  DEVICE_CHECK(0 <= text && text <= text_end && text_end <= arguments.text);
-  DEVICE_CHECK(0 <= key && key <= key_end && key_end <= arguments.visual);
-  DEVICE_CHECK(number > 0 || (text == 0 && key == 0));
-  DEVICE_CHECK(number + 1 < arguments.items || (text_end == arguments.text && key_end == arguments.visual));
-  return {text, text_end - text, key, key_end - key};
-}
-
-// The tile that a block works on, number blockIdx.x over all items, whose `length`s are cut into tiles of `size`. False
-// beyond the last tile. One thread reads for all: another stream may write other offsets meanwhile, and threads with
-// different items would wait for each other at different barriers.
-__device__ __forceinline__ bool find_tile(const Arguments& arguments, int64_t Item::* length, int size, Item& item,
-                                          int64_t& tile) {
-  __shared__ Item found;
-  __shared__ int64_t found_tile;
-  if (threadIdx.x == 0) {
-    found_tile = -1;
-    int64_t left = blockIdx.x;
-    for (int64_t number = 0; number < arguments.items && found_tile < 0; ++number) {
-      found = item_of(arguments, number);
-      const int64_t tiles = (found.*length + size - 1) / size;
-      if (left < tiles) found_tile = left;
-      left -= tiles;
-    }
-  }
-  __syncthreads();
-  item = found;
-  tile = found_tile;
-  return tile >= 0;
 }
 
 // The products of Rows rows of head `head` with 64 keys, each warp its own part. Every thread of the block must call it.
 // If a tile holds whole heads, the last call's rows (or keys) are still there, and are not loaded again.
-template <int Rows, int V, class Product, class T, int Parts>
-__device__ void multiply(float (&products)[Parts][4], Tile<T>& q_tile, Tile<T>& k_tile, const Arguments& arguments,
+template <int Rows, int V, class T, int Parts>
+__device__ void multiply(float (&products)[Parts][4], Tile<T>& q_tile, Tile<T>& k_tile, const ImportanceArguments& arguments,
                          const T* q, int64_t rows, int first_row, bool same_rows, const T* k, int64_t keys,
                          int first_key, bool same_keys, int64_t head) {
 #pragma unroll
@@ -205,14 +90,14 @@ __device__ void multiply(float (&products)[Parts][4], Tile<T>& q_tile, Tile<T>& 
     if (!whole || !same_keys)
       fill<kKeys, V>(k_tile, k + head / arguments.group * dim + channel, kv_heads * dim, keys, dim - channel);
     __syncthreads();
-    Product::add(products, q_tile, first_row, k_tile, first_key, int(min(int64_t(Tile<T>::kChannels), dim - channel)));
+    add_products(products, q_tile, first_row, k_tile, first_key, int(min(int64_t(Tile<T>::kChannels), dim - channel)));
   }
 }
 
 // Block (x, y, z): text tokens [64 x, + 64) of an item, head y, part z of its keys. Each warp has 16 of the rows.
-template <class T, int V, class Product>
+template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 3)
-    statistics_kernel(const Arguments arguments, const T* __restrict__ q, const T* __restrict__ k) {
+    statistics_kernel(const ImportanceArguments arguments, const T* __restrict__ q, const T* __restrict__ k) {
   __shared__ Tile<T> q_tile, k_tile;
   constexpr int kParts = kKeys / 8;
   const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, first_row = threadIdx.x / 32 * kRows;
@@ -226,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int64_t key_tile = split; key_tile < key_tiles; key_tile += kSplits) {
     const int64_t first_key = key_tile * kKeys, keys = item.num_keys - first_key;
     float products[kParts][4];
-    multiply<kWarps * kRows, V, Product>(
+    multiply<kWarps * kRows, V>(
         products, q_tile, k_tile, arguments, q + (item.text + first_text) * arguments.heads * arguments.dim,
         item.num_text - first_text, first_row, key_tile != split,
         k + (item.key + first_key) * (arguments.heads / arguments.group) * arguments.dim, keys, 0, false, head);
@@ -284,9 +169,9 @@ __device__ __forceinline__ float2 merge(const float2* parts, int64_t pitch) {
 
 // Block (x, y): keys [64 x, + 64) of an item, its text tokens in groups y, y + kSplits, … of 16. Each warp has 16 of
 // the keys.
-template <class T, int V, class Product>
+template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 3)
-    maximum_kernel(const Arguments arguments, const T* __restrict__ q, const T* __restrict__ k) {
+    maximum_kernel(const ImportanceArguments arguments, const T* __restrict__ q, const T* __restrict__ k) {
   __shared__ Tile<T> q_tile, k_tile;
   constexpr int kParts = kKeys / 8 / kWarps;
   const int g = threadIdx.x % 32 / 4, c = threadIdx.x % 4, own_key = threadIdx.x / 32 * kParts * 8;
@@ -299,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     float best[kParts][4] = {};  // a softmax is never below 0
     for (int64_t head = 0; head < arguments.heads; ++head) {
       float products[kParts][4];
-      multiply<kRows, V, Product>(products, q_tile, k_tile, arguments,
+      multiply<kRows, V>(products, q_tile, k_tile, arguments,
                                   q + (item.text + first_text) * arguments.heads * arguments.dim,
                                   min(int64_t(kRows), item.num_text - first_text), 0, false,
                                   k + (item.key + first_key) * (arguments.heads / arguments.group) * arguments.dim,
@@ -343,7 +228,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 }
 
 // Block (x, y): keys of item y.
-__global__ void __launch_bounds__(kThreads) mean_kernel(const Arguments arguments) {
+__global__ void __launch_bounds__(kThreads) mean_kernel(const ImportanceArguments arguments) {
   for (int64_t number = blockIdx.y; number < arguments.items; number += gridDim.y) {
     const Item item = item_of(arguments, number);
     for (int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x; n < item.num_keys;
@@ -355,10 +240,10 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(const Arguments argument
   }
 }
 
-// The tensor cores' kernels have not run on a GPU yet; until a recorded run shows them right, they must be asked for.
+// MINIFOCUS_TENSOR_CORES=0 turns them off, to compare.
 bool tensor_cores_wanted() {
   const char* value = std::getenv("MINIFOCUS_TENSOR_CORES");
-  return value && value[0] == '1';
+  return gpu::has_tensor_cores() && !(value && value[0] == '0');
 }
 
 }  // namespace
@@ -370,7 +255,7 @@ size_t importance_workspace_bytes(int64_t text, int64_t visual, int64_t heads) {
 int importance(const ImportanceArgs& args, void* stream_pointer) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   if (args.visual == 0 || args.items == 0) return 0;
-  Arguments arguments{args.heads,        args.heads / args.kv_heads,
+  ImportanceArguments arguments{args.heads,        args.heads / args.kv_heads,
                       args.dim,          args.items,
                       args.text,         args.visual,
                       float(args.scale), args.cu_text,
@@ -381,6 +266,9 @@ int importance(const ImportanceArgs& args, void* stream_pointer) {
     using T = decltype(element);
     constexpr int kWide = 16 / sizeof(T);
     const bool wide = aligned16(args.q) && aligned16(args.k) && args.dim % kWide == 0;
+    const bool countable = max(max(args.text, args.visual), max(args.heads, args.dim)) < INT_MAX;  // there
+    if (sizeof(T) == 2 && wide && countable && tensor_cores_wanted())
+      return launch_tensor_cores(arguments, args.dtype, args.q, args.k, stream_pointer);
     const auto run = [&](auto statistics, auto maximum) -> int {
       const T *q = static_cast<const T*>(args.q), *k = static_cast<const T*>(args.k);
       // An item's last tile may be a partial one, so there are up to `items` tiles more than the whole ones.
@@ -392,12 +280,8 @@ int importance(const ImportanceArgs& args, void* stream_pointer) {
       return launched ? launched
                       : gpu::launch(maximum, dim3(key_tiles, kSplits), dim3(kThreads), 0, stream, arguments, q, k);
     };
-    if constexpr (sizeof(T) == 2) {
-      if (wide && tensor_cores_wanted())
-        return run(statistics_kernel<T, kWide, TensorCores>, maximum_kernel<T, kWide, TensorCores>);
-    }
-    return wide ? run(statistics_kernel<T, kWide, MultiplyAdd>, maximum_kernel<T, kWide, MultiplyAdd>)
-                : run(statistics_kernel<T, 1, MultiplyAdd>, maximum_kernel<T, 1, MultiplyAdd>);
+    return wide ? run(statistics_kernel<T, kWide>, maximum_kernel<T, kWide>)
+                : run(statistics_kernel<T, 1>, maximum_kernel<T, 1>);
   });
   if (error) return error;
   const unsigned blocks = unsigned(min((args.visual + kThreads - 1) / kThreads, int64_t(1024)));

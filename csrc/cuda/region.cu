@@ -69,19 +69,25 @@ struct Kernel {
 // the block's own copy.
 template <class T, int V>
 __device__ int choose(const Kernel& k, const Region& region, const T* x, const float* bias, Vec<T, V>* cache) {
-  __shared__ float scratch[kThreads / 32];
+  __shared__ float sums[kMaxBranches][kThreads / 32];  // of each warp
   const int cells = region.height * region.width;
   float logit[kMaxBranches] = {};
   for (int64_t column = threadIdx.x; column < k.channels / V; column += kThreads) {
+    const bool kept = column < k.cached;
+    const T* from = x + region.row_of(0, 0) * k.channels + column * V;
+    int across = 0;
     Vec<T, V> pooled;
-#pragma unroll 4
+#pragma unroll 8
     for (int cell = 0; cell < cells; ++cell) {
-      const int y = cell / region.width, across = cell % region.width;
-      const Vec<T, V> value = load<V>(x + region.row_of(y, across) * k.channels + column * V);
-      if (column < k.cached) cache[cell * k.cached + column] = value;
+      const Vec<T, V> value = load<V>(from);
+      from += k.channels;
+      if (++across == region.width) {
+        across = 0;
+        from += int64_t(region.map_width - region.width) * k.channels;
+      }
+      if (kept) cache[cell * k.cached + column] = value;
       if (cell == 0) pooled = value;
-#pragma unroll
-      for (int j = 0; j < V; ++j) keep_first_max(pooled.v[j], value.v[j]);
+      keep_max(pooled, value);
     }
     const float* context = k.context + region.picture * k.branches.count * k.channels + column * V;
 #pragma unroll
@@ -92,21 +98,29 @@ __device__ int choose(const Kernel& k, const Region& region, const T* x, const f
       }
     }
   }
-  int best = 0;
-  float largest = 0.f;
 #pragma unroll
   for (int s = 0; s < kMaxBranches; ++s) {
     if (s < k.branches.count) {
-      const float z = block_sum(logit[s], scratch) + bias[s];
-      if (s == 0) largest = z;
-      if (s > 0 && keep_first_max(largest, z)) best = s;
+#pragma unroll
+      for (int step = 16; step > 0; step /= 2) logit[s] += __shfl_xor_sync(0xffffffffu, logit[s], step);
+      if (threadIdx.x % 32 == 0) sums[s][threadIdx.x / 32] = logit[s];
     }
+  }
+  __syncthreads();
+  int best = 0;
+  float largest = 0.f;
+  for (int s = 0; s < k.branches.count; ++s) {
+    float z = 0.f;
+    for (int warp = 0; warp < kThreads / 32; ++warp) z += sums[s][warp];
+    z += bias[s];
+    if (s == 0) largest = z;
+    if (s > 0 && keep_first_max(largest, z)) best = s;
   }
   return best;
 }
 
 template <class T, int V, bool kRoute>
-__global__ void __launch_bounds__(kThreads, kRoute ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     region_kernel(const __grid_constant__ Kernel k, const T* __restrict__ x, T* __restrict__ tokens) {
   DYN_SHARED(unsigned char, shared);
   Vec<T, V>* const cache = reinterpret_cast<Vec<T, V>*>(shared);
@@ -154,18 +168,26 @@ __global__ void __launch_bounds__(kThreads, kRoute ? 1 : 2)
     const int top = token / windows.across * windows.height, left = token % windows.across * windows.width;
     const int bottom = min(top + windows.height, region.height), right = min(left + windows.width, region.width);
     for (int64_t column = share.column; column < vectors; column += share.columns) {
+      const T* from = x + region.row_of(top, left) * k.channels + column * V;
+      int cell = top * region.width + left, across = left;
+      const int cells = (bottom - top) * (right - left);
       Vec<T, V> pooled;
-      for (int y = top; y < bottom; ++y) {
-        for (int across = left; across < right; ++across) {
-          Vec<T, V> value;
-          if (kRoute && column < k.cached)
-            value = cache[(y * region.width + across) * k.cached + column];
-          else
-            value = load<V>(x + region.row_of(y, across) * k.channels + column * V);
-          if (y == top && across == left) pooled = value;
-#pragma unroll
-          for (int j = 0; j < V; ++j) keep_first_max(pooled.v[j], value.v[j]);
+#pragma unroll 4
+      for (int i = 0; i < cells; ++i) {
+        Vec<T, V> value;
+        if (kRoute && column < k.cached)
+          value = cache[cell * k.cached + column];
+        else
+          value = load<V>(from);
+        from += k.channels;
+        ++cell;
+        if (++across == right) {
+          across = left;
+          from += int64_t(region.map_width - (right - left)) * k.channels;
+          cell += region.width - (right - left);
         }
+        if (i == 0) pooled = value;
+        keep_max(pooled, value);
       }
       if (!kRoute && k.weight) {
 #pragma unroll
@@ -203,7 +225,9 @@ int launch(const RegionArgs& args, Kernel k, void* stream_pointer) {
       const auto run = [&](auto kernel, int64_t vector) -> int {
         const int64_t cells = args.window * args.window;
         const int64_t vector_bytes = vector * sizeof(T);
-        k.cached = kRoute ? min(args.channels / vector, gpu::max_shared_bytes() / (cells * vector_bytes)) : 0;
+        // Half of the shared memory, so that one block reads while another writes.
+        const int64_t room = (gpu::max_shared_bytes() - 2048) / 2;
+        k.cached = kRoute ? max(int64_t(0), min(args.channels / vector, room / (cells * vector_bytes))) : 0;
         return gpu::launch(kernel, dim3(gpu::dimension(regions)), dim3(kThreads),
                            size_t(k.cached * cells * vector_bytes), stream, k, static_cast<const T*>(args.x),
                            static_cast<T*>(args.tokens));

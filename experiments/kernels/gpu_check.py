@@ -5,11 +5,11 @@
 Each step has a time limit of its own, and all end within 10 minutes. First both halves are built for this GPU. Then side by
 side, in processes of their own: the tests of graphs, streams and the like; the operators' properties; 20 steps of training in
 bfloat16; compute-sanitizer's memcheck and racecheck on a few calls of every operator. Then by themselves, as they are timed:
-the benchmarks, with importance's tensor-core kernels and without.
+the benchmarks, with importance by the tensor cores and without.
 DIR/gpu_check.json holds every step's result, the training's losses, the commit, the device and the versions;
 DIR/gpu_check.log what the steps printed. A step that fails does not keep another from running, but the build does.
 
-Where the checkout comes without its .git, MINIFOCUS_COMMIT says what it is of.
+MINIFOCUS_COMMIT says which commit it is of, where the checkout is a copy without its .git.
 
 Exit status: 0 all passed, 1 a step failed, 2 usage, 3 there is no GPU.
 """
@@ -68,7 +68,10 @@ torch.cuda.synchronize()
 """
 
 
-RESULTS = {"benchmark": "operators_cuda.json", "benchmark_tensor_cores": "operators_cuda_tensor_cores.json"}
+RESULTS = {
+    "benchmark": "operators_cuda.json",
+    "benchmark_without_tensor_cores": "operators_cuda_without_tensor_cores.json",
+}
 
 
 def steps(capability: tuple[int, int], out: Path, scratch: Path) -> list[tuple[str, list[str], dict[str, str], int]]:
@@ -86,15 +89,15 @@ def steps(capability: tuple[int, int], out: Path, scratch: Path) -> list[tuple[s
         ("properties", [*pytest, "-n", "7", "tests/ops/test_operators.py"], {}, 150),
         ("benchmark", [*benchmark, str(out / RESULTS["benchmark"])], {}, 90),
         (
-            "benchmark_tensor_cores",
-            [*benchmark, str(out / RESULTS["benchmark_tensor_cores"])],
-            {"MINIFOCUS_TENSOR_CORES": "1"},
+            "benchmark_without_tensor_cores",
+            [*benchmark, str(out / RESULTS["benchmark_without_tensor_cores"])],
+            {"MINIFOCUS_TENSOR_CORES": "0"},
             50,
         ),
         ("training", [*train, str(scratch / "training")], {}, 90),
     ]
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "MINIFOCUS_TENSOR_CORES": "1"}
+    watched = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # Calls that fail are looked at where they are made; torch makes some that may.
     for tool, options in (("memcheck", ["--report-api-errors", "no"]), ("racecheck", [])):
         command = [sanitizer, "--tool", tool, *options, "--error-exitcode", "9", python, "-c", SANITIZED]

@@ -355,6 +355,8 @@ cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*call)(void*),
 
 namespace gpu {
 
+inline bool has_tensor_cores() { return true; }  // kernels do by hand what those do
+
 inline int64_t max_shared_bytes() { return emulator::shared_bytes_option(); }
 
 inline cudaError_t allow_shared(const void* kernel, int64_t bytes) {

@@ -99,12 +99,15 @@ def test_tensors_of_two_devices_are_refused() -> None:
         torch.ops.minifocus.importance(*given[3:6], given[6].cpu(), 0.3)
 
 
+@pytest.mark.parametrize("tensor_cores", ["1", "0"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "text, visual, heads, kv_heads, dim", [(64, 2304, 32, 8, 128), (17, 130, 6, 2, 80), (1, 1, 1, 1, 8)]
 )
-def test_tensor_cores_give_importance(monkeypatch, dtype, text, visual, heads, kv_heads, dim) -> None:
-    monkeypatch.setenv("MINIFOCUS_TENSOR_CORES", "1")
+def test_importance_with_tensor_cores_and_without(
+    monkeypatch, tensor_cores, dtype, text, visual, heads, kv_heads, dim
+) -> None:
+    monkeypatch.setenv("MINIFOCUS_TENSOR_CORES", tensor_cores)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(text, heads, dim, generator=generator).to("cuda", dtype)
     k = torch.randn(visual, kv_heads, dim, generator=generator).to("cuda", dtype)

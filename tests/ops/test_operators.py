@@ -183,18 +183,31 @@ def test_the_look_back_goes_beyond_a_warp_of_waiting_regions(seed: int) -> None:
         check_region_pool(operators.region_pool(*arguments), *arguments)
 
 
+@pytest.mark.parametrize("tensor_cores", ["1", "0"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("item", [(17, 130, 6, 2, 80), (3, 70, 4, 1, 136), (1, 1, 1, 1, 8), (66, 65, 2, 2, 16)])
-def test_importance_by_the_layout_of_tensor_cores(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, item: tuple[int, int, int, int, int]
+@pytest.mark.parametrize("item", [(17, 130, 6, 2, 80), (3, 70, 4, 1, 264), (1, 1, 1, 1, 8), (66, 65, 2, 2, 16)])
+def test_importance_with_tensor_cores_and_without(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, item: tuple[int, int, int, int, int], tensor_cores: str
 ) -> None:
     """The emulator does the one instruction of the tensor cores by hand, as PTX describes it. The rest is the kernel itself."""
-    monkeypatch.setenv("MINIFOCUS_TENSOR_CORES", "1")
+    monkeypatch.setenv("MINIFOCUS_TENSOR_CORES", tensor_cores)
     text, visual, heads, kv_heads, dim = item
-    drawn = Attention(((text, visual),), heads, kv_heads, dim, dim**-0.5, dtype, "random", "contiguous", 0)
+    drawn = Attention(((text, visual), (2, 40)), heads, kv_heads, dim, dim**-0.5, dtype, "random", "contiguous", 0)
     arguments = drawn.arguments()
     with EMULATED.taking_turns({"order": "random", "seed": 1}) as operators:
         check_importance(operators.importance(*arguments), *arguments)
+
+
+def test_rows_that_do_not_exist_have_no_part_in_importance() -> None:
+    """The last tile's rows of no text token are 0: multiplied with an infinite key they are NaN, which must reach no score."""
+    drawn = Attention(((17, 33),), 2, 1, 16, 0.3, torch.bfloat16, "random", "contiguous", 0)
+    q, k, *rest = drawn.arguments()
+    q, k = q.abs() + 1, -k.abs()
+    k[5] = -torch.inf  # its products are -infinity, its share 0
+    with EMULATED.taking_turns({}) as operators:
+        scores = operators.importance(q, k, *rest)
+    assert scores[5] == 0 and bool(scores.isfinite().all())
+    check_importance(scores, q, k, *rest)
 
 
 # ------------------------------------------------------------------- inputs that another thread writes to meanwhile

@@ -71,11 +71,11 @@ sys.exit(1)"""
         ("tests", python("print('3 failed'); raise SystemExit(1)"), 60),
         ("properties", python(hangs), 2),
         ("benchmark", python(measures), 60),
-        ("benchmark_tensor_cores", python("print('no cases')"), 60),
+        ("benchmark_without_tensor_cores", python("print('no cases')"), 60),
         ("training", python(trains), 60),
         ("memcheck", [str(tmp_path / "no such program")], 60),
     ]
-    (tmp_path / "operators_cuda_tensor_cores.json").write_text('{"cases": ["of another run"]}')
+    (tmp_path / "operators_cuda_without_tensor_cores.json").write_text('{"cases": ["of another run"]}')
     begun = time.monotonic()
     code, report = check(tmp_path, monkeypatch, steps)
     assert code == 1 and time.monotonic() - begun < 50
@@ -84,7 +84,7 @@ sys.exit(1)"""
     assert found["build"]["last_line"] == f"build {ROOT}{os.pathsep}/elsewhere"
     assert (found["tests"]["exit"], found["properties"]["exit"]) == (1, "took more than 2 s")
     assert (found["benchmark"]["cases"], found["benchmark"]["last_line"]) == ([1, 2], "the second case failed")
-    assert "cases" not in found["benchmark_tensor_cores"]
+    assert "cases" not in found["benchmark_without_tensor_cores"]
     assert found["training"]["losses"] == [2.5, 1.5]
     assert "No such file" in found["memcheck"]["exit"]
     assert report["device"] == "a GPU" and report["commit"]
@@ -138,9 +138,11 @@ def test_the_steps_fit_into_ten_minutes_and_name_what_is_there(tmp_path: Path) -
     compile(gpu_check.SANITIZED, "SANITIZED", "exec")
 
 
-def test_a_checkout_without_git_is_named_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINIFOCUS_COMMIT", "abc")
+def test_a_copy_of_a_checkout_is_named_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert record.environment(ROOT / "setup.py")["commit"] != "abc"
+    monkeypatch.setenv("MINIFOCUS_COMMIT", "abc")  # the copy may have a .git of its own
+    found = record.environment(ROOT / "setup.py")
+    assert (found["commit"], found["dirty"]) == ("abc", None)
     monkeypatch.setenv("PATH", str(tmp_path))  # git itself is not there
     assert record.environment(ROOT / "setup.py")["commit"] == "abc"
     assert record.commit() == "none"

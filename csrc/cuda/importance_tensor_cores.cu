@@ -1,0 +1,313 @@
+// importance by the tensor cores, for bfloat16 and half (importance.cu says what is computed, and does it for float).
+//
+// A warp multiplies 16 rows (text tokens of a head) with a few times 8 keys, all of a head's channels, by the tensor cores'
+// mma.m16n8k16. It brings what it multiplies from global memory straight into registers, and no warp waits for another
+// until the end: the caches serve those that read the same.
+//   1. statistics_kernel   block: 16 text tokens, one head. Its warps share out the keys. Each lane keeps the largest
+//                          product m and the sum of exp(product - m) of what it has seen; at the end they are merged;
+//   2. maximum_kernel      block: 32 keys, every kSplits-th group of 16 text tokens. Its warps share out the heads, and
+//                          keep the maximum of exp(product - m) / sum; then the block takes the maximum over its warps and
+//                          adds up over the text tokens.
+//
+// Which lane has what: 4 g + c has, of the 16 × 8 products, rows g and g + 8, columns 2 c and 2 c + 1. A sum of products may
+// take channels in any order, so a lane reads eight neighbouring ones, 16 bytes, of every 32: of rows g and g + 8, and of
+// key g.
+#include "importance.h"
+
+namespace minifocus::cuda {
+namespace {
+
+constexpr int kRows = 16;           // of a warp
+constexpr int kChunks = 4;          // of 32 channels, that registers hold
+constexpr int kHeld = 32 * kChunks;  // a head of more channels is brought in parts, again for every product
+constexpr int kStatisticsWarps = 16, kStatisticsParts = 2;  // of 8 keys
+constexpr int kKeyWarps = 2, kHeadWarps = 2, kMaximumParts = 2;
+constexpr int kKeys = 8 * kMaximumParts * kKeyWarps;  // of a block
+constexpr int kMaximumThreads = 32 * kKeyWarps * kHeadWarps;
+
+// d += a · b for a 16 × 16, b 16 × 8, d 16 × 8 of bf16 (or half) and float, spread over a warp as PTX's m16n8k16 says.
+template <class T>
+__device__ __forceinline__ void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) == 2 && std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+#else
+  // The same by hand, also the emulator's: channels 2 o, 2 o + 1 (words a[0], a[1], b[0]) and 8 more (a[2], a[3], b[1])
+  // are in the lanes 4 x + o.
+  const auto number = [](unsigned word, int half) {
+    const unsigned short bits = (unsigned short)(word >> 16 * half);
+    T value;
+    memcpy(&value, &bits, sizeof(value));
+    return to_float(value);
+  };
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  for (int o = 0; o < 4; ++o) {
+    for (int upper_channels = 0; upper_channels < 2; ++upper_channels) {
+      const unsigned row = __shfl_sync(kAll, a[2 * upper_channels], 4 * g + o);
+      const unsigned row_below = __shfl_sync(kAll, a[2 * upper_channels + 1], 4 * g + o);
+      const unsigned left = __shfl_sync(kAll, b[upper_channels], 4 * (2 * c) + o);
+      const unsigned right = __shfl_sync(kAll, b[upper_channels], 4 * (2 * c + 1) + o);
+      for (int half = 0; half < 2; ++half) {
+        d[0] = fmaf(number(row, half), number(left, half), d[0]);
+        d[1] = fmaf(number(row, half), number(right, half), d[1]);
+        d[2] = fmaf(number(row_below, half), number(left, half), d[2]);
+        d[3] = fmaf(number(row_below, half), number(right, half), d[3]);
+      }
+    }
+  }
+#endif
+}
+
+// A lane's channels of one row of q or k.
+struct Row {
+  unsigned words[kChunks][4];
+};
+
+// Reads the row's `channels` first channels at most, 0 for the others.
+template <class T>
+__device__ __forceinline__ void read(Row& row, const T* from, int channels) {
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    const int channel = 32 * i + 8 * (threadIdx.x % 4);
+    Vec<T, 8> value{};
+    if (channel < channels) value = load<8>(from + channel);
+    memcpy(row.words[i], &value, sizeof value);
+  }
+}
+
+// products += rows · keys, over the channels in registers.
+template <class T, int Parts>
+__device__ __forceinline__ void multiply(float (&products)[Parts][4], const Row (&rows)[2], const Row (&keys)[Parts],
+                                         int channels) {
+#pragma unroll
+  for (int i = 0; i < kChunks; ++i) {
+    if (32 * i >= channels) break;
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) {
+      const unsigned a[4] = {rows[0].words[i][j], rows[1].words[i][j], rows[0].words[i][j + 1],
+                             rows[1].words[i][j + 1]};
+#pragma unroll
+      for (int part = 0; part < Parts; ++part) {
+        const unsigned b[2] = {keys[part].words[i][j], keys[part].words[i][j + 1]};
+        mma<T>(products[part], a, b);
+      }
+    }
+  }
+}
+
+// What a warp multiplies: 16 text tokens of an item, of one head of q, with 8 Parts of its keys.
+template <class T, int Parts>
+struct Operands {
+  const ImportanceArguments& arguments;
+  const T *q, *k;  // of the item
+  int num_text, num_keys;
+  Row rows[2], keys[Parts];
+
+  __device__ Operands(const ImportanceArguments& arguments, const T* q, const T* k, const Item& item)
+      : arguments(arguments),
+        q(q + item.text * arguments.heads * arguments.dim),
+        k(k + item.key * (arguments.heads / arguments.group) * arguments.dim),
+        num_text(int(item.num_text)),
+        num_keys(int(item.num_keys)) {}
+
+  __device__ void read_rows(int text, int head, int channel) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = text + threadIdx.x % 32 / 4 + 8 * i;
+      read(rows[i], q + (row * arguments.heads + head) * arguments.dim + channel,
+              row < num_text ? int(arguments.dim) - channel : 0);
+    }
+  }
+  __device__ void read_keys(int key, int kv_head, int channel) {
+    const int64_t kv_heads = arguments.heads / arguments.group;
+#pragma unroll
+    for (int part = 0; part < Parts; ++part) {
+      const int row = key + 8 * part + threadIdx.x % 32 / 4;
+      read(keys[part], k + (row * kv_heads + kv_head) * arguments.dim + channel,
+              row < num_keys ? int(arguments.dim) - channel : 0);
+    }
+  }
+  // Of heads that registers hold, the rows (or the keys) are those of the last call where the caller says so.
+  __device__ void products_of(float (&products)[Parts][4], int text, bool same_rows, int key, bool same_keys, int head,
+                              int kv_head) {
+#pragma unroll
+    for (int part = 0; part < Parts; ++part) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) products[part][i] = 0.f;
+    }
+    const int dim = int(arguments.dim);
+    const bool held = dim <= kHeld;
+#pragma unroll 1
+    for (int channel = 0; channel < dim; channel += kHeld) {
+      if (!held || !same_rows) read_rows(text, head, channel);
+      if (!held || !same_keys) read_keys(key, kv_head, channel);
+      multiply<T>(products, rows, keys, dim - channel);
+    }
+  }
+};
+
+// A largest product, and the sum of exp(product - largest).
+__device__ __forceinline__ float2 merge(float2 one, float2 other) {
+  const float largest = fmaxf(one.x, other.x);
+  // A sum of nothing goes with a largest product of -inf, and exp(-inf + inf) would be NaN.
+  const float sum = (one.y == 0.f ? 0.f : one.y * expf(one.x - largest)) +
+                    (other.y == 0.f ? 0.f : other.y * expf(other.x - largest));
+  return make_float2(largest, sum);
+}
+
+// Block (x, y): text tokens [16 x, + 16) of an item, head y.
+template <class T>
+__global__ void __launch_bounds__(32 * kStatisticsWarps, 1)
+    statistics_kernel(const ImportanceArguments arguments, const T* __restrict__ q, const T* __restrict__ k) {
+  __shared__ float2 seen[kRows][4 * kStatisticsWarps + 1];
+  constexpr int kParts = kStatisticsParts;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  const int head = blockIdx.y, kv_head = head / int(arguments.group);
+  Item item;
+  int64_t tile;
+  if (!find_tile(arguments, &Item::num_text, kRows, item, tile)) return;
+  const int first_text = int(tile) * kRows, num_keys = int(item.num_keys);
+  Operands<T, kParts> operands(arguments, q, k, item);
+  float2 own[2] = {{-INFINITY, 0.f}, {-INFINITY, 0.f}};  // of rows g and g + 8
+  bool read_before = false;
+  for (int first_key = warp * 8 * kParts; first_key < num_keys; first_key += kStatisticsWarps * 8 * kParts) {
+    float products[kParts][4];
+    operands.products_of(products, first_text, read_before, first_key, false, head, kv_head);
+    read_before = true;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float here = own[row].x;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& product = products[part][2 * row + i];
+          product = first_key + 8 * part + 2 * c + i < num_keys ? product * arguments.scale : -INFINITY;
+          here = fmaxf(here, product);
+        }
+      }
+      float sum = own[row].y == 0.f ? 0.f : own[row].y * expf(own[row].x - here);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float product = products[part][2 * row + i];
+          if (product != -INFINITY) sum += expf(product - here);
+        }
+      }
+      own[row] = make_float2(here, sum);
+    }
+  }
+  seen[g][4 * warp + c] = own[0];
+  seen[g + 8][4 * warp + c] = own[1];
+  __syncthreads();
+  for (int row = warp; row < kRows; row += kStatisticsWarps) {
+    float2 all = seen[row][lane];
+    for (int i = lane + 32; i < 4 * kStatisticsWarps; i += 32) all = merge(all, seen[row][i]);
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      const float2 other = {__shfl_xor_sync(kAll, all.x, step), __shfl_xor_sync(kAll, all.y, step)};
+      // In the order of lanes, so that both add alike.
+      all = lane & step ? merge(other, all) : merge(all, other);
+    }
+    if (lane == 0 && first_text + row < item.num_text)
+      arguments.statistics[head * arguments.text + item.text + first_text + row] = make_float2(all.x, 1.f / all.y);
+  }
+}
+
+// Block (x, y): keys [32 x, + 32) of an item, its text tokens in groups y, y + kSplits, … of 16.
+template <class T>
+__global__ void __launch_bounds__(kMaximumThreads, 3)
+    maximum_kernel(const ImportanceArguments arguments, const T* __restrict__ q, const T* __restrict__ k) {
+  __shared__ float largest[kHeadWarps][kRows][kKeys + 1];
+  __shared__ float added[kMaximumThreads / kKeys][kKeys];
+  constexpr int kParts = kMaximumParts;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
+  const int key_warp = warp % kKeyWarps, head_warp = warp / kKeyWarps, own_key = 8 * kParts * key_warp;
+  Item item;
+  int64_t tile;
+  if (!find_tile(arguments, &Item::num_keys, kKeys, item, tile)) return;
+  const int heads = (int(arguments.heads) + kHeadWarps - 1) / kHeadWarps;  // of a warp
+  const int first_head = head_warp * heads, end_head = min(first_head + heads, int(arguments.heads));
+  const int first_key = int(tile) * kKeys, num_text = int(item.num_text);
+  Operands<T, kParts> operands(arguments, q, k, item);
+  int keys_of = -1;  // the head whose keys were read last
+  float sum = 0.f;   // over text, of the key first_key + threadIdx.x
+  for (int first_text = blockIdx.y * kRows; first_text < num_text; first_text += kSplits * kRows) {
+    float best[kParts][4] = {};  // a softmax is never below 0
+#pragma unroll 1
+    for (int head = first_head; head < end_head; ++head) {
+      const int kv_head = head / int(arguments.group);
+      const float2* const of_head = arguments.statistics + head * arguments.text + item.text + first_text + g;
+      const bool exists[2] = {first_text + g < num_text, first_text + g + 8 < num_text};
+      const float2 none = make_float2(0.f, 0.f);
+      const float2 statistics[2] = {exists[0] ? of_head[0] : none, exists[1] ? of_head[8] : none};
+      float products[kParts][4];
+      operands.products_of(products, first_text, false, first_key + own_key, keys_of == kv_head, head, kv_head);
+      keys_of = kv_head;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float share = expf(products[part][i] * arguments.scale - statistics[i / 2].x) * statistics[i / 2].y;
+          if (exists[i / 2]) keep_first_max(best[part][i], share);
+        }
+      }
+    }
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) largest[head_warp][g + 8 * (i / 2)][own_key + 8 * part + 2 * c + i % 2] = best[part][i];
+    }
+    __syncthreads();
+    const int key = threadIdx.x % kKeys, group = threadIdx.x / kKeys;
+    constexpr int kGroups = kMaximumThreads / kKeys;
+    float of_rows = 0.f;
+    for (int row = group; row < kRows; row += kGroups) {
+      float of_row = largest[0][row][key];
+#pragma unroll
+      for (int w = 1; w < kHeadWarps; ++w) keep_first_max(of_row, largest[w][row][key]);
+      of_rows += of_row;
+    }
+    added[group][key] = of_rows;
+    __syncthreads();
+    if (threadIdx.x < kKeys) {
+      for (int i = 0; i < kGroups; ++i) sum += added[i][threadIdx.x];
+    }
+  }
+  if (threadIdx.x < kKeys && first_key + int(threadIdx.x) < item.num_keys)
+    arguments.sums[blockIdx.y * arguments.visual + item.key + first_key + threadIdx.x] = sum;
+}
+
+}  // namespace
+
+int launch_tensor_cores(const ImportanceArguments& arguments, DType dtype, const void* q, const void* k,
+                        void* stream_pointer) {
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
+  return dispatch(dtype, [&](auto element) -> int {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == 2) {
+      const T *queries = static_cast<const T*>(q), *keys = static_cast<const T*>(k);
+      // An item's last tile may be a partial one, so there are up to `items` tiles more than the whole ones.
+      const dim3 rows(gpu::dimension(arguments.text / kRows + arguments.items), gpu::dimension(arguments.heads));
+      const dim3 tiles(gpu::dimension(arguments.visual / kKeys + arguments.items), kSplits);
+      const int launched = arguments.text == 0 ? 0
+                                               : gpu::launch(statistics_kernel<T>, rows, dim3(32 * kStatisticsWarps), 0,
+                                                             stream, arguments, queries, keys);
+      return launched
+                 ? launched
+                 : gpu::launch(maximum_kernel<T>, tiles, dim3(kMaximumThreads), 0, stream, arguments, queries, keys);
+    } else {
+      return cudaErrorInvalidValue;
+    }
+  });
+}
+
+}  // namespace minifocus::cuda
