@@ -13,8 +13,9 @@ Each case is one operator on random numbers, `minifocus` beside its peers:
                 Neither writes to new pages of memory: the C library hands out again what the last call gave back
 
 A round times one after the other, so that a change in the machine's speed falls on all; figures are medians over rounds,
-ratios medians of each round's ratio. On a GPU, events are recorded around each call and a buffer larger than the L2
-cache is written before it. "extra" is the largest growth of memory in use during one call, outputs included: resident
+ratios medians of each round's ratio. On a GPU, events are recorded around each call. A gigabyte is written before it, which
+empties the L2 cache and keeps the GPU busy until the host has sent all that the call consists of; "host" is how long the
+sending takes. "extra" is the largest growth of memory in use during one call, outputs included: resident
 pages on the CPU (Linux only), torch's allocations on a GPU. "GB/s" counts what must be read and written, once each.
 
 The last line of the output is the report as one JSON object. Exit status: 0 measured, 1 the operators run in plain PyTorch.
@@ -219,7 +220,7 @@ class Clock:
 
     def __init__(self, device: str):
         self.gpu = device == "cuda"
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if self.gpu else None
+        self.flush = torch.empty(1 << 30, dtype=torch.uint8, device=device) if self.gpu else None
 
     def seconds(self, run: Callable[[], object], calls: int) -> float:
         if self.flush is None:
@@ -234,6 +235,13 @@ class Clock:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
+
+    def host_seconds(self, run: Callable[[], object]) -> float:
+        """How long a call keeps the host of a GPU."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -254,6 +262,9 @@ def measure(case: Case, clock: Clock, rounds: int) -> dict[str, Any]:
     timed = {name: partial(clock.seconds, run, case.calls) for name, run in case.runs.items()}
     times = interleaved({name: lambda _, call=call: call() for name, call in timed.items()}, rounds)
     seconds = {name: median(values) for name, values in times.items()}
+    host = {
+        name: median(clock.host_seconds(run) for _ in range(rounds)) for name, run in case.runs.items() if clock.gpu
+    }
     ratios = {name: ratio(values, times["minifocus"]) for name, values in times.items() if name != "minifocus"}
     figures: dict[str, float | None] = {**ratios, "microseconds": seconds["minifocus"] * 1e6}
     if extra["minifocus"] is not None and extra.get("reference"):
@@ -268,6 +279,7 @@ def measure(case: Case, clock: Clock, rounds: int) -> dict[str, Any]:
         "sizes": case.sizes,
         "failed": failed,
         "seconds": seconds,
+        **({"host_seconds": host} if clock.gpu else {}),
         "peer ÷ minifocus": ratios,
         "gb_per_second": case.bytes / seconds["minifocus"] / 1e9,
         "copy_gb_per_second": case.bytes / seconds["copy"] / 1e9 if "copy" in seconds else None,
@@ -288,6 +300,8 @@ def print_case(result: dict[str, Any]) -> None:
         print(f"    {times:6.2f} × as fast as {name} ({result['seconds'][name] * 1e6:.0f} µs)")
     for name, reason in result["failed"].items():
         print(f"    not measured: {name}: {reason}")
+    for name, seconds in result.get("host_seconds", {}).items():
+        print(f"    {seconds * 1e6:9.0f} µs of the host for {name}")
     for name, size in result["extra_bytes"].items():
         print(f"    {'not measured' if size is None else f'{size / 1e6:.1f} MB':>12} extra for {name}")
     for name, bar in result["bars"].items():

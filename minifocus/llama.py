@@ -165,6 +165,8 @@ class Attention(nn.Module):
         q = rotate(self.split_heads(self.q_proj(x[:, wanted])), cos[:, :, wanted], sin[:, :, wanted])
         k = rotate(self.split_heads(self.k_proj(x)), cos, sin)
         v = self.split_heads(self.v_proj(x))
+        # Under autocast rotation makes them float32, and attention would cast every block of them by itself.
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             cache.append(k, v, valid)
             if cache.length > k.shape[2]:

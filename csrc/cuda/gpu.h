@@ -39,7 +39,7 @@ inline int64_t max_shared_bytes() {
   if (cudaGetDevice(&device) == cudaSuccess) {
     cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   }
-  return bytes - 2048;  // a kernel's own __shared__ variables, and what CUDA keeps for itself
+  return bytes - 2048;  // a kernel's own __shared__ variables
 }
 
 // Whether the current device has mma.m16n8k16 for bfloat16 and half.

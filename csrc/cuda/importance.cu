@@ -266,8 +266,8 @@ int importance(const ImportanceArgs& args, void* stream_pointer) {
     using T = decltype(element);
     constexpr int kWide = 16 / sizeof(T);
     const bool wide = aligned16(args.q) && aligned16(args.k) && args.dim % kWide == 0;
-    const bool countable = max(max(args.text, args.visual), max(args.heads, args.dim)) < INT_MAX;  // there
-    if (sizeof(T) == 2 && wide && countable && tensor_cores_wanted())
+    const bool fits = args.dim <= kTensorCoreDim && max(max(args.text, args.visual), args.heads * args.dim) < INT_MAX;
+    if (sizeof(T) == 2 && wide && fits && tensor_cores_wanted())
       return launch_tensor_cores(arguments, args.dtype, args.q, args.k, stream_pointer);
     const auto run = [&](auto statistics, auto maximum) -> int {
       const T *q = static_cast<const T*>(args.q), *k = static_cast<const T*>(args.k);

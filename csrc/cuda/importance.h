@@ -18,7 +18,8 @@ struct ImportanceArguments {
 };
 
 // The first two passes by the tensor cores (importance_tensor_cores.cu), for bfloat16 and half whose rows can be read 16
-// bytes at a time. No number of the arguments is larger than an int.
+// bytes at a time, and heads of at most kTensorCoreDim channels. No number of the arguments is larger than an int.
+constexpr int kTensorCoreDim = 128;
 int launch_tensor_cores(const ImportanceArguments& arguments, DType dtype, const void* q, const void* k, void* stream);
 
 struct Item {

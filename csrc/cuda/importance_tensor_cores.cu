@@ -1,11 +1,11 @@
 // importance by the tensor cores, for bfloat16 and half (importance.cu says what is computed, and does it for float).
 //
-// A warp multiplies 16 rows (text tokens of a head) with a few times 8 keys, all of a head's channels, by the tensor cores'
+// A warp multiplies 16 rows (text tokens of a head) with 8 or 16 keys, all of a head's channels, by the tensor cores'
 // mma.m16n8k16. It brings what it multiplies from global memory straight into registers, and no warp waits for another
 // until the end: the caches serve those that read the same.
 //   1. statistics_kernel   block: 16 text tokens, one head. Its warps share out the keys. Each lane keeps the largest
 //                          product m and the sum of exp(product - m) of what it has seen; at the end they are merged;
-//   2. maximum_kernel      block: 32 keys, every kSplits-th group of 16 text tokens. Its warps share out the heads, and
+//   2. maximum_kernel      block: 16 keys, every kSplits-th group of 16 text tokens. Its warps share out the heads, and
 //                          keep the maximum of exp(product - m) / sum; then the block takes the maximum over its warps and
 //                          adds up over the text tokens.
 //
@@ -18,12 +18,11 @@ namespace minifocus::cuda {
 namespace {
 
 constexpr int kRows = 16;           // of a warp
-constexpr int kChunks = 4;          // of 32 channels, that registers hold
-constexpr int kHeld = 32 * kChunks;  // a head of more channels is brought in parts, again for every product
+constexpr int kChunks = kTensorCoreDim / 32;  // of a head's channels
 constexpr int kStatisticsWarps = 16, kStatisticsParts = 2;  // of 8 keys
-constexpr int kKeyWarps = 2, kHeadWarps = 2, kMaximumParts = 2;
-constexpr int kKeys = 8 * kMaximumParts * kKeyWarps;  // of a block
-constexpr int kMaximumThreads = 32 * kKeyWarps * kHeadWarps;
+constexpr int kHeadWarps = 4, kMaximumParts = 2;
+constexpr int kKeys = 8 * kMaximumParts;  // of a block
+constexpr int kMaximumThreads = 32 * kHeadWarps;
 
 // d += a · b for a 16 × 16, b 16 × 8, d 16 × 8 of bf16 (or half) and float, spread over a warp as PTX's m16n8k16 says.
 template <class T>
@@ -70,25 +69,31 @@ struct Row {
   unsigned words[kChunks][4];
 };
 
-// Reads the row's `channels` first channels at most, 0 for the others.
+// A lane's part of row `row` of a head: of q or k, whose rows are `pitch` apart; 0 where the row does not exist.
 template <class T>
-__device__ __forceinline__ void read(Row& row, const T* from, int channels) {
+__device__ __forceinline__ void read(Row& own, const T* from, int64_t pitch, int row, int rows, int dim) {
+  const T* const start = from + row * pitch;
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     const int channel = 32 * i + 8 * (threadIdx.x % 4);
     Vec<T, 8> value{};
-    if (channel < channels) value = load<8>(from + channel);
-    memcpy(row.words[i], &value, sizeof value);
+    if (row < rows && channel < dim) value = load<8>(start + channel);
+    memcpy(own.words[i], &value, sizeof value);
   }
 }
 
-// products += rows · keys, over the channels in registers.
+// Rows · keys, for 16 rows and 8 Parts keys.
 template <class T, int Parts>
 __device__ __forceinline__ void multiply(float (&products)[Parts][4], const Row (&rows)[2], const Row (&keys)[Parts],
-                                         int channels) {
+                                         int dim) {
+#pragma unroll
+  for (int part = 0; part < Parts; ++part) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) products[part][i] = 0.f;
+  }
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
-    if (32 * i >= channels) break;
+    if (32 * i >= dim) break;
 #pragma unroll
     for (int j = 0; j < 4; j += 2) {
       const unsigned a[4] = {rows[0].words[i][j], rows[1].words[i][j], rows[0].words[i][j + 1],
@@ -102,63 +107,15 @@ __device__ __forceinline__ void multiply(float (&products)[Parts][4], const Row 
   }
 }
 
-// What a warp multiplies: 16 text tokens of an item, of one head of q, with 8 Parts of its keys.
-template <class T, int Parts>
-struct Operands {
-  const ImportanceArguments& arguments;
-  const T *q, *k;  // of the item
-  int num_text, num_keys;
-  Row rows[2], keys[Parts];
-
-  __device__ Operands(const ImportanceArguments& arguments, const T* q, const T* k, const Item& item)
-      : arguments(arguments),
-        q(q + item.text * arguments.heads * arguments.dim),
-        k(k + item.key * (arguments.heads / arguments.group) * arguments.dim),
-        num_text(int(item.num_text)),
-        num_keys(int(item.num_keys)) {}
-
-  __device__ void read_rows(int text, int head, int channel) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int row = text + threadIdx.x % 32 / 4 + 8 * i;
-      read(rows[i], q + (row * arguments.heads + head) * arguments.dim + channel,
-              row < num_text ? int(arguments.dim) - channel : 0);
-    }
-  }
-  __device__ void read_keys(int key, int kv_head, int channel) {
-    const int64_t kv_heads = arguments.heads / arguments.group;
-#pragma unroll
-    for (int part = 0; part < Parts; ++part) {
-      const int row = key + 8 * part + threadIdx.x % 32 / 4;
-      read(keys[part], k + (row * kv_heads + kv_head) * arguments.dim + channel,
-              row < num_keys ? int(arguments.dim) - channel : 0);
-    }
-  }
-  // Of heads that registers hold, the rows (or the keys) are those of the last call where the caller says so.
-  __device__ void products_of(float (&products)[Parts][4], int text, bool same_rows, int key, bool same_keys, int head,
-                              int kv_head) {
-#pragma unroll
-    for (int part = 0; part < Parts; ++part) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) products[part][i] = 0.f;
-    }
-    const int dim = int(arguments.dim);
-    const bool held = dim <= kHeld;
-#pragma unroll 1
-    for (int channel = 0; channel < dim; channel += kHeld) {
-      if (!held || !same_rows) read_rows(text, head, channel);
-      if (!held || !same_keys) read_keys(key, kv_head, channel);
-      multiply<T>(products, rows, keys, dim - channel);
-    }
-  }
-};
+// Here products come times log2(e), so that exp is exp2, of which a GPU has an instruction.
+constexpr double kLog2E = 1.4426950408889634;
 
 // A largest product, and the sum of exp(product - largest).
 __device__ __forceinline__ float2 merge(float2 one, float2 other) {
   const float largest = fmaxf(one.x, other.x);
   // A sum of nothing goes with a largest product of -inf, and exp(-inf + inf) would be NaN.
-  const float sum = (one.y == 0.f ? 0.f : one.y * expf(one.x - largest)) +
-                    (other.y == 0.f ? 0.f : other.y * expf(other.x - largest));
+  const float sum = (one.y == 0.f ? 0.f : one.y * exp2f(one.x - largest)) +
+                    (other.y == 0.f ? 0.f : other.y * exp2f(other.x - largest));
   return make_float2(largest, sum);
 }
 
@@ -174,13 +131,19 @@ __global__ void __launch_bounds__(32 * kStatisticsWarps, 1)
   int64_t tile;
   if (!find_tile(arguments, &Item::num_text, kRows, item, tile)) return;
   const int first_text = int(tile) * kRows, num_keys = int(item.num_keys);
-  Operands<T, kParts> operands(arguments, q, k, item);
+  const int kv_heads = int(arguments.heads / arguments.group), dim = int(arguments.dim);
+  const int64_t q_pitch = arguments.heads * dim, k_pitch = int64_t(kv_heads) * dim;
+  const T* const of_q = q + item.text * q_pitch + head * dim;
+  const T* const of_k = k + item.key * k_pitch + kv_head * dim;
+  Row rows[2], keys[kParts];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) read(rows[i], of_q, q_pitch, first_text + g + 8 * i, int(item.num_text), dim);
   float2 own[2] = {{-INFINITY, 0.f}, {-INFINITY, 0.f}};  // of rows g and g + 8
-  bool read_before = false;
   for (int first_key = warp * 8 * kParts; first_key < num_keys; first_key += kStatisticsWarps * 8 * kParts) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) read(keys[part], of_k, k_pitch, first_key + 8 * part + g, num_keys, dim);
     float products[kParts][4];
-    operands.products_of(products, first_text, read_before, first_key, false, head, kv_head);
-    read_before = true;
+    multiply<T>(products, rows, keys, dim);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       float here = own[row].x;
@@ -193,13 +156,13 @@ __global__ void __launch_bounds__(32 * kStatisticsWarps, 1)
           here = fmaxf(here, product);
         }
       }
-      float sum = own[row].y == 0.f ? 0.f : own[row].y * expf(own[row].x - here);
+      float sum = own[row].y == 0.f ? 0.f : own[row].y * exp2f(own[row].x - here);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float product = products[part][2 * row + i];
-          if (product != -INFINITY) sum += expf(product - here);
+          if (product != -INFINITY) sum += exp2f(product - here);
         }
       }
       own[row] = make_float2(here, sum);
@@ -222,41 +185,59 @@ __global__ void __launch_bounds__(32 * kStatisticsWarps, 1)
   }
 }
 
-// Block (x, y): keys [32 x, + 32) of an item, its text tokens in groups y, y + kSplits, … of 16.
+// Block (x, y): keys [16 x, + 16) of an item, its text tokens in groups y, y + kSplits, … of 16.
 template <class T>
-__global__ void __launch_bounds__(kMaximumThreads, 3)
+__global__ void __launch_bounds__(kMaximumThreads, 2)
     maximum_kernel(const ImportanceArguments arguments, const T* __restrict__ q, const T* __restrict__ k) {
   __shared__ float largest[kHeadWarps][kRows][kKeys + 1];
   __shared__ float added[kMaximumThreads / kKeys][kKeys];
   constexpr int kParts = kMaximumParts;
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  const int key_warp = warp % kKeyWarps, head_warp = warp / kKeyWarps, own_key = 8 * kParts * key_warp;
   Item item;
   int64_t tile;
   if (!find_tile(arguments, &Item::num_keys, kKeys, item, tile)) return;
   const int heads = (int(arguments.heads) + kHeadWarps - 1) / kHeadWarps;  // of a warp
-  const int first_head = head_warp * heads, end_head = min(first_head + heads, int(arguments.heads));
+  const int first_head = warp * heads, end_head = min(first_head + heads, int(arguments.heads));
   const int first_key = int(tile) * kKeys, num_text = int(item.num_text);
-  Operands<T, kParts> operands(arguments, q, k, item);
+  const int group = int(arguments.group), dim = int(arguments.dim);
+  const int64_t q_pitch = arguments.heads * dim, k_pitch = arguments.heads / group * dim;
+  Row rows[2], next_rows[2], keys[kParts];
+  float2 statistics[2], next_statistics[2];
+  // Brings the next head's rows while this one's are worked on.
+  const auto bring = [&](int first_text, int head) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = first_text + g + 8 * i;
+      read(next_rows[i], q + item.text * q_pitch + head * dim, q_pitch, row, num_text, dim);
+      next_statistics[i] = make_float2(0.f, 0.f);
+      if (row < num_text) next_statistics[i] = arguments.statistics[head * arguments.text + item.text + row];
+    }
+  };
   int keys_of = -1;  // the head whose keys were read last
   float sum = 0.f;   // over text, of the key first_key + threadIdx.x
   for (int first_text = blockIdx.y * kRows; first_text < num_text; first_text += kSplits * kRows) {
+    const bool exists[2] = {first_text + g < num_text, first_text + g + 8 < num_text};
     float best[kParts][4] = {};  // a softmax is never below 0
+    if (first_head < end_head) bring(first_text, first_head);
 #pragma unroll 1
     for (int head = first_head; head < end_head; ++head) {
-      const int kv_head = head / int(arguments.group);
-      const float2* const of_head = arguments.statistics + head * arguments.text + item.text + first_text + g;
-      const bool exists[2] = {first_text + g < num_text, first_text + g + 8 < num_text};
-      const float2 none = make_float2(0.f, 0.f);
-      const float2 statistics[2] = {exists[0] ? of_head[0] : none, exists[1] ? of_head[8] : none};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) rows[i] = next_rows[i], statistics[i] = next_statistics[i];
+      if (keys_of != head / group) {
+        keys_of = head / group;
+#pragma unroll
+        for (int part = 0; part < kParts; ++part)
+          read(keys[part], k + item.key * k_pitch + keys_of * dim, k_pitch, first_key + 8 * part + g,
+               int(item.num_keys), dim);
+      }
+      if (head + 1 < end_head) bring(first_text, head + 1);
       float products[kParts][4];
-      operands.products_of(products, first_text, false, first_key + own_key, keys_of == kv_head, head, kv_head);
-      keys_of = kv_head;
+      multiply<T>(products, rows, keys, dim);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float share = expf(products[part][i] * arguments.scale - statistics[i / 2].x) * statistics[i / 2].y;
+          const float share = exp2f(products[part][i] * arguments.scale - statistics[i / 2].x) * statistics[i / 2].y;
           if (exists[i / 2]) keep_first_max(best[part][i], share);
         }
       }
@@ -264,19 +245,19 @@ __global__ void __launch_bounds__(kMaximumThreads, 3)
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) largest[head_warp][g + 8 * (i / 2)][own_key + 8 * part + 2 * c + i % 2] = best[part][i];
+      for (int i = 0; i < 4; ++i) largest[warp][g + 8 * (i / 2)][8 * part + 2 * c + i % 2] = best[part][i];
     }
     __syncthreads();
-    const int key = threadIdx.x % kKeys, group = threadIdx.x / kKeys;
+    const int key = threadIdx.x % kKeys, share = threadIdx.x / kKeys;
     constexpr int kGroups = kMaximumThreads / kKeys;
     float of_rows = 0.f;
-    for (int row = group; row < kRows; row += kGroups) {
+    for (int row = share; row < kRows; row += kGroups) {
       float of_row = largest[0][row][key];
 #pragma unroll
       for (int w = 1; w < kHeadWarps; ++w) keep_first_max(of_row, largest[w][row][key]);
       of_rows += of_row;
     }
-    added[group][key] = of_rows;
+    added[share][key] = of_rows;
     __syncthreads();
     if (threadIdx.x < kKeys) {
       for (int i = 0; i < kGroups; ++i) sum += added[i][threadIdx.x];
@@ -288,8 +269,10 @@ __global__ void __launch_bounds__(kMaximumThreads, 3)
 
 }  // namespace
 
-int launch_tensor_cores(const ImportanceArguments& arguments, DType dtype, const void* q, const void* k,
+int launch_tensor_cores(const ImportanceArguments& given, DType dtype, const void* q, const void* k,
                         void* stream_pointer) {
+  ImportanceArguments arguments = given;
+  arguments.scale = float(given.scale * kLog2E);
   cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   return dispatch(dtype, [&](auto element) -> int {
     using T = decltype(element);

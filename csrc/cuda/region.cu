@@ -18,6 +18,11 @@ namespace minifocus::cuda {
 namespace {
 
 constexpr int kThreads = 512;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kAhead = 8;  // cells that a thread of region_route waits for at a time
+#else
+constexpr int kAhead = 4;  // older GPUs compare bfloat16 in more registers
+#endif
 constexpr unsigned long long kOwn = 1ull << 62;   // the low bits: this region's tokens
 constexpr unsigned long long kUpTo = 1ull << 63;  // the low bits: tokens of all regions up to and with this one
 constexpr unsigned long long kNumber = kOwn - 1;
@@ -77,7 +82,7 @@ __device__ int choose(const Kernel& k, const Region& region, const T* x, const f
     const T* from = x + region.row_of(0, 0) * k.channels + column * V;
     int across = 0;
     Vec<T, V> pooled;
-#pragma unroll 8
+#pragma unroll kAhead
     for (int cell = 0; cell < cells; ++cell) {
       const Vec<T, V> value = load<V>(from);
       from += k.channels;
@@ -87,7 +92,7 @@ __device__ int choose(const Kernel& k, const Region& region, const T* x, const f
       }
       if (kept) cache[cell * k.cached + column] = value;
       if (cell == 0) pooled = value;
-      keep_max(pooled, value);
+      keep_first_max(pooled, value);
     }
     const float* context = k.context + region.picture * k.branches.count * k.channels + column * V;
 #pragma unroll
@@ -120,7 +125,7 @@ __device__ int choose(const Kernel& k, const Region& region, const T* x, const f
 }
 
 template <class T, int V, bool kRoute>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kRoute ? 2 : 1)
     region_kernel(const __grid_constant__ Kernel k, const T* __restrict__ x, T* __restrict__ tokens) {
   DYN_SHARED(unsigned char, shared);
   Vec<T, V>* const cache = reinterpret_cast<Vec<T, V>*>(shared);
@@ -164,30 +169,36 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   const int64_t vectors = k.channels / V;
   const Share share(vectors, kThreads);
+  int down = share.token / max(windows.across, 1), along = share.token - down * windows.across;  // of the window
   for (int token = share.token; token < windows.count; token += share.tokens) {
-    const int top = token / windows.across * windows.height, left = token % windows.across * windows.width;
+    const int top = down * windows.height, left = along * windows.width;
     const int bottom = min(top + windows.height, region.height), right = min(left + windows.width, region.width);
+    for (along += share.tokens; along >= windows.across; along -= windows.across) ++down;
     for (int64_t column = share.column; column < vectors; column += share.columns) {
-      const T* from = x + region.row_of(top, left) * k.channels + column * V;
-      int cell = top * region.width + left, across = left;
-      const int cells = (bottom - top) * (right - left);
-      Vec<T, V> pooled;
+      const int wide = right - left, cells = (bottom - top) * wide;
+      const auto maximum = [&](const Vec<T, V>* from, auto step, auto skip) {  // to the next cell, over a row's rest
+        Vec<T, V> pooled = *from;
+        int across = 0;
 #pragma unroll 4
-      for (int i = 0; i < cells; ++i) {
-        Vec<T, V> value;
-        if (kRoute && column < k.cached)
-          value = cache[cell * k.cached + column];
-        else
-          value = load<V>(from);
-        from += k.channels;
-        ++cell;
-        if (++across == right) {
-          across = left;
-          from += int64_t(region.map_width - (right - left)) * k.channels;
-          cell += region.width - (right - left);
+        for (int i = 0; i < cells; ++i) {
+          const Vec<T, V> value = *from;
+          from += step;
+          if (++across == wide) {
+            across = 0;
+            from += skip;
+          }
+          keep_first_max(pooled, value);
         }
-        if (i == 0) pooled = value;
-        keep_max(pooled, value);
+        return pooled;
+      };
+      Vec<T, V> pooled;
+      if (kRoute && column < k.cached) {
+        const int step = int(k.cached);
+        pooled = maximum(cache + (top * region.width + left) * step + column, step, (region.width - wide) * step);
+      } else {
+        const Vec<T, V>* const from = reinterpret_cast<const Vec<T, V>*>(x);
+        pooled = maximum(from + region.row_of(top, left) * vectors + column, vectors,
+                         (region.map_width - wide) * vectors);
       }
       if (!kRoute && k.weight) {
 #pragma unroll

@@ -41,8 +41,8 @@ __device__ __forceinline__ Region find_region(const Pictures& pictures, int wind
     else
       above = middle;
   }
-  const int across = (pictures.width[p] + window - 1) / window;
-  const int64_t own = number - pictures.first_region[p];
+  const unsigned across = unsigned(pictures.width[p] + window - 1) / unsigned(window);
+  const unsigned own = unsigned(number - pictures.first_region[p]);  // a launch has fewer than 2^31 blocks
   Region region;
   region.picture = pictures.first_picture + p;
   region.first_cell = pictures.first_cell[p];

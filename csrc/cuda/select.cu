@@ -14,15 +14,14 @@
 namespace minifocus::cuda {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-constexpr int kThreads = 256;  // of a block: with more, adding up over the block would take longer than what it adds up
-// How many of an item's scores keep their numbers in shared memory. The others' numbers are made again.
-constexpr int64_t kCached = 4096, kCachedBytes = sizeof(double) + sizeof(unsigned);
+constexpr int kMaxThreads = 512;
+// A thread's scores in registers: the first kHeld * threads of an item. The others' numbers are made again each time.
+constexpr int kHeld = 8;
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Arguments {
   const int64_t* cu_visual;
-  int64_t visual, cached;
+  int64_t visual;
   double gamma;
   int64_t keep;  // -1: by gamma
   int64_t* index;
@@ -36,39 +35,47 @@ __device__ __forceinline__ unsigned order_of(float score) {
   return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-// What the warps of a block tell each other. Twice, so that one barrier is enough: while some still read, others write to
-// the second, and nobody returns to the first before all have passed the next barrier.
+// What the warps of a block tell each other.
 struct Exchange {
+  // Twice, so that one barrier is enough: while some still read, others write to the second, and nobody returns to the
+  // first before all have passed the next barrier.
   double sums[2][kMaxThreads / 32][3];
-  int2 counts[2][kMaxThreads / 32];
+  int2 counts[kHeld * kMaxThreads / 32], all;
 };
 
 // The block's sums, for every thread; `turn` alternates between 0 and 1. Sums of steps are exact: whichever way they are
 // added, every thread has the same.
 template <int N>
 __device__ __forceinline__ void add_up(double (&own)[N], Exchange& exchange, int turn) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
 #pragma unroll
     for (int i = 0; i < N; ++i) own[i] += __shfl_xor_sync(kAll, own[i], step);
   }
-  if (threadIdx.x % 32 == 0) {
+  if (lane == 0) {
 #pragma unroll
     for (int i = 0; i < N; ++i) exchange.sums[turn][threadIdx.x / 32][i] = own[i];
   }
   __syncthreads();
 #pragma unroll
-  for (int i = 0; i < N; ++i) own[i] = exchange.sums[turn][0][i];
-  for (int warp = 1; warp < (int)blockDim.x / 32; ++warp) {
+  for (int i = 0; i < N; ++i) own[i] = lane < (int)blockDim.x / 32 ? exchange.sums[turn][lane][i] : 0.;
 #pragma unroll
-    for (int i = 0; i < N; ++i) own[i] += exchange.sums[turn][warp][i];
+  for (int step = 16; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) own[i] += __shfl_xor_sync(kAll, own[i], step);
   }
 }
 
+// kHeld of a thread's scores: the item's [first + j * threads + thread] for each j.
+struct Group {
+  unsigned order[kHeld];
+  double steps[kHeld];
+  bool exists[kHeld];
+};
+
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, const T* __restrict__ all_scores) {
-  DYN_SHARED(double, cached_steps);  // [cached], and then the orders
-  unsigned* const cached_orders = reinterpret_cast<unsigned*>(cached_steps + a.cached);
   __shared__ Exchange exchange;
   __shared__ int64_t ends[2];
   // One thread reads for all: another stream may write other offsets meanwhile, and threads with different lengths
@@ -82,6 +89,7 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
   DEVICE_CHECK((blockIdx.x > 0 || ends[0] == 0) && (blockIdx.x + 1 < gridDim.x || ends[1] == a.visual));
   const int64_t begin = ends[0], length = ends[1] - begin;
   const T* scores = all_scores + begin;
+  const int threads = blockDim.x, lane = threadIdx.x % 32, own_warp = threadIdx.x / 32;
 
   // How many to keep if that needs no sum, else -1.
   long long wanted = -1;
@@ -92,43 +100,62 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
   else if (!(a.gamma < 1.))
     wanted = length;
 
+  float held[kHeld];
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    const int64_t i = threadIdx.x + j * threads;
+    held[j] = i < length ? to_float(scores[i]) : 0.f;
+  }
   double largest = 0.;
   bool uncountable = false;  // a NaN or infinity: no share exceeds anything
-  for (int64_t i = threadIdx.x; i < length; i += blockDim.x) {
-    const float score = to_float(scores[i]);
+  const auto look_at = [&](float score) {
     uncountable |= !(score < INFINITY);
     largest = score > largest ? score : largest;
-  }
+  };
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) look_at(held[j]);
+  for (int64_t i = kHeld * threads + threadIdx.x; i < length; i += threads) look_at(to_float(scores[i]));
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
     const double other = __shfl_xor_sync(kAll, largest, step);
     largest = other > largest ? other : largest;
   }
-  if (threadIdx.x % 32 == 0) exchange.sums[0][threadIdx.x / 32][0] = largest;
+  if (lane == 0) exchange.sums[0][own_warp][0] = largest;
   uncountable = __syncthreads_or(uncountable);
-  for (int warp = 0; warp < (int)blockDim.x / 32; ++warp)
+  for (int warp = 0; warp < threads / 32; ++warp)
     largest = exchange.sums[0][warp][0] > largest ? exchange.sums[0][warp][0] : largest;
   if (wanted < 0 && (uncountable || largest == 0.)) wanted = length;
 
   const int bits = 64 - __clzll(length);
   const double finest = ldexp(1., 52 - bits);
-  // Where a number of scores is wanted, each counts as one step.
-  const auto steps_of = [&](float score) {
-    return wanted >= 0 ? 1. : !(score > 0.f) ? 0. : rint(double(score) / largest * finest);
+  const auto set = [&](Group& group, int j, bool exists, float score) {
+    group.exists[j] = exists;
+    group.order[j] = order_of(score);
+    // Where a number of scores is wanted, each counts as one step.
+    group.steps[j] = !exists ? 0. : wanted >= 0 ? 1. : !(score > 0.f) ? 0. : rint(double(score) / largest * finest);
   };
-  const auto order_at = [&](int64_t i) { return i < a.cached ? cached_orders[i] : order_of(to_float(scores[i])); };
-  const auto steps_at = [&](int64_t i) { return i < a.cached ? cached_steps[i] : steps_of(to_float(scores[i])); };
+  Group in_registers;
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) set(in_registers, j, int64_t(threadIdx.x) + j * threads < length, held[j]);
+  // Calls body(group, the number of its first score) for all of the item's scores, kHeld * threads at a time.
+  const auto for_each_group = [&](auto&& body) {
+    body(in_registers, int64_t(0));
+    for (int64_t first = kHeld * threads; first < length; first += kHeld * threads) {
+      Group group;
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) {
+        const int64_t i = first + threadIdx.x + j * threads;
+        set(group, j, i < length, i < length ? to_float(scores[i]) : 0.f);
+      }
+      body(group, first);
+    }
+  };
 
   double total[1] = {};
-  for (int64_t i = threadIdx.x; i < length; i += blockDim.x) {  // each thread reads only what it wrote here
-    const float score = to_float(scores[i]);
-    const double steps = steps_of(score);
-    if (i < a.cached) {
-      cached_orders[i] = order_of(score);
-      cached_steps[i] = steps;
-    }
-    total[0] += steps;
-  }
+  for_each_group([&](const Group& group, int64_t) {
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) total[0] += group.steps[j];
+  });
   int turn = 1;  // the largest score went by the other
   add_up(total, exchange, turn);
   const double target = wanted >= 0 ? double(wanted) - 0.5 : a.gamma * total[0];  // more than it is enough
@@ -137,14 +164,14 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
   double above = 0.;  // the steps of all scores above v
   for (int shift = 30; shift >= 0; shift -= 2) {
     double with[3] = {};  // the steps of those that agree with v above these two bits, which are 1, 2 or 3
-    for (int64_t i = threadIdx.x; i < length; i += blockDim.x) {
-      const unsigned bits = (order_at(i) ^ v) >> shift;  // v's own are 0 as yet
-      if (1 <= bits && bits <= 3) {
-        const double steps = steps_at(i);
+    for_each_group([&](const Group& group, int64_t) {
 #pragma unroll
-        for (unsigned digit = 1; digit <= 3; ++digit) with[digit - 1] += bits == digit ? steps : 0.;
+      for (int j = 0; j < kHeld; ++j) {
+        const unsigned own_bits = (group.order[j] ^ v) >> shift;  // v's own are 0 as yet
+#pragma unroll
+        for (unsigned digit = 1; digit <= 3; ++digit) with[digit - 1] += own_bits == digit ? group.steps[j] : 0.;
       }
-    }
+    });
     add_up(with, exchange, turn ^= 1);
 #pragma unroll
     for (int digit = 3; digit >= 0; --digit) {
@@ -158,12 +185,15 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
 
   // Of those that equal v, and so have equally many steps, the fewest that are enough.
   double equal[2] = {};  // their steps and their number
-  for (int64_t i = threadIdx.x; i < length; i += blockDim.x) {
-    if (order_at(i) == v) {
-      equal[0] += steps_at(i);
-      equal[1] += 1.;
+  for_each_group([&](const Group& group, int64_t) {
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      if (group.exists[j] && group.order[j] == v) {
+        equal[0] += group.steps[j];
+        equal[1] += 1.;
+      }
     }
-  }
+  });
   add_up(equal, exchange, turn ^= 1);
   long long ties = (long long)equal[1];
   if (equal[1] > 0. && above + equal[0] > target) {
@@ -174,32 +204,48 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
     while (ties < (long long)equal[1] && !(above + double(ties) * each > target)) ++ties;
   }
 
-  const int lane = threadIdx.x % 32, own_warp = threadIdx.x / 32;
-  const unsigned lanes_before = (1u << lane) - 1;
-  long long ties_before = 0, above_before = 0;
-  for (int64_t base = 0; base < length; base += blockDim.x) {
-    const int64_t i = base + threadIdx.x;
-    const unsigned order = i < length ? order_at(i) : 0;
-    const bool is_tie = i < length && order == v, is_above = i < length && order > v;
-    const unsigned tie_votes = __ballot_sync(kAll, is_tie), above_votes = __ballot_sync(kAll, is_above);
-    turn ^= 1;
-    if (lane == 0) exchange.counts[turn][own_warp] = {__popc(tie_votes), __popc(above_votes)};
-    __syncthreads();
-    long long tie = ties_before + __popc(tie_votes & lanes_before);
-    long long place = above_before + __popc(above_votes & lanes_before);
-    for (int warp = 0; warp < (int)blockDim.x / 32; ++warp) {
-      const int2 of_warp = exchange.counts[turn][warp];
-      if (warp < own_warp) {
-        tie += of_warp.x;
-        place += of_warp.y;
-      }
-      ties_before += of_warp.x;
-      above_before += of_warp.y;
+  long long ties_before = 0, above_before = 0;  // in the groups before
+  for_each_group([&](const Group& group, int64_t first) {
+    const int warps = threads / 32, entries = kHeld * warps;
+    unsigned tie_votes[kHeld], above_votes[kHeld];
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      tie_votes[j] = __ballot_sync(kAll, group.exists[j] && group.order[j] == v);
+      above_votes[j] = __ballot_sync(kAll, group.exists[j] && group.order[j] > v);
+      if (lane == 0) exchange.counts[j * warps + own_warp] = {__popc(tie_votes[j]), __popc(above_votes[j])};
     }
-    if (is_above || (is_tie && tie < ties)) a.index[begin + place + min(tie, ties)] = begin + i;
-  }
+    __syncthreads();
+    int2 all = {0, 0};
+    if (own_warp == 0) {  // each count becomes the sum of those before it
+      for (int entry = 0; entry < entries; entry += 32) {
+        const int2 own = exchange.counts[entry + lane];
+        int2 sum = own;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+          const int x = __shfl_up_sync(kAll, sum.x, step), y = __shfl_up_sync(kAll, sum.y, step);
+          if (lane >= step) sum = {sum.x + x, sum.y + y};
+        }
+        exchange.counts[entry + lane] = {all.x + sum.x - own.x, all.y + sum.y - own.y};
+        all = {all.x + __shfl_sync(kAll, sum.x, 31), all.y + __shfl_sync(kAll, sum.y, 31)};
+      }
+      if (lane == 0) exchange.all = all;
+    }
+    __syncthreads();
+    const unsigned lanes_before = (1u << lane) - 1;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) {
+      const int2 before = exchange.counts[j * warps + own_warp];
+      const long long tie = ties_before + before.x + __popc(tie_votes[j] & lanes_before);
+      const long long place = above_before + before.y + __popc(above_votes[j] & lanes_before) + min(tie, ties);
+      const bool is_above = above_votes[j] >> lane & 1, is_tie = tie_votes[j] >> lane & 1;
+      if (is_above || (is_tie && tie < ties)) a.index[begin + place] = begin + first + threadIdx.x + j * threads;
+    }
+    ties_before += exchange.all.x;
+    above_before += exchange.all.y;
+    __syncthreads();  // all have read, before the next group's are written
+  });
   const long long kept = above_before + min(ties_before, ties);
-  for (int64_t i = kept + threadIdx.x; i < length; i += blockDim.x) a.index[begin + i] = -1;
+  for (int64_t i = kept + threadIdx.x; i < length; i += threads) a.index[begin + i] = -1;
   if (threadIdx.x == 0) a.count[blockIdx.x] = kept;
 }
 
@@ -207,14 +253,12 @@ __global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, 
 
 int select_top_p(const SelectArgs& args, void* stream) {
   if (args.items == 0) return 0;
-  const int64_t cached = min(args.visual, min(kCached, gpu::max_shared_bytes() / kCachedBytes));
-  const Arguments arguments{args.cu_visual, args.visual, cached, args.gamma, args.keep, args.index, args.count};
-  const int threads = args.visual <= 128 ? 128 : args.visual / args.items <= 4 * kCached ? kThreads : kMaxThreads;
+  const Arguments arguments{args.cu_visual, args.visual, args.gamma, args.keep, args.index, args.count};
+  const int threads = args.visual <= 128 * kHeld ? 128 : kMaxThreads;
   return dispatch(args.dtype, [&](auto element) -> int {
     using T = decltype(element);
-    return gpu::launch(select_kernel<T>, dim3(gpu::dimension(args.items)), dim3(threads),
-                       size_t(cached * kCachedBytes), static_cast<cudaStream_t>(stream), arguments,
-                       static_cast<const T*>(args.scores));
+    return gpu::launch(select_kernel<T>, dim3(gpu::dimension(args.items)), dim3(threads), 0,
+                       static_cast<cudaStream_t>(stream), arguments, static_cast<const T*>(args.scores));
   });
 }
 
