@@ -76,9 +76,13 @@ __device__ __forceinline__ void read(Row& own, const T* from, int64_t pitch, int
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     const int channel = 32 * i + 8 * (threadIdx.x % 4);
-    Vec<T, 8> value{};
-    if (row < rows && channel < dim) value = load<8>(start + channel);
-    memcpy(own.words[i], &value, sizeof value);
+    // As one word of 16 bytes: taken apart into numbers, it would be waited for here and not where it is multiplied.
+    uint4 word = {0, 0, 0, 0};
+    if (row < rows && channel < dim) word = *reinterpret_cast<const uint4*>(start + channel);
+    own.words[i][0] = word.x;
+    own.words[i][1] = word.y;
+    own.words[i][2] = word.z;
+    own.words[i][3] = word.w;
   }
 }
 

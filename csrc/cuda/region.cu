@@ -125,7 +125,7 @@ __device__ int choose(const Kernel& k, const Region& region, const T* x, const f
 }
 
 template <class T, int V, bool kRoute>
-__global__ void __launch_bounds__(kThreads, kRoute ? 2 : 1)
+__global__ void __launch_bounds__(kThreads, 2)
     region_kernel(const __grid_constant__ Kernel k, const T* __restrict__ x, T* __restrict__ tokens) {
   DYN_SHARED(unsigned char, shared);
   Vec<T, V>* const cache = reinterpret_cast<Vec<T, V>*>(shared);
@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(kThreads, kRoute ? 2 : 1)
   }
   const int64_t vectors = k.channels / V;
   const Share share(vectors, kThreads);
-  int down = share.token / max(windows.across, 1), along = share.token - down * windows.across;  // of the window
+  int down = 0, along = share.token < windows.count ? share.token : 0;  // of the window
+  for (; along >= windows.across && windows.across > 0; along -= windows.across) ++down;
   for (int token = share.token; token < windows.count; token += share.tokens) {
     const int top = down * windows.height, left = along * windows.width;
     const int bottom = min(top + windows.height, region.height), right = min(left + windows.width, region.width);
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, kRoute ? 2 : 1)
       const auto maximum = [&](const Vec<T, V>* from, auto step, auto skip) {  // to the next cell, over a row's rest
         Vec<T, V> pooled = *from;
         int across = 0;
-#pragma unroll 4
+#pragma unroll kAhead / 2
         for (int i = 0; i < cells; ++i) {
           const Vec<T, V> value = *from;
           from += step;

@@ -14,9 +14,9 @@
 namespace minifocus::cuda {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = 256;  // more would wait longer for each other's sums than they save
 // A thread's scores in registers: the first kHeld * threads of an item. The others' numbers are made again each time.
-constexpr int kHeld = 8;
+constexpr int kHeld = 16;
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Arguments {
@@ -58,10 +58,12 @@ __device__ __forceinline__ void add_up(double (&own)[N], Exchange& exchange, int
     for (int i = 0; i < N; ++i) exchange.sums[turn][threadIdx.x / 32][i] = own[i];
   }
   __syncthreads();
+  constexpr int kWarps = kMaxThreads / 32;
+  const int warp = lane % kWarps;
 #pragma unroll
-  for (int i = 0; i < N; ++i) own[i] = lane < (int)blockDim.x / 32 ? exchange.sums[turn][lane][i] : 0.;
+  for (int i = 0; i < N; ++i) own[i] = warp < (int)blockDim.x / 32 ? exchange.sums[turn][warp][i] : 0.;
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
+  for (int step = kWarps / 2; step > 0; step /= 2) {
 #pragma unroll
     for (int i = 0; i < N; ++i) own[i] += __shfl_xor_sync(kAll, own[i], step);
   }
@@ -75,7 +77,7 @@ struct Group {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) select_kernel(const Arguments a, const T* __restrict__ all_scores) {
+__global__ void __launch_bounds__(kMaxThreads, 1) select_kernel(const Arguments a, const T* __restrict__ all_scores) {
   __shared__ Exchange exchange;
   __shared__ int64_t ends[2];
   // One thread reads for all: another stream may write other offsets meanwhile, and threads with different lengths
