@@ -130,7 +130,8 @@ __global__ void __launch_bounds__(32 * kStatisticsWarps, 1)
   __shared__ float2 seen[kRows][4 * kStatisticsWarps + 1];
   constexpr int kParts = kStatisticsParts;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  const int head = blockIdx.y, kv_head = head / int(arguments.group);
+  const int head = blockIdx.y;
+  const int kv_head = head / int(arguments.group);
   Item item;
   int64_t tile;
   if (!find_tile(arguments, &Item::num_text, kRows, item, tile)) return;
@@ -180,9 +181,7 @@ __global__ void __launch_bounds__(32 * kStatisticsWarps, 1)
     for (int i = lane + 32; i < 4 * kStatisticsWarps; i += 32) all = merge(all, seen[row][i]);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
-      const float2 other = {__shfl_xor_sync(kAll, all.x, step), __shfl_xor_sync(kAll, all.y, step)};
-      // In the order of lanes, so that both add alike.
-      all = lane & step ? merge(other, all) : merge(all, other);
+      all = merge(all, {__shfl_xor_sync(kAll, all.x, step), __shfl_xor_sync(kAll, all.y, step)});
     }
     if (lane == 0 && first_text + row < item.num_text)
       arguments.statistics[head * arguments.text + item.text + first_text + row] = make_float2(all.x, 1.f / all.y);

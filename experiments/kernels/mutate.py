@@ -38,7 +38,9 @@ TESTS = {  # the operators that a file's lines are part of, as pytest's -k takes
     "region_backward.cu": "test_region_pool_backward",
     "regions.h": "test_region_pool or test_region_route",
     "vectors.h": "test_region_pool or test_region_route",
+    "importance.h": "test_importance",
     "importance.cu": "test_importance",
+    "importance_tensor_cores.cu": "test_importance or do_not_exist",
     "select.cu": "test_select_top_p",
     "gpu.h": "test_select_top_p or test_region_route",
     "gather.cu": "test_gather_tokens",
@@ -56,7 +58,8 @@ BREAKS = [  # file, line, what it becomes
     ("region.cu", "before += tokens;", "before = tokens;"),
     ("region.cu", "const int nearest = sums ? __ffs(sums) - 1 : 31;", "const int nearest = 31;"),
     ("region.cu", "cudaMemsetAsync(args.source, 0xff,", "cudaMemsetAsync(args.source, 0,"),
-    ("region.cu", "if (column < k.cached) cache", "if (column <= k.cached) cache"),
+    ("region.cu", "const bool kept = column < k.cached;", "const bool kept = column <= k.cached;"),
+    ("region.cu", "for (along += share.tokens;", "for (along += 1;"),
     (
         "region_backward.cu",
         "pooled.v[j] = value.v[j];\n              winner[j] = cell;",
@@ -74,8 +77,20 @@ BREAKS = [  # file, line, what it becomes
         "const float right = to_float(k.v[first_key + 8 * part + 2 * c + 1][channel]);",
         "const float right = left;",
     ),
-    ("importance.cu", "b[upper_channels], 4 * (2 * c + 1) + o)", "b[upper_channels], 4 * (2 * c) + o)"),
-    ("select.cu", "tie ? rank < ties : order > v", "tie ? rank <= ties : order > v"),
+    ("importance_tensor_cores.cu", "b[upper_channels], 4 * (2 * c + 1) + o)", "b[upper_channels], 4 * (2 * c) + o)"),
+    ("importance_tensor_cores.cu", "if (row < rows && channel < dim) word", "if (row < rows) word"),
+    ("importance_tensor_cores.cu", "if (row < rows && channel < dim) word", "if (channel < dim) word"),
+    (
+        "importance_tensor_cores.cu",
+        "+ i < num_keys ? product * arguments.scale",
+        "+ i < num_keys + 1 ? product * arguments.scale",
+    ),
+    ("importance_tensor_cores.cu", "if (exists[i / 2]) keep_first_max", "keep_first_max"),
+    ("importance_tensor_cores.cu", "if (keys_of != head / group)", "if (keys_of < 0)"),
+    ("importance_tensor_cores.cu", "const int kv_head = head / int(arguments.group)", "const int kv_head = 0"),
+    ("select.cu", "(is_tie && tie < ties)", "(is_tie && tie <= ties)"),
+    ("select.cu", "own_bits == digit ? group.steps[j] : 0.", "own_bits >= digit ? group.steps[j] : 0."),
+    ("select.cu", "ties_before += exchange.all.x;", ""),
     ("select.cu", "__float_as_uint(score == 0.f ? 0.f : score)", "__float_as_uint(score)"),
     ("select.cu", "ldexp(1., 52 - bits)", "ldexp(1., 12 - bits)"),
     ("gather.cu", "if (row >= 0) value[j]", "if (row > 0) value[j]"),
@@ -114,7 +129,7 @@ def try_out(mutant: tuple[str, str, str, int, str], copies: Queue[Path]) -> dict
     target = copy / "csrc/cuda" / file
     original = target.read_text()
     target.write_text(original[:place] + new + original[place + len(old) :])
-    chosen = f"(emulated or look_back or layout) and ({TESTS[file]})"
+    chosen = f"(emulated or look_back or tensor_cores or do_not_exist) and ({TESTS[file]})"
     command = [
         sys.executable,
         "-m",

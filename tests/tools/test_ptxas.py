@@ -31,6 +31,13 @@ def test_kernels_neither_spill_nor_use_a_stack(report: dict[str, Any]) -> None:
     assert [kernel for kernel in report["kernels"] if any(kernel[key] for key in memory)] == []
 
 
+def test_room_is_left_for_what_a_kernel_has_beside_its_dynamic_shared_memory(report: dict[str, Any]) -> None:
+    """gpu::launch asks for all that a block may have, less 2 KB: with more variables of its own, a kernel would not start."""
+    dynamic = {f.name for f in (ROOT / "csrc/cuda").glob("*.cu") if "DYN_SHARED" in f.read_text()}
+    rows = [row for row in report["kernels"] if Path(row["file"]).name in dynamic]
+    assert dynamic and rows and max(row["static_shared_bytes"] for row in rows) <= 2048
+
+
 def test_record_is_of_these_kernels(report: dict[str, Any]) -> None:
     """The same kernels whichever nvcc made the record, and the same numbers where it was this one."""
     record = json.loads(RECORD.read_text())
