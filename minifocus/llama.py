@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .activations import ACTIVATIONS
+from .attention_kernels import no_plans
 from .loading.config import RopeConfig, TextConfig
 from .rows import Rows
 
@@ -233,6 +234,7 @@ class LlamaModel(nn.Module):
     def rope(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         return rope_tables(self.config.rope, self.config.head_dim, positions, dtype)
 
+    @no_plans()
     def prefill(
         self,
         rows: Rows,
@@ -263,6 +265,7 @@ class LlamaModel(nn.Module):
                 x = layer(x, cos, sin, mask, padded, caches[index] if caches is not None else None, wanted)
         return rows.with_hidden(self.norm(x))
 
+    @no_plans()
     def decode(self, token_ids: torch.Tensor, positions: torch.Tensor, caches: list[LayerCache]) -> torch.Tensor:
         """One more token for each row: token_ids and positions [B] → hidden states [B, C]."""
         x = self.embed_tokens(token_ids[:, None])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .activations import ACTIVATIONS
+from .attention_kernels import no_plans
 from .loading.config import Config, VisionConfig
 
 
@@ -95,6 +96,7 @@ class VisionTower(nn.Module):
         # Part of every CLIP checkpoint, and never applied to the features that LLaVA takes.
         self.post_layernorm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
 
+    @no_plans()
     def forward(self, pixel_values: torch.Tensor, also: Iterable[int] = ()) -> dict[int, torch.Tensor]:
         """pixel_values [N, 3, S, S] → the inputs [N, 1 + grid², C] of blocks, by the block's number from 0.
 

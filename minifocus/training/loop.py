@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from ..attention_kernels import no_plans
 from ..errors import InputError
 from ..files.writing import clear
 from .checkpoint import CHECKPOINT, resume, save_checkpoint
@@ -122,7 +123,8 @@ def fit(
                     with nullcontext() if last or process.count == 1 else wrapped.no_sync():  # type: ignore[operator]
                         with amp:
                             loss, parts = wrapped(batch, targets, per_step)
-                        (loss * process.count).backward()  # the processes' gradients are averaged, not added
+                        with no_plans():  # for layers that are run again (gradient checkpointing)
+                            (loss * process.count).backward()  # the processes' gradients are averaged, not added
                     figures.append(parts)
                 norm = nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
                 if not math.isfinite(float(norm)):

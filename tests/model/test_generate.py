@@ -179,6 +179,23 @@ def test_double_precision_answers_as_single(folder: Path) -> None:
         assert torch.allclose(answer.pictures[0].importance, expected.pictures[0].importance, atol=1e-5, equal_nan=True)
 
 
+def test_no_attention_kernel_plans_for_each_length(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's does, for 30 ms each on an H200; the switch is the process', and others find it as they left it."""
+    attention, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(*tensors: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((tensors[0].shape[2], torch.backends.cuda.cudnn_sdp_enabled()))
+        return attention(*tensors, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = load(folder, "focus")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    model.generate(picture(), "What is it?", max_new_tokens=3)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert {enabled for _, enabled in seen} == {False}
+    assert len({length for length, _ in seen}) >= 3  # of the tower, of the prompt, and of a token
+
+
 def test_the_default_dtype_has_no_say(folder: Path) -> None:
     model = load(folder, "focus", keep=5)
     expected = model.generate(picture(), "What is it?", max_new_tokens=9)

@@ -20,8 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which it would run for minutes")
-def test_it_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.kernels.gpu_check", "--out", str(tmp_path / "out")]
+@pytest.mark.parametrize("program", ["kernels.gpu_check --out", "attention_lengths"])
+def test_it_says_that_there_is_no_gpu(program: str, tmp_path: Path) -> None:
+    name, *flag = program.split()
+    command = [sys.executable, "-m", f"experiments.{name}", *flag, *([str(tmp_path / "out")] if flag else [])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 3
     assert "torch sees no GPU" in done.stderr and not (tmp_path / "out").exists()

@@ -26,7 +26,7 @@ from training_runs import (
 )
 
 import minifocus
-from minifocus import cards
+from minifocus import cards, llama
 from minifocus.cards import CardScenes
 from minifocus.inputs.conversations import read_conversations
 from minifocus.samplers.selector_file import save_selector
@@ -65,8 +65,19 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Tensors:
 def test_gradient_checkpointing_changes_nothing(plain: Tensors, tmp_path: Path) -> None:
     from torch.utils import checkpoint
 
-    with mock.patch.object(checkpoint, "checkpoint", wraps=checkpoint.checkpoint) as recomputed:
+    planned = []  # whether cuDNN's attention may be used, when layers are run and when they are run again
+
+    def attend(*arguments: torch.Tensor | None) -> torch.Tensor:
+        planned.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*arguments)
+
+    attention = llama.attend
+    with (
+        mock.patch.object(checkpoint, "checkpoint", wraps=checkpoint.checkpoint) as recomputed,
+        mock.patch.object(llama, "attend", attend),
+    ):
         again = short(tmp_path, "--fresh", "projector", "--gradient-checkpointing")
+    assert len(planned) >= 2 * recomputed.call_count and not any(planned)
     assert recomputed.call_count == 4 * 4  # layers × micro-batches
     assert largest_difference(plain, again) <= 1e-5
 
