@@ -76,11 +76,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     blocks = []
     for begin in range(0, count, QUERY_BLOCK):
         end = min(begin + QUERY_BLOCK, count)
-        seen = slice(0, ahead + end)
-        block_mask = mask[:, :, begin:end, seen]
-        blocks.append(
-            F.scaled_dot_product_attention(q[:, :, begin:end], k[:, :, seen], v[:, :, seen], attn_mask=block_mask)
-        )
+        own, seen = slice(begin, end), slice(0, ahead + end)
+        blocks.append(F.scaled_dot_product_attention(q[:, :, own], k[:, :, seen], v[:, :, seen], mask[:, :, own, seen]))
     return torch.cat(blocks, dim=2)
 
 
@@ -166,8 +163,7 @@ class Attention(nn.Module):
         q = rotate(self.split_heads(self.q_proj(x[:, wanted])), cos[:, :, wanted], sin[:, :, wanted])
         k = rotate(self.split_heads(self.k_proj(x)), cos, sin)
         v = self.split_heads(self.v_proj(x))
-        # Under autocast rotation makes them float32, and attention would cast every block of them by itself.
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves float32, which attention would cast block by block
         if cache is not None:
             cache.append(k, v, valid)
             if cache.length > k.shape[2]:
@@ -224,9 +220,7 @@ class LlamaModel(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = (
-            False  # gradient checkpointing: layers run again in the backward pass instead of keeping it all
-        )
+        self.recompute = False  # gradient checkpointing: layers run again in the backward pass, and keep little for it
 
     def decoder_layers(self) -> Iterable[DecoderLayer]:
         return cast(Iterable[DecoderLayer], self.layers)  # nn.ModuleList forgets what it holds

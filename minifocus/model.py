@@ -119,8 +119,7 @@ class LlavaNetwork(nn.Module):
         Returns left-padded rows in the model's dtype, and each row's pictures. Raises InputError where pictures and
         placeholders do not fit each other, and for a row longer than the context.
         """
-        rows, row_pictures = [], []
-        remaining = list(pictures)
+        rows, row_pictures, remaining = [], [], list(pictures)
         for row, ids in enumerate(input_ids):
             columns = torch.arange(len(ids), device=self.device)
             if attention_mask is not None:
