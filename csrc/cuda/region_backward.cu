@@ -90,8 +90,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   if (k.grad_weight) {
-    sum = block_sum(sum, scratch);
-    if (threadIdx.x == 0) k.grad_weight[r] = sum;
+    // In a fixed order: of a warp's lanes, then of the warps.
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      sum = 0.f;
+      for (int warp = 0; warp < (int)blockDim.x / 32; ++warp) sum += scratch[warp];
+      k.grad_weight[r] = sum;
+    }
   }
 }
 

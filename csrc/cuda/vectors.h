@@ -93,19 +93,6 @@ __device__ __forceinline__ void keep_first_max(Vec<T, V>& best, const Vec<T, V>&
 
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Sum over the block, in a fixed order, for every thread, which must all call it; `scratch` has a float for each warp.
-__device__ __forceinline__ float block_sum(float value, float* scratch) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  __syncthreads();  // the last call's sums have been read
-  if (lane == 0) scratch[warp] = value;
-  __syncthreads();
-  float sum = 0.f;
-  for (int w = 0; w < (int)blockDim.x / 32; ++w) sum += scratch[w];
-  return sum;
-}
-
 // Calls launch(T{}) with the element type of `dtype`.
 template <class Launch>
 int dispatch(DType dtype, Launch&& launch) {
