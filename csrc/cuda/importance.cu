@@ -10,9 +10,8 @@
 // No sum depends on the order in which blocks run. Extra memory: 8 kSplits bytes per (t, h) and 4 kSplits per key.
 //
 // Here the products are plain multiply-adds. bfloat16 and half go through the tensor cores where the GPU has such
-// (importance_tensor_cores.cu). A tile is 64 keys by 16 rows per warp, in eight parts of 16 × 8, of which lane 4 g + c has
-// rows g and g + 8, columns 2 c and 2 c + 1.
-#include <climits>
+// (importance_tensor_cores.cu). A tile is 64 keys by 16 rows per warp, in eight parts of 16 × 8, of which lane
+// 4 g + c has rows g and g + 8, columns 2 c and 2 c + 1.
 #include <cstdlib>
 
 #include "importance.h"
@@ -70,12 +69,12 @@ __device__ __forceinline__ void add_products(float (&products)[Parts][4], const 
   }
 }
 
-// The products of Rows rows of head `head` with 64 keys, each warp its own part. Every thread of the block must call it.
+// The products of Rows rows of head `head` with 64 keys, each warp its own part. Every thread of the block must call.
 // If a tile holds whole heads, the last call's rows (or keys) are still there, and are not loaded again.
 template <int Rows, int V, class T, int Parts>
-__device__ void multiply(float (&products)[Parts][4], Tile<T>& q_tile, Tile<T>& k_tile, const ImportanceArguments& arguments,
-                         const T* q, int64_t rows, int first_row, bool same_rows, const T* k, int64_t keys,
-                         int first_key, bool same_keys, int64_t head) {
+__device__ void multiply(float (&products)[Parts][4], Tile<T>& q_tile, Tile<T>& k_tile,
+                         const ImportanceArguments& arguments, const T* q, int64_t rows, int first_row, bool same_rows,
+                         const T* k, int64_t keys, int first_key, bool same_keys, int64_t head) {
 #pragma unroll
   for (int part = 0; part < Parts; ++part) {
 #pragma unroll
@@ -266,7 +265,7 @@ int importance(const ImportanceArgs& args, void* stream_pointer) {
     using T = decltype(element);
     constexpr int kWide = 16 / sizeof(T);
     const bool wide = aligned16(args.q) && aligned16(args.k) && args.dim % kWide == 0;
-    const bool fits = args.dim <= kTensorCoreDim && max(max(args.text, args.visual), args.heads * args.dim) < INT_MAX;
+    const bool fits = args.dim <= kTensorCoreDim && max(max(args.text, args.visual), args.heads * args.dim) < 1 << 30;
     if (sizeof(T) == 2 && wide && fits && tensor_cores_wanted())
       return launch_tensor_cores(arguments, args.dtype, args.q, args.k, stream_pointer);
     const auto run = [&](auto statistics, auto maximum) -> int {

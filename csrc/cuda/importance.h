@@ -17,8 +17,8 @@ struct ImportanceArguments {
   float* scores;       // [visual]
 };
 
-// The first two passes by the tensor cores (importance_tensor_cores.cu), for bfloat16 and half whose rows can be read 16
-// bytes at a time, and heads of at most kTensorCoreDim channels. No number of the arguments is larger than an int.
+// The first two passes by the tensor cores (importance_tensor_cores.cu), for bfloat16 and half whose rows can be read
+// 16 bytes at a time, and heads of at most kTensorCoreDim channels. No number of the arguments, doubled, exceeds an int.
 constexpr int kTensorCoreDim = 128;
 int launch_tensor_cores(const ImportanceArguments& arguments, DType dtype, const void* q, const void* k, void* stream);
 
@@ -40,8 +40,8 @@ __device__ __forceinline__ Item item_of(const ImportanceArguments& arguments, in
 // The tile that a block works on, number blockIdx.x over all items, whose `length`s are cut into tiles of `size`. False
 // beyond the last tile. One thread reads for all: another stream may write other offsets meanwhile, and threads with
 // different items would wait for each other at different barriers.
-__device__ __forceinline__ bool find_tile(const ImportanceArguments& arguments, int64_t Item::* length, int size, Item& item,
-                                          int64_t& tile) {
+__device__ __forceinline__ bool find_tile(const ImportanceArguments& arguments, int64_t Item::* length, int size,
+                                          Item& item, int64_t& tile) {
   __shared__ Item found;
   __shared__ int64_t found_tile;
   if (threadIdx.x == 0) {

@@ -6,18 +6,18 @@
 //   1. statistics_kernel   block: 16 text tokens, one head. Its warps share out the keys. Each lane keeps the largest
 //                          product m and the sum of exp(product - m) of what it has seen; at the end they are merged;
 //   2. maximum_kernel      block: 16 keys, every kSplits-th group of 16 text tokens. Its warps share out the heads, and
-//                          keep the maximum of exp(product - m) / sum; then the block takes the maximum over its warps and
-//                          adds up over the text tokens.
+//                          keep the maximum of exp(product - m) / sum; then the block takes the maximum over its warps
+//                          and adds up over the text tokens.
 //
-// Which lane has what: 4 g + c has, of the 16 × 8 products, rows g and g + 8, columns 2 c and 2 c + 1. A sum of products may
-// take channels in any order, so a lane reads eight neighbouring ones, 16 bytes, of every 32: of rows g and g + 8, and of
-// key g.
+// Which lane has what: 4 g + c has, of the 16 × 8 products, rows g and g + 8, columns 2 c and 2 c + 1. A sum of
+// products may take channels in any order, so a lane reads eight neighbouring ones, 16 bytes, of every 32: of rows g
+// and g + 8, and of key g.
 #include "importance.h"
 
 namespace minifocus::cuda {
 namespace {
 
-constexpr int kRows = 16;           // of a warp
+constexpr int kRows = 16;                     // of a warp
 constexpr int kChunks = kTensorCoreDim / 32;  // of a head's channels
 constexpr int kStatisticsWarps = 16, kStatisticsParts = 2;  // of 8 keys
 constexpr int kHeadWarps = 4, kMaximumParts = 2;

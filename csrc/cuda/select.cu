@@ -43,8 +43,8 @@ struct Exchange {
   int2 counts[kHeld * kMaxThreads / 32], all;
 };
 
-// The block's sums, for every thread; `turn` alternates between 0 and 1. Sums of steps are exact: whichever way they are
-// added, every thread has the same.
+// The block's sums, for every thread; `turn` alternates between 0 and 1. Sums of steps are exact: whichever way they
+// are added, every thread has the same.
 template <int N>
 __device__ __forceinline__ void add_up(double (&own)[N], Exchange& exchange, int turn) {
   const int lane = threadIdx.x % 32;

@@ -61,8 +61,8 @@ __device__ __forceinline__ bool keep_first_max(T& best, T value) {
   return taken;
 }
 
-// keep_first_max, element by element: 16-bit numbers two at a time where the GPU compares them so, which takes a quarter of
-// the instructions. (Its maximum of two would not do: of -0 and +0 it gives +0, whichever came first.)
+// keep_first_max, element by element: 16-bit numbers two at a time where the GPU compares them so, which takes a quarter
+// of the instructions. (Its maximum of two would not do: of -0 and +0 it gives +0, whichever came first.)
 template <class T, int V>
 __device__ __forceinline__ void keep_first_max(Vec<T, V>& best, const Vec<T, V>& value) {
 #if defined(__CUDA_ARCH__)
