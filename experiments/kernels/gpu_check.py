@@ -190,6 +190,8 @@ def check(out: Path) -> int:
         return code == 0
 
     def save() -> None:
+        done = report["steps"]
+        report["steps"] = {name: done[name] for name, *_ in every if name in done}
         write_text(out / "gpu_check.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
     built = take(every[0])

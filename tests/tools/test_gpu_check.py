@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Timer, main_thread
 
 import pytest
 import torch
@@ -33,7 +36,12 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def check(out: Path, monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, list[str], int]]) -> tuple[int, dict]:
+def check(
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: list[tuple[str, list[str], int]],
+    run: Callable[[Path], int] = lambda _: gpu_check.main(),
+) -> tuple[int, dict]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
@@ -45,7 +53,7 @@ def check(out: Path, monkeypatch: pytest.MonkeyPatch, steps: list[tuple[str, lis
         return [(name, command, {"STEP": name, **extra}, limit) for name, command, limit in steps]
 
     monkeypatch.setattr(gpu_check, "steps", made)
-    code = gpu_check.main()
+    code = run(out)
     return code, json.loads((out / "gpu_check.json").read_text())
 
 
@@ -93,6 +101,18 @@ sys.exit(1)"""
     log = (tmp_path / "gpu_check.log").read_text()
     assert "half a line" in log and "3 failed" in log
     time.sleep(max(0.0, 5 - (time.monotonic() - begun)))
+    assert not orphan.exists()
+
+
+def test_ctrl_c_ends_what_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, orphan = time.monotonic(), tmp_path / "orphan"
+    code = f"import time; time.sleep(8); open({str(orphan)!r}, 'w')"
+    steps = [("build", python(""), 60), ("tests", python(code), 60), ("training", python(code), 60)]
+    Timer(3, signal.pthread_kill, (main_thread().ident, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        check(tmp_path, monkeypatch, steps, gpu_check.check)
+    assert time.monotonic() - begun < 7 and not gpu_check.RUNNING
+    time.sleep(max(0.0, 9 - (time.monotonic() - begun)))
     assert not orphan.exists()
 
 
