@@ -25,13 +25,25 @@ from ..record import ROOT, commit
 SEEDS = (1, 2, 3)
 
 
-def selector(weights: str = miniature.SCALE_WEIGHTS, alpha: str = "0.1", printed: bool = False) -> tuple[str, ...]:
+def selector(
+    weights: str = miniature.SCALE_WEIGHTS, alpha: str = "0.1", printed: bool = False, cosines: bool = False
+) -> tuple[str, ...]:
     """How a selector is trained here. The balance loss weighs the scales as for the embedded model (Eq. 10), and the steps of
     the selector's weights are a third of the paper's: with 1e-5 one seed of two gave up the finest scale before the answers'
     loss had a say (notes.md). Eq. 2's factor acts by its gradient alone: as printed it makes tokens smaller in training than
-    they are when it is over."""
+    they are when it is over. Cosines are a hundredth of the products of features that they stand for, so steps are larger."""
     factor = ("--printed-factor",) if printed else ()
-    return ("--scale-weights", weights, "--alpha", alpha, "--lr-selector", "3e-6", *factor)
+    norm = ("--option", "score_norm=cosine") if cosines else ()
+    return (
+        "--scale-weights",
+        weights,
+        "--alpha",
+        alpha,
+        "--lr-selector",
+        "3e-4" if cosines else "3e-6",
+        *factor,
+        *norm,
+    )
 
 
 def bias_rate(steps: int) -> str:
@@ -75,6 +87,7 @@ ARMS: dict[str, Arm] = {
     "focus": trained("focus", own=selector()),
     "printed": trained("focus", own=selector(printed=True)),
     "single": trained("focus", own=selector(printed=True), start="warmup"),
+    "cosine": trained("focus", own=selector(cosines=True)),
     "avgpool": trained("avgpool"),
     "random": trained("random", "--option", "ratio=0.39"),
     # Table 3

@@ -154,6 +154,7 @@ TABLES: dict[int, Table] = {
             Row("both*", "focus", (65.9, 1597, 78.1, 62.6), (0.39, 4.01)),
             Row("both, Eq. 2's factor as printed", "printed", extra=True),
             Row("the same, from the start of instruction tuning", "single", extra=True),
+            Row("both, the selector given cosines", "cosine", extra=True),
             Row("2×2 average pooling", "avgpool"),
             Row("random tokens", "random"),
         ),
@@ -178,7 +179,7 @@ TABLES: dict[int, Table] = {
         notes="The paper trains once, with the samplers on from the start of instruction tuning, and multiplies a region's "
         "tokens by its scale's probability (Eq. 2), in training alone. Here all arms begin from a model that reads everything, "
         "and take that factor's gradient but leave the tokens as they are; ../paper-650-steps has the other ways "
-        "(`--arms printed,single`). "
+        "(`--arms printed,single,cosine`). "
         "Average pooling and random tokens are not in the paper's table; they are trained like the others.",
     ),
     3: Table(

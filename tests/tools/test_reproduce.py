@@ -289,7 +289,7 @@ def test_quick_run_of_everything_goes_on_where_it_was(
         assert (tmp_path / f"runs/quick/{arm}-1/checkpoint.pt").stat().st_mtime_ns == then
         assert whole["arms"][arm] == record["arms"][arm]
     extra = {row.arm for table in TABLES.values() for row in table.rows if row.extra}
-    assert extra == {"printed", "single"} and set(whole["arms"]) == set(ARMS) - extra
+    assert extra == {"printed", "single", "cosine"} and set(whole["arms"]) == set(ARMS) - extra
     assert whole["speed"]["focus"]["times_as_fast_alone"] > 0
     written = (tmp_path / "out/README.md").read_text()
     titles = [*(f"Table {number}" for number in TABLES), *(f"Figure {number}" for number in FIGURES)]
@@ -299,5 +299,5 @@ def test_quick_run_of_everything_goes_on_where_it_was(
     for picture in pictures:
         assert (tmp_path / "out" / picture).stat().st_size > 5000
 
-    assert set(reproduce("--table", "2", "--arms", "printed,single")["arms"]) == set(ARMS)
+    assert set(reproduce("--table", "2", "--arms", "printed,single,cosine")["arms"]) == set(ARMS)
     assert "| both, Eq. 2's factor as printed (one seed) | " in (tmp_path / "out/README.md").read_text()
