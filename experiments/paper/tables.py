@@ -179,7 +179,7 @@ TABLES: dict[int, Table] = {
         notes="The paper trains once, with the samplers on from the start of instruction tuning, and multiplies a region's "
         "tokens by its scale's probability (Eq. 2), in training alone. Here all arms begin from a model that reads everything, "
         "and take that factor's gradient but leave the tokens as they are; ../paper-650-steps has the other ways "
-        "(`--arms printed,single,cosine`). "
+        "(`--arms printed,single`). "
         "Average pooling and random tokens are not in the paper's table; they are trained like the others.",
     ),
     3: Table(
