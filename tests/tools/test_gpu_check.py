@@ -104,6 +104,23 @@ sys.exit(1)"""
     assert not orphan.exists()
 
 
+def test_what_is_not_timed_runs_side_by_side_and_what_is_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the first two waits for the other to have begun; a benchmark, for both to have ended."""
+
+    def waits(own: str, other: str) -> list[str]:
+        here = f"import pathlib, time; here = pathlib.Path({str(tmp_path)!r}); (here / {own!r}).touch()\n"
+        return python(
+            f"{here}while not (here / {other!r}).exists(): time.sleep(0.05)\n(here / ('ended ' + {own!r})).touch()"
+        )
+
+    alone = python(f"import os; there = os.listdir({str(tmp_path)!r}); assert {{'ended a', 'ended b'}} <= set(there)")
+    steps = [("build", python(""), 60), ("benchmark", alone, 60), ("tests", waits("a", "b"), 20)]
+    code, report = check(tmp_path, monkeypatch, [*steps, ("training", waits("b", "a"), 20)])
+    assert code == 0 and list(report["steps"]) == ["build", "benchmark", "tests", "training"]
+
+
 def test_ctrl_c_ends_what_runs_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, orphan = time.monotonic(), tmp_path / "orphan"
     code = f"import time; time.sleep(8); open({str(orphan)!r}, 'w')"

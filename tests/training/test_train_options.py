@@ -85,7 +85,15 @@ def test_gradient_checkpointing_changes_nothing(plain: Tensors, tmp_path: Path) 
 def test_bf16_stays_near(plain: Tensors, tmp_path: Path) -> None:
     """Weights and files stay float32; the decoder's steps go nearly the same way. The projector is new, for there to be
     much to learn: what is left to a trained model is small, and rounding with it."""
-    start, half = weights(TINY), short(tmp_path, "--fresh", "projector", "--bf16")
+    attention, dtypes = llama.attend, set()
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        dtypes.update((q.dtype, k.dtype, v.dtype))
+        return attention(q, k, v, mask)
+
+    with mock.patch.object(llama, "attend", attend):
+        start, half = weights(TINY), short(tmp_path, "--fresh", "projector", "--bf16")
+    assert dtypes == {torch.bfloat16}  # rotation leaves float32, which attention would cast, block by block
     assert {value.dtype for value in half.values()} == {torch.float32}
     names = [name for name in plain if part_of(name) == "llm"]
     ours, theirs = (torch.cat([(run[name] - start[name]).flatten() for name in names]) for run in (plain, half))
