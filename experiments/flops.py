@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from minifocus.loading.config import Config
 
 
@@ -26,6 +29,6 @@ def vision_flops(config: Config, tiles: int) -> int:
     width, blocks = vision.hidden_size, max(config.feature_layers)
     block = 2 * tokens * (4 * width * width + 2 * width * vision.intermediate_size) + 4 * tokens * tokens * width
     patches = 2 * vision.grid**2 * 3 * vision.patch_size**2 * width
-    out = config.text.hidden_size
-    projector = 2 * vision.grid**2 * (width * len(config.feature_layers) * out + out * out)
-    return tiles * (blocks * block + patches + projector)
+    with torch.device("meta"), FlopCounterMode(display=False) as projector:
+        config.projector.build(config.ends)(torch.empty(1, vision.grid**2, width * len(config.feature_layers)))
+    return tiles * (blocks * block + patches + projector.get_total_flops())

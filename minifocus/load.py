@@ -172,7 +172,7 @@ class Llava(LlavaNetwork):
         check_storable(state, shapes_of(without_values(lambda: LlavaNetwork(self.config))))
         try:
             with replacing(target) as fresh:
-                save_model(state, self.origin.companions, fresh, self.config.tie_word_embeddings, check_finite)
+                save_model(state, self.origin.companions, fresh, self.config, check_finite)
                 own = target.resolve() == self.folder.resolve()
                 if not save_learned(self.before_llm, fresh) and own and self.origin.holds_weights():
                     selector = target / SELECTOR

@@ -14,12 +14,12 @@ from torch import nn
 
 from .errors import InputError
 from .inputs.anyres import stitch
-from .inputs.model_inputs import placeholder_runs
+from .inputs.model_inputs import num_plain_tokens, placeholder_runs
 from .llama import DecoderLayer, LayerCache, Llama
 from .loading.config import Config
 from .rows import Rows, one_row, stack_rows
-from .samplers.hooks import BeforeLLM, Context, InsideLLM, PictureFeatures, Selection, VisualTokens, uncompressed
-from .vision import Projector, VisionTower
+from .samplers.hooks import BeforeLLM, Context, InsideLLM, PictureFeatures, Selection, VisualTokens, Words, uncompressed
+from .vision import VisionTower
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LlavaNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.vision_tower = VisionTower(config)
-        self.multi_modal_projector = Projector(config)
+        self.multi_modal_projector = config.projector.build(config.ends)
         if config.anyres:
             self.image_newline = nn.Parameter(torch.empty(config.text.hidden_size))
         self.language_model = Llama(config.text)
@@ -80,28 +80,27 @@ class LlavaNetwork(nn.Module):
             return []
         pixels = torch.cat(list(tiles)).to(self.device, self.dtype)
         states = self.vision_tower(pixels, () if before_llm is None else before_llm.tower_blocks)
-        features = self.multi_modal_projector(self.vision_tower.features(states))  # [all tiles, g² (+1), C]
+        features = self.multi_modal_projector(self.vision_tower.features(states))  # [all tiles, grid.cells (+1), C]
         cues = None if before_llm is None else before_llm.cues(self.vision_tower, states)
         if cues is not None:  # [all tiles, g², K], further channels until the maps are stitched
+            cues = self.config.projector.pool_cues(cues, self.config.ends)
             features = torch.cat([features, F.pad(cues, (0, 0, features.shape[1] - cues.shape[1], 0))], dim=-1)
         counts = [len(own) for own in tiles]
         return [self._picture(own, size) for own, size in zip(features.split(counts), sizes, strict=True)]
 
     def _picture(self, features: torch.Tensor, size: tuple[int, int]) -> PictureFeatures:
-        """The features of a picture's tiles [T, g² (+1), C + K], the last K channels cues → its maps."""
-        config, square = self.config, (self.config.vision.grid, self.config.vision.grid)
+        """The features of a picture's tiles [T, grid.cells (+1), C + K], the last K channels cues → its maps."""
+        config, grid, channels = self.config, self.config.grid, self.config.text.hidden_size
+        cls, cells = features.tensor_split([features.shape[1] - grid.cells], dim=1)  # a kept CLS token
+        views = cells.unflatten(1, (grid.rows, grid.columns))
+        whole, leading = views[0], cls[0]
         if config.anyres:
-            leading, whole = stitch(features, size, config.grid_pinpoints, config.vision.image_size)
-            thumbnail = leading.unflatten(0, square)
-        else:
-            leading, cells = features[0].tensor_split([features.shape[1] - config.vision.grid**2])  # a kept CLS token
-            whole = thumbnail = cells.unflatten(0, square)
-        channels, newline = config.text.hidden_size, self.image_newline if config.anyres else None
-        if features.shape[-1] == channels:
-            return PictureFeatures(whole, thumbnail, leading, newline)
-        cues = (whole[..., channels:], thumbnail[..., channels:])
-        whole, thumbnail, leading = (one[..., :channels].to(self.dtype) for one in (whole, thumbnail, leading))
-        return PictureFeatures(whole, thumbnail, leading, newline, cues)
+            whole = stitch(cells, size, config.grid_pinpoints, config.vision.image_size, grid)
+            leading = cells[0]
+        cues = (whole[..., channels:], views[0, ..., channels:]) if features.shape[-1] > channels else None
+        whole, views, leading = (one[..., :channels].to(self.dtype) for one in (whole, views, leading))
+        newline, plain = self.image_newline if config.anyres else None, num_plain_tokens(config, size)
+        return PictureFeatures(whole, views[0], leading, newline, cues, views, size, plain)
 
     def embed(
         self,
@@ -139,7 +138,7 @@ class LlavaNetwork(nn.Module):
             own: list[VisualTokens] = []
             done = 0
             for begin in placeholder_runs(placeholder, [p.layout.num_tokens for p in remaining], row):
-                picture, words = remaining.pop(0), embeddings[instruction]
+                picture, words = remaining.pop(0), Words(embeddings[instruction], embeddings[~placeholder])
                 visual = uncompressed(picture) if before_llm is None else before_llm(picture, words)
                 source = columns[begin] + visual.source
                 number, none = torch.full_like(source, len(own)), torch.zeros_like(source, dtype=torch.bool)

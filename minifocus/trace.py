@@ -17,7 +17,7 @@ from .samplers.hooks import VisualTokens
 class TokenCounts:
     """Visual tokens of one prompt, newlines and thumbnails included.
 
-    full          before any sampler: what plain LLaVA-NeXT reads
+    full          before any sampler: what plain LLaVA-NeXT reads, with a token for every patch
     after_vision  as they enter the language model
     after_text    as they reach its last layer
     equivalent    the mean over layers as a fraction of `full`: (m - n + i·n/L) / full (paper §4.4) when n of m tokens go
@@ -74,7 +74,7 @@ class Answer:
 
 def count_tokens(prefill: Prefill, row: int) -> TokenCounts:
     """The accounting of §4.4 for one row."""
-    full = sum(visual.layout.num_tokens for visual in prefill.pictures[row])
+    full = sum(visual.layout.num_plain for visual in prefill.pictures[row])
     per_layer = prefill.visual[:, row].float()
     entered = sum(len(visual.source) for visual in prefill.pictures[row])
     equivalent = float(per_layer.mean()) / full if full else 1.0

@@ -1,4 +1,4 @@
-"""The CLIP vision transformer, up to the layers whose outputs the projector reads; and the projector (paper §3.1).
+"""The CLIP vision transformer, up to the layers whose outputs the projector reads (paper §3.1).
 
 Parameter names are Hugging Face's (including `pre_layrnorm`, sic), so that a checkpoint loads as it is.
 """
@@ -115,18 +115,3 @@ class VisionTower(nn.Module):
         """Of what `forward` gives, what the projector reads: [N, grid² (+ 1 with `keep_cls`), C × feature layers]."""
         features = torch.cat([states[layer] for layer in self.feature_layers], dim=-1)
         return features if self.keep_cls else features[:, 1:]
-
-
-class Projector(nn.Module):
-    """The two-layer MLP into the language model's embedding space: [..., vision_hidden × feature layers] → [..., text_hidden]."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        features = config.vision.hidden_size * len(config.feature_layers)
-        hidden = config.text.hidden_size
-        self.linear_1 = nn.Linear(features, hidden, bias=config.projector_bias)
-        self.linear_2 = nn.Linear(hidden, hidden, bias=config.projector_bias)
-        self.act = ACTIVATIONS[config.projector_act]
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(features)))

@@ -37,7 +37,7 @@ from minifocus.load import Llava
 from minifocus.loading.config import load_config
 from minifocus.loading.model_folder import Origin
 from minifocus.rows import Rows
-from minifocus.samplers.hooks import BeforeLLM, Context, PictureFeatures, VisualTokens, uncompressed
+from minifocus.samplers.hooks import BeforeLLM, Context, PictureFeatures, VisualTokens, Words, uncompressed
 from minifocus.training.examples import Batch, Batches, collate, encode
 from minifocus.training.loop import fit
 from minifocus.training.memory import keep_freed_memory
@@ -173,7 +173,7 @@ class MostlyForeground(BeforeLLM):
         super().__init__()
         self.kept: list[torch.Tensor] = []
 
-    def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
+    def forward(self, picture: PictureFeatures, text: Words) -> VisualTokens:
         whole, kept = uncompressed(picture), self.kept.pop(0)
         return VisualTokens(whole.tokens[kept], whole.source[kept], whole.extent[kept], whole.layout)
 

@@ -31,8 +31,8 @@ def maps_of(model: minifocus.Llava, image: Image.Image, projected: bool) -> tupl
         features = tower.features(tower(tiles.reshape(-1, *tiles.shape[-3:]).to(model.device, model.dtype)))
         features = (model.multi_modal_projector(features) if projected else features).float()
     if config.anyres:
-        thumbnail, whole = stitch(features, size, config.grid_pinpoints, config.vision.image_size)
-        return whole, thumbnail
+        whole = stitch(features, size, config.grid_pinpoints, config.vision.image_size, config.grid)
+        return whole, features[0]
     return features[0].unflatten(0, (config.vision.grid, config.vision.grid)), features[0]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..inputs.anyres import select_best_resolution, unpadded_grid
+from ..projectors import Grid
 from .scene import MOST_GLYPHS, PINPOINTS, TILE, Box, Scene
 
 PATCH = 14
@@ -72,7 +73,7 @@ def locate(scene: Scene) -> Places:
     boxes = [thing.box for thing in scene.objects]
     thumbnail = patch_cover(View((TILE / width, TILE / height), (0, 0), True).boxes(boxes), GRID, GRID)
     view, canvas = scene_geometry((height, width))
-    top, left, rows, cols = unpadded_grid((height, width), canvas, TILE, GRID)
+    top, left, rows, cols = unpadded_grid((height, width), canvas, TILE, Grid(GRID, GRID))
     whole = patch_cover(view.boxes(boxes), canvas[0] // PATCH, canvas[1] // PATCH)
     cells = np.pad(whole[:, top : top + rows, left : left + cols], ((0, 0), (0, 0), (0, 1)))
     shares = [thumbnail.reshape(len(boxes), GRID * GRID), cells.reshape(len(boxes), rows * (cols + 1))]

@@ -5,13 +5,13 @@ The resolutions to choose from are called pinpoints. Sizes are (height, width).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 
 from ..arguments import shown
 from ..errors import InputError
+from ..projectors.base import Grid
 
 
 def select_best_resolution(size: tuple[int, int], pinpoints: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -33,45 +33,41 @@ def select_best_resolution(size: tuple[int, int], pinpoints: Iterable[tuple[int,
 
 
 def unpadded_grid(
-    size: tuple[int, int], best: tuple[int, int], image_size: int, patches_per_side: int
+    size: tuple[int, int], best: tuple[int, int], image_size: int, grid: Grid
 ) -> tuple[int, int, int, int]:
     """(top, left, rows, cols): the part of the stitched feature map that shows the picture and not its padding.
 
-    The map of resolution `best` has best / image_size * patches_per_side cells a side. A very flat picture has 0 rows.
+    `grid` is a tile's own; the map of resolution `best` has best / image_size of them. A very flat picture has 0 rows.
     """
     height, width = size
-    rows, cols = (edge // image_size * patches_per_side for edge in best)
-    if width / height > cols / rows:
-        top = (rows - int(round(height * (cols / width), 7))) // 2
-        return top, 0, rows - 2 * top, cols
-    left = (cols - int(round(width * (rows / height), 7))) // 2
-    return 0, left, rows, cols - 2 * left
+    rows, cols = best[0] // image_size * grid.rows, best[1] // image_size * grid.windows_across
+    # The last factor is the shape of a cell: 1 where it is square.
+    if width / height > best[1] / best[0]:
+        top = (rows - int(round(height * (cols / width) * (grid.rows / grid.windows_across), 7))) // 2
+        return top, 0, rows - 2 * top, cols * grid.together
+    left = (cols - int(round(width * (rows / height) * (grid.windows_across / grid.rows), 7))) // 2
+    return 0, left * grid.together, rows, (cols - 2 * left) * grid.together
 
 
-def num_visual_tokens(
-    size: tuple[int, int], pinpoints: Iterable[tuple[int, int]], image_size: int, patch_size: int
-) -> int:
+def num_visual_tokens(size: tuple[int, int], pinpoints: Iterable[tuple[int, int]], image_size: int, grid: Grid) -> int:
     """How many `<image>` places a LLaVA-NeXT picture takes: thumbnail, map, and one newline after each map row."""
-    side = image_size // patch_size
-    _, _, rows, cols = unpadded_grid(size, select_best_resolution(size, pinpoints), image_size, side)
-    return side * side + rows * (cols + 1)
+    _, _, rows, cols = unpadded_grid(size, select_best_resolution(size, pinpoints), image_size, grid)
+    return grid.cells + rows * (cols + 1)
 
 
 def stitch(
-    features: torch.Tensor, size: tuple[int, int], pinpoints: Iterable[tuple[int, int]], image_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [1 + T, g * g, C] of a picture's views → thumbnail [g * g, C] and unpadded map [rows, cols, C].
+    views: torch.Tensor, size: tuple[int, int], pinpoints: Iterable[tuple[int, int]], image_size: int, grid: Grid
+) -> torch.Tensor:
+    """The tokens [1 + T, rows · columns, C] of a picture's thumbnail and tiles → the unpadded map [rows, cols, C] of the tiles.
 
     The map has no newline column: the model adds it. Raises InputError when T does not fit the picture's size.
     """
     best = select_best_resolution(size, pinpoints)
-    tile_rows, tile_cols = best[0] // image_size, best[1] // image_size
-    views, cells, channels = features.shape
-    side = math.isqrt(cells)
-    if side * side != cells or views != 1 + tile_rows * tile_cols:
-        expected = f"1 + {tile_rows} * {tile_cols} views of a square number of features"
-        raise InputError(f"a {size[0]}x{size[1]} picture has {expected}, got {views} views of {cells}")
-    grid = features[1:].reshape(tile_rows, tile_cols, side, side, channels)
-    whole = grid.transpose(1, 2).reshape(tile_rows * side, tile_cols * side, channels)
-    top, left, rows, cols = unpadded_grid(size, best, image_size, side)
-    return features[0], whole[top : top + rows, left : left + cols]
+    down, across = best[0] // image_size, best[1] // image_size
+    if len(views) != 1 + down * across or views.shape[1] != grid.cells:
+        expected = f"1 + {down} * {across} views of {grid.cells} features"
+        raise InputError(f"a {size[0]}x{size[1]} picture has {expected}, got {len(views)} views of {views.shape[1]}")
+    tiles = views[1:].unflatten(0, (down, across)).unflatten(2, (grid.rows, grid.columns))
+    whole = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)
+    top, left, rows, cols = unpadded_grid(size, best, image_size, grid)
+    return whole[top : top + rows, left : left + cols]

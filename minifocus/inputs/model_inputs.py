@@ -9,6 +9,7 @@ import torch
 from .. import arguments
 from ..errors import InputError
 from ..loading.config import Config
+from ..projectors import Grid
 from .anyres import num_visual_tokens as anyres_visual_tokens
 from .anyres import select_best_resolution
 
@@ -31,10 +32,18 @@ def num_tiles(config: Config, size: tuple[int, int]) -> int:
 
 def num_visual_tokens(config: Config, size: tuple[int, int]) -> int:
     """Uncompressed visual tokens, and so placeholders, of a picture of (h, w)."""
-    vision = config.vision
+    return _num_tokens(config, size, config.grid)
+
+
+def num_plain_tokens(config: Config, size: tuple[int, int]) -> int:
+    """What it would be with LLaVA's own projector, which has a token for every patch."""
+    return _num_tokens(config, size, Grid(config.vision.grid, config.vision.grid))
+
+
+def _num_tokens(config: Config, size: tuple[int, int], grid: Grid) -> int:
     if not config.anyres:
-        return vision.grid**2 + config.keep_cls
-    return anyres_visual_tokens(size, config.grid_pinpoints, vision.image_size, vision.patch_size)
+        return grid.cells + config.keep_cls
+    return anyres_visual_tokens(size, config.grid_pinpoints, config.vision.image_size, grid)
 
 
 def check_names(given: dict[str, object]) -> None:

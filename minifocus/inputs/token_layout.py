@@ -12,12 +12,17 @@ class Layout:
     """A picture's uncompressed token sequence: `leading` tokens, then each row of an H×W map and perhaps a newline.
 
     Places are numbers in that sequence; all methods take and return int64 tensors of one dimension.
+
+    thumbnail_width  columns of LLaVA-NeXT's thumbnail among the leading tokens; 0 without one
+    num_plain        tokens that LLaVA with a token for every patch would read of the picture
     """
 
     leading: int
     height: int
     width: int
     newlines: bool
+    thumbnail_width: int
+    num_plain: int
 
     @property
     def row_length(self) -> int:

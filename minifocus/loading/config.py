@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ..activations import ACTIVATIONS
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
+from ..projectors import Ends, Grid, MLPOptions, ProjectorOptions, describe, options_of
 from .generation_config import GenerationConfig, read_generation_config
 from .json_fields import LARGEST_SIZE, JsonFields
 
@@ -107,8 +108,7 @@ class Config:
     image_token_id: int
     feature_layers: tuple[int, ...]
     keep_cls: bool
-    projector_act: str
-    projector_bias: bool
+    projector: ProjectorOptions
     tie_word_embeddings: bool
     grid_pinpoints: tuple[tuple[int, int], ...]
     dtype: torch.dtype | None
@@ -123,6 +123,16 @@ class Config:
     def anyres(self) -> bool:
         """True for LLaVA-NeXT: a thumbnail and the tiles of the best-fitting resolution."""
         return self.model_type == "llava_next"
+
+    @property
+    def ends(self) -> Ends:
+        """What the projector stands between."""
+        return Ends(self.vision.grid, self.vision.hidden_size, len(self.feature_layers), self.text.hidden_size)
+
+    @property
+    def grid(self) -> Grid:
+        """The visual tokens of one view, after the projector."""
+        return self.projector.grid(self.ends)
 
 
 def _refuse_unsupported(section: JsonFields, keys: Sequence[str]) -> None:
@@ -244,6 +254,36 @@ def _read_feature_layers(top: JsonFields, vision: VisionConfig) -> tuple[int, ..
     return tuple(layer % states for layer in layers)
 
 
+def _read_projector(top: JsonFields, keep_cls: bool, ends: Ends) -> ProjectorOptions:
+    mlp = MLPOptions(
+        top.choice("projector_hidden_act", "gelu", tuple(ACTIVATIONS)), top.boolean("multimodal_projector_bias", True)
+    )
+    section = top.section("projector")
+    if not section.members:
+        return mlp
+    try:
+        options = options_of(section.members)
+        options.grid(ends)
+    except InputError as error:
+        raise CheckpointError(f"{top.where}: projector: {error}") from error
+    if isinstance(options, MLPOptions):
+        raise section.error("name", "another than 'mlp', which stands for no projector key")
+    if keep_cls:
+        raise top.error("vision_feature_select_strategy", "'default': this projector has no place for a CLS token")
+    return options
+
+
+def describe_parts(members: dict[str, Any], config: Config) -> bool:
+    """Make config.json's `members` say what `config` does of the projector and its layers; whether that changed anything."""
+    top, before = JsonFields(members, "config.json"), dict(members)
+    if _read_feature_layers(top, config.vision) != config.feature_layers:
+        members["vision_feature_layer"] = list(config.feature_layers)
+    described = None if isinstance(config.projector, MLPOptions) else describe(config.projector)
+    if (members.get("projector") or None) != described:
+        members["projector"] = described
+    return members != before
+
+
 def _read_pinpoints(top: JsonFields, tile: int) -> tuple[tuple[int, int], ...]:
     value = top.get("image_grid_pinpoints")
     value = PINPOINTS if value is None else value
@@ -292,16 +332,16 @@ def load_config(folder: Path) -> Config:
         decoder_tied and model_type == "llava"
     )  # transformers does not look at LLaVA-NeXT's decoder for this
 
+    layers, keep_cls = _read_feature_layers(top, vision), strategy == "full"
     generation = read_generation_config(folder, top, top.section("text_config"))
     return Config(
         model_type=model_type,
         vision=vision,
         text=text,
         image_token_id=image_token_id,
-        feature_layers=_read_feature_layers(top, vision),
-        keep_cls=strategy == "full",
-        projector_act=top.choice("projector_hidden_act", "gelu", tuple(ACTIVATIONS)),
-        projector_bias=top.boolean("multimodal_projector_bias", True),
+        feature_layers=layers,
+        keep_cls=keep_cls,
+        projector=_read_projector(top, keep_cls, Ends(vision.grid, vision.hidden_size, len(layers), text.hidden_size)),
         tie_word_embeddings=tied,
         grid_pinpoints=_read_pinpoints(top, vision.image_size) if model_type == "llava_next" else (),
         dtype=_read_dtype(top),

@@ -63,7 +63,10 @@ def own_files(folder: Path) -> list[str]:
 
 
 def _templates(folder: Path) -> list[str]:
-    return [f"{TEMPLATES}/{file.name}" for file in (folder / TEMPLATES).iterdir() if file.suffix == ".jinja"]
+    try:
+        return [f"{TEMPLATES}/{file.name}" for file in (folder / TEMPLATES).iterdir() if file.suffix == ".jinja"]
+    except FileNotFoundError:  # a save into the folder may be moving it away
+        return []
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from ..arguments import brief, shown
 from ..errors import CheckpointError, InputError
 from ..files.reading import open_safetensors, present, read_json, regular
-from .config import Config
+from .config import Config, describe_parts
 from .json_fields import JsonFields
 from .model_folder import CONFIG
 
@@ -314,14 +314,15 @@ def save_model(
     state: dict[str, torch.Tensor],
     companions: Mapping[str, bytes | CheckpointError],
     folder: Path,
-    tied: bool,
+    config: Config,
     check_finite: bool,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
     """Write a model into an empty folder in Hugging Face's layout: `state`, by this package's names, and its other files.
 
     The names are those of a fresh `save_pretrained`, so transformers loads it as well. Each tensor is stored in its own
-    dtype, float64 as float32 where that loses nothing; config.json names the embeddings'. A tied head is left out; one that
+    dtype, float64 as float32 where that loses nothing; config.json names the embeddings'. It says of the projector what `config`
+    does. A tied head is left out; one that
     is tied no more is written, and config.json says so. More than `shard_bytes` become several files with an index. Raises
     CheckpointError for a companion that could not be read, InputError for values that `load_model` would refuse, OSError
     and SafetensorError where `folder` cannot be written.
@@ -331,16 +332,17 @@ def save_model(
             raise content
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    config = read_json(folder / CONFIG)
+    members, tied = read_json(folder / CONFIG), config.tie_word_embeddings
     dtype = _narrow(state[EMBEDDINGS].dtype)
-    changed = _set_dtype(config, str(dtype).removeprefix("torch."))
+    changed = _set_dtype(members, str(dtype).removeprefix("torch."))
+    changed = describe_parts(members, config) or changed
     if tied and not _same_values(state[HEAD], state[EMBEDDINGS]):
         tied = False
-        for section in (config, config.get("text_config") or {}):
-            if "tie_word_embeddings" in section or section is config:
+        for section in (members, members.get("text_config") or {}):
+            if "tie_word_embeddings" in section or section is members:
                 section["tie_word_embeddings"], changed = False, True
     if changed:
-        _write_json(folder / CONFIG, config)
+        _write_json(folder / CONFIG, members)
 
     names = [name for name in state if not (tied and name == HEAD)]
     shards: list[list[str]] = [[]]

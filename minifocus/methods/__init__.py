@@ -103,7 +103,7 @@ def _vision_guided(given: Given, config: Config, folder: Path) -> VisionGuidedSa
             f"{file}: this folder has no trained selector. Pass selector='variance' for a training-free stand-in, "
             "selector=FILE for a trained one, or use sampler='text' or 'none', which need none"
         )
-    return VisionGuidedSampler(*load_selector(file, config.vision.grid**2, options))
+    return VisionGuidedSampler(*load_selector(file, config.grid.cells, options))
 
 
 def _text_guided(given: Given, config: Config) -> TextGuidedSampler:

@@ -25,7 +25,7 @@ from ..llama import DecoderLayer
 from ..loading.config import Config, TextConfig
 from ..ops.checks import wide
 from ..rows import Rows
-from ..samplers.hooks import BeforeLLM, Context, PictureFeatures, Selection, VisualTokens, uncompressed
+from ..samplers.hooks import BeforeLLM, Context, PictureFeatures, Selection, VisualTokens, Words, uncompressed
 from .decoder_attention import keep_where, largest, num_entered, queries_and_keys, visual_tokens_of
 from .pruning import Budget
 
@@ -60,7 +60,7 @@ class Merging(BeforeLLM):
         super().__init__()
         self.ratio = options.ratio
 
-    def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
+    def forward(self, picture: PictureFeatures, text: Words) -> VisualTokens:
         whole = uncompressed(picture)
         competing = ~whole.layout.unscored(whole.source)
         count = int(competing.sum())

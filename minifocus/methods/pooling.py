@@ -14,14 +14,7 @@ import torch.nn.functional as F
 
 from .. import arguments
 from ..loading.config import Config
-from ..samplers.hooks import (
-    BeforeLLM,
-    PictureFeatures,
-    Piece,
-    VisualTokens,
-    leading_tokens,
-    with_newlines,
-)
+from ..samplers.hooks import BeforeLLM, PictureFeatures, Piece, VisualTokens, Words, leading_tokens, with_newlines
 from ..samplers.vision_guided import check_thumbnail
 
 
@@ -60,7 +53,7 @@ class Pooling(BeforeLLM):
             pooled = F.avg_pool2d(planes, window, ceil_mode=True)
         return pooled[0].permute(1, 2, 0)
 
-    def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
+    def forward(self, picture: PictureFeatures, text: Words) -> VisualTokens:
         layout, body = picture.layout, self.pool_map(picture.map)
         if self.options.thumbnail == "compress":
             leading = self.pool_map(picture.thumbnail)

@@ -17,7 +17,7 @@ import torch
 from .. import arguments
 from ..errors import InputError
 from ..inputs.token_layout import Layout
-from ..samplers.hooks import BeforeLLM, PictureFeatures, VisualTokens, uncompressed
+from ..samplers.hooks import BeforeLLM, PictureFeatures, VisualTokens, Words, uncompressed
 from ..vision import VisionTower
 
 
@@ -112,11 +112,11 @@ def cues(picture: PictureFeatures) -> torch.Tensor:
 def coordinates(layout: Layout, places: torch.Tensor) -> torch.Tensor:
     """Places → [n, 2], (row, column) on the map, or on the thumbnail among the leading tokens; -1 for the others."""
     cells, width = layout.cells(places), max(layout.width, 1)
-    side = math.isqrt(layout.leading) if layout.newlines else 0
+    across = layout.thumbnail_width
     on_map = torch.stack([cells // width, cells % width], dim=-1).where(cells[:, None] >= 0, -1)
-    if not side:
+    if not across:
         return on_map
-    on_thumbnail = torch.stack([places // side, places % side], dim=-1)
+    on_thumbnail = torch.stack([places // across, places % across], dim=-1)
     return on_thumbnail.where((places < layout.leading)[:, None], on_map)
 
 
@@ -162,7 +162,7 @@ class Pruner(BeforeLLM):
         """The kept ones of the competing tokens [n, C], as the language model reads them: unchanged."""
         return tokens[kept]
 
-    def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
+    def forward(self, picture: PictureFeatures, text: Words) -> VisualTokens:
         whole, layout = uncompressed(picture), picture.layout
         competing = ~layout.unscored(whole.source)
         count = int(competing.sum())

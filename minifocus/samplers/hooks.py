@@ -30,17 +30,27 @@ class PictureFeatures:
     leading    [L, C]     tokens that go before the map: LLaVA-NeXT's thumbnail; a kept CLS token; or none
     newline    [C]        the learned token after each row of the map; None for LLaVA-1.5
     cues       (map's [H, W, K], thumbnail's [g, g, K]), what the sampler took from the vision tower (`BeforeLLM.cues`)
+    views      [T, g, g, C]  the maps of thumbnail and tiles before they were stitched, paddings and all
+    size       (h, w) of the picture, in pixels
+    num_plain  tokens of it that LLaVA reads with a token for every patch (`Layout.num_plain`)
+
+    g × g is `Config.grid`, which a projector may give in another shape.
     """
 
     map: torch.Tensor
     thumbnail: torch.Tensor
     leading: torch.Tensor
     newline: torch.Tensor | None
-    cues: tuple[torch.Tensor, torch.Tensor] | None = None
+    cues: tuple[torch.Tensor, torch.Tensor] | None
+    views: torch.Tensor
+    size: tuple[int, int]
+    num_plain: int
 
     @property
     def layout(self) -> Layout:
-        return Layout(len(self.leading), self.map.shape[0], self.map.shape[1], self.newline is not None)
+        (height, width), newlines = self.map.shape[:2], self.newline is not None
+        across = self.thumbnail.shape[1] if newlines else 0
+        return Layout(len(self.leading), height, width, newlines, across, self.num_plain)
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,18 @@ class VisualTokens:
     begin: int = 0
 
 
+@dataclass(frozen=True)
+class Words:
+    """Word embeddings of a prompt, before any layer.
+
+    question  [Q, C]  the user's own words; Q may be 0
+    prompt    [P, C]  all text, the question and what the template adds among it, in order
+    """
+
+    question: torch.Tensor
+    prompt: torch.Tensor
+
+
 class BeforeLLM(nn.Module, ABC):
     """From a picture's feature maps to the tokens that the language model reads.
 
@@ -82,8 +104,8 @@ class BeforeLLM(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
-        """`text` [T, C]: the embeddings of the row's instruction tokens (T may be 0)."""
+    def forward(self, picture: PictureFeatures, text: Words) -> VisualTokens:
+        """`text` is that of the picture's row."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..ops import region_pool, region_route
 from ..ops.checks import wide
 from ..ops.reference import DROP, Pool, num_regions, split_regions
-from .hooks import BeforeLLM, PictureFeatures, VisualTokens, leading_tokens, with_newlines
+from .hooks import BeforeLLM, PictureFeatures, VisualTokens, Words, leading_tokens, with_newlines
 
 WINDOWS = (1, 2, 4, 8, 12)
 _POOLS = {
@@ -158,7 +158,7 @@ class VisionGuidedSampler(BeforeLLM):
         factor = chosen / chosen.detach() if self.options.straight_through else chosen
         return factor.to(wide(dtype))
 
-    def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
+    def forward(self, picture: PictureFeatures, text: Words) -> VisualTokens:
         """Compress the map (and, if so asked, the thumbnail); `text` is not looked at."""
         layout, window = picture.layout, self.options.window
         down, across = num_regions((layout.height, layout.width), window)

@@ -17,7 +17,7 @@ from ..llama import DecoderLayer
 from ..model import LlavaNetwork
 from ..ops import select_top_p
 from ..rows import Rows, causal_mask
-from ..samplers.hooks import BeforeLLM, Context, InsideLLM, PictureFeatures, VisualTokens, uncompressed
+from ..samplers.hooks import BeforeLLM, Context, InsideLLM, PictureFeatures, VisualTokens, Words, uncompressed
 from ..samplers.text_guided import TextGuidedSampler
 from .examples import NO_LABEL, Batch
 
@@ -69,7 +69,7 @@ class Output:
     targets   [targets] int64
     pictures  per example, per picture: its tokens as they entered the decoder, the selector's logits among them
     share     [B] float, the visual tokens that a turn sees, on average over the example's turns and all layers, as a share
-              of the uncompressed ones; 1 where there is no picture
+              of what plain LLaVA reads; 1 where there is no picture
     entered   [B] float, those that enter the decoder, likewise
     """
 
@@ -94,7 +94,7 @@ def forward(model: LlavaNetwork, batch: Batch, guidance: Guidance, independent: 
     labels = batch.labels.to(device)
     following = _at(labels, packed, 1)  # the next token, where it is part of an answer
     items = _items(packed, _at(labels, packed, 0) != NO_LABEL, model.inside_llm)
-    full = torch.tensor([sum(v.layout.num_tokens for v in own) for own in pictures])
+    full = torch.tensor([sum(v.layout.num_plain for v in own) for own in pictures])
     entered = (packed.picture >= 0).sum(dim=1).cpu()
     turns = torch.arange(packed.seen.shape[1], device=device)
     own = (turns <= packed.turn.amax(dim=1, keepdim=True)) | (turns == 0)  # [B, T], the turns that an example has
@@ -134,7 +134,7 @@ class _SomePictures(BeforeLLM):
         self._sampler = [sampler]  # in a list: no module of this one
         self._pooled = iter(pooled)
 
-    def forward(self, picture: PictureFeatures, text: torch.Tensor) -> VisualTokens:
+    def forward(self, picture: PictureFeatures, text: Words) -> VisualTokens:
         return self._sampler[0](picture, text) if next(self._pooled) else uncompressed(picture)
 
 

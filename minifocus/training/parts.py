@@ -68,7 +68,7 @@ def new_selector(model: Llava, options: VisionGuidedOptions, bias: float = 1.0) 
     """
     check_thumbnail(options.thumbnail, model.config.anyres)
     branches = len(pools_for(options.window, options.branches))
-    selector = LinearSelector(model.config.vision.grid**2, branches, options.score_pool, options.score_norm)
+    selector = LinearSelector(model.config.grid.cells, branches, options.score_pool, options.score_norm)
     with torch.no_grad():
         selector.bias[-1] = bias
     model.before_llm = VisionGuidedSampler(selector, options).to(model.device)
@@ -77,8 +77,7 @@ def new_selector(model: Llava, options: VisionGuidedOptions, bias: float = 1.0) 
 def new_projector(model: LlavaNetwork, seed: int) -> None:
     """Give the projector, and LLaVA-NeXT's newline, new random values."""
     torch.manual_seed(seed)
-    for layer in (model.multi_modal_projector.linear_1, model.multi_modal_projector.linear_2):
-        layer.reset_parameters()
+    model.multi_modal_projector.reset_parameters()
     if model.config.anyres:
         torch.nn.init.normal_(model.image_newline, std=model.config.text.hidden_size**-0.5)
 

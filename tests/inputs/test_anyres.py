@@ -12,6 +12,7 @@ from transformers.models.llava_next.processing_llava_next import LlavaNextProces
 
 from minifocus.errors import InputError
 from minifocus.inputs.anyres import num_visual_tokens, select_best_resolution, stitch, unpadded_grid
+from minifocus.projectors import Grid
 
 TABLE = [  # spec §4: (h, w), kept rows and columns, tokens
     ((336, 336), (24, 24), 1176),
@@ -30,8 +31,8 @@ TABLE = [  # spec §4: (h, w), kept rows and columns, tokens
 
 @pytest.mark.parametrize("size, kept, tokens", TABLE)
 def test_tokens_of_the_table(size, kept, tokens):
-    assert unpadded_grid(size, select_best_resolution(size, HUB), 336, 24)[2:] == kept
-    assert num_visual_tokens(size, HUB, 336, 14) == tokens
+    assert unpadded_grid(size, select_best_resolution(size, HUB), 336, Grid(24, 24))[2:] == kept
+    assert num_visual_tokens(size, HUB, 336, Grid(24, 24)) == tokens
 
 
 def random_sizes(count):
@@ -52,10 +53,10 @@ def test_tokens_equal_transformers(tile, patch, grids):
         assert best == oracle_best_resolution(size, grid)
         rows, cols = best[0] // tile, best[1] // tile
         kept, newlines = LlavaNextProcessor._get_unpadded_features(None, *size, side, side, rows, cols)
-        assert num_visual_tokens(size, grid, tile, patch) == side * side + kept + newlines, size
+        assert num_visual_tokens(size, grid, tile, Grid(side, side)) == side * side + kept + newlines, size
 
         cells = torch.arange(rows * side * cols * side).view(1, rows * side, cols * side)
-        top, left, kept_rows, kept_cols = unpadded_grid(size, best, tile, side)
+        top, left, kept_rows, kept_cols = unpadded_grid(size, best, tile, Grid(side, side))
         ours = cells[:, top : top + kept_rows, left : left + kept_cols]
         assert torch.equal(ours, unpad_image(cells, size)), size
 
@@ -78,27 +79,26 @@ def test_stitch_equals_transformers(tile, patch, grids):
     for size in [(1, 1), (1, 10000), (10000, 1), (480, 640), (333, 500), *random_sizes(20)]:
         rows, cols = (edge // tile for edge in select_best_resolution(size, grid))
         features = torch.randn(1 + rows * cols, side * side, 5)
-        thumbnail, cells = stitch(features, size, grid, tile)
+        thumbnail, cells = features[0], stitch(features, size, grid, tile, Grid(side, side))
         column = newline.expand(cells.shape[0], 1, 5)
         ours = torch.cat([thumbnail, torch.cat([cells, column], dim=1).flatten(0, 1)])
         packed, lengths = LlavaNextModel.pack_image_features(
             SimpleNamespace(config=config), [features], torch.tensor([size]), "default", newline
         )
         assert torch.equal(ours, packed[0]), size
-        assert len(ours) == lengths[0] == num_visual_tokens(size, grid, tile, patch)
+        assert len(ours) == lengths[0] == num_visual_tokens(size, grid, tile, Grid(side, side))
 
 
 def test_stitch_passes_gradients_to_what_it_keeps():
     features = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
-    thumbnail, cells = stitch(features, (20, 60), [[28, 56]], 28)
-    assert thumbnail.shape == (4, 2) and cells.shape == (2, 4, 2) and cells.dtype == torch.float64
-    thumbnail, cells = stitch(features, (1, 60), [[28, 56]], 28)
-    assert cells.shape == (0, 4, 2)
-    (thumbnail.sum() + cells.sum()).backward()
-    assert features.grad[0].eq(1).all() and features.grad[1:].eq(0).all()
+    cells = stitch(features, (20, 60), [[28, 56]], 28, Grid(2, 2))
+    assert cells.shape == (2, 4, 2) and cells.dtype == torch.float64
+    cells.sum().backward()
+    assert features.grad[0].eq(0).all() and features.grad[1:].eq(1).all()
+    assert stitch(features, (1, 60), [[28, 56]], 28, Grid(2, 2)).shape == (0, 4, 2)
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 2), (2, 4, 2), (4, 4, 2), (3, 5, 2)])
 def test_stitch_refuses_other_counts(shape):
     with pytest.raises(InputError, match=r"10x20 picture has 1 \+ 1 \* 2 views.*got"):
-        stitch(torch.zeros(shape), (10, 20), [[28, 56]], 28)
+        stitch(torch.zeros(shape), (10, 20), [[28, 56]], 28, Grid(2, 2))

@@ -503,7 +503,7 @@ def test_command_line_json_and_figure(folder: Path, tmp_path: Path) -> None:
 
 def test_a_figure_shows_what_a_question_keeps() -> None:
     """Dropped tokens are dark. Of the kept ones the most important is the most orange, and one of no importance is as it was."""
-    layout = Layout(leading=0, height=1, width=3, newlines=False)
+    layout = Layout(leading=0, height=1, width=3, newlines=False, thumbnail_width=0, num_plain=3)
     entered, extent = torch.arange(3), torch.ones(3, 2, dtype=torch.int64)
     importance = torch.tensor([1.0, 0.5, 0.0])
     grey = Image.new("RGB", (448, 149), (120, 120, 120))

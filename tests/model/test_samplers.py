@@ -72,9 +72,8 @@ def features(height: int, width: int, seed: int = 0, channels: int = 6, newline:
     generator = torch.Generator().manual_seed(seed)
     thumbnail = torch.randn(4, 4, channels, generator=generator)
     line = torch.full((channels,), 99.0) if newline else None
-    return PictureFeatures(
-        torch.randn(height, width, channels, generator=generator), thumbnail, thumbnail.flatten(0, 1), line
-    )
+    whole = torch.randn(height, width, channels, generator=generator)
+    return PictureFeatures(whole, thumbnail, thumbnail.flatten(0, 1), line, None, thumbnail[None], (9, 9), 16)
 
 
 @pytest.mark.parametrize("norm", ["none", "layer", "cosine"])
@@ -141,7 +140,7 @@ def test_tokens_stand_region_by_region_with_a_newline_after_each_row_of_regions(
     visual = VisionGuidedSampler(Fixed(), VisionGuidedOptions()).eval()(picture, torch.zeros(0, 6))
 
     tokens, source, number = list(picture.leading), list(range(16)), 0
-    layout = Layout(16, *grid, newline)
+    layout = Layout(16, *grid, newline, 4 * newline, 16)
     for top in range(0, grid[0], 4):
         for left in range(0, grid[1], 4):
             side = (4, 2, 1)[number % 3]

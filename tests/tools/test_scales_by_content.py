@@ -66,7 +66,9 @@ def test_the_thing_that_is_asked_about() -> None:
     ],
 )
 def test_covered(kept: list[int], places: list[int], expected: bool) -> None:
-    layout = Layout(leading=3, height=3, width=3, newlines=True)  # rows at 3 … 5, 7 … 9, 11 … 13; newlines 6, 10, 14
+    layout = Layout(
+        3, 3, 3, newlines=True, thumbnail_width=3, num_plain=15
+    )  # rows at 3 … 5, 7 … 9, 11 … 13; newlines 6, 10, 14
     entered = torch.tensor([0, 4, 6, 7])
     extent = torch.tensor([[1, 1], [1, 1], [1, 1], [2, 2]])
     trace = PictureTrace(layout, None, entered, extent, torch.tensor(kept), torch.zeros(4))

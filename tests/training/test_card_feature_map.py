@@ -13,6 +13,7 @@ from minifocus import cards
 from minifocus.cards.feature_map import GRID, PATCH, locate
 from minifocus.inputs.anyres import stitch
 from minifocus.inputs.image_processor import ImageProcessor
+from minifocus.projectors import Grid
 
 PROCESS = ImageProcessor(anyres=True, image_size=cards.TILE, size=cards.TILE, grid_pinpoints=cards.PINPOINTS)
 SCENES = [*islice(cards.scenes("validation", 40), 5), *islice(cards.scenes("validation", 90, dense=True), 5)]
@@ -25,7 +26,8 @@ def brightness(size: tuple[int, int], boxes: list[cards.Box]) -> np.ndarray:
         ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), fill="white")
     tiles, picture = PROCESS(image)
     means = tiles.mean(1).unflatten(1, (GRID, PATCH)).unflatten(3, (GRID, PATCH)).mean((2, 4))  # [tiles, 8, 8]
-    leading, cells = stitch(means.flatten(1)[..., None], picture, cards.PINPOINTS, cards.TILE)
+    views = means.flatten(1)[..., None]
+    leading, cells = views[0], stitch(views, picture, cards.PINPOINTS, cards.TILE, Grid(GRID, GRID))
     rows = torch.cat([cells, cells.new_full((cells.shape[0], 1, 1), torch.nan)], dim=1)
     return torch.cat([leading, rows.flatten(0, 1)])[:, 0].numpy()
 

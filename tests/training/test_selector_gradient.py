@@ -40,7 +40,7 @@ class Gated:
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         x, small, newline, weight, bias = inputs
-        picture = PictureFeatures(x, small, small.flatten(0, 1), newline)
+        picture = PictureFeatures(x, small, small.flatten(0, 1), newline, None, small[None], (9, 9), 16)
         parameters = {"selector.weight": weight, "selector.bias": bias}
         visual = torch.func.functional_call(self.sampler, parameters, (picture, x.new_zeros(0, 2)))
         self.logits = visual.logits
