@@ -43,7 +43,7 @@ from minifocus.training.memory import keep_freed_memory
 from minifocus.training.model_digest import digest_of_model
 from minifocus.training.objective import AnswerObjective, Objective
 from minifocus.training.optimizers import make_optimizers
-from minifocus.training.parts import PARTS, learning_rate, load_to_train
+from minifocus.training.parts import FRESH, PARTS, learning_rate, load_to_train
 from minifocus.training.plot_log import draw_curve
 from minifocus.training.presets import LLAVA, Preset
 from minifocus.training.processes import Process
@@ -161,7 +161,7 @@ def train(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is None:
             setattr(arguments, name, getattr(preset, name))
     arguments.sampler = arguments.sampler or ("none" if arguments.stage == "align" else "focus")
-    frozen, fresh = names(arguments.freeze, "freeze", PARTS), names(arguments.fresh, "fresh", PARTS[1::2])
+    frozen, fresh = names(arguments.freeze, "freeze", PARTS), names(arguments.fresh, "fresh", FRESH)
     rates = {part: 0.0 if part in frozen else getattr(arguments, f"lr_{part}") for part in PARTS}
     rates["selector_bias"] = 0.0 if "selector" in frozen else arguments.lr_selector_bias
     objective = objective_of(arguments)
@@ -177,7 +177,14 @@ def train(arguments: argparse.Namespace) -> None:
         arguments.alpha = objective.alpha
         arguments.selector_bias = 1.0 if arguments.selector_bias is None else arguments.selector_bias
         model = load_to_train(
-            arguments.model, arguments.sampler, device, options, fresh, arguments.selector_bias, arguments.seed
+            arguments.model,
+            arguments.sampler,
+            device,
+            options,
+            fresh,
+            minifocus.methods.new_part(arguments.sampler, Path(arguments.model), options, fresh) is not None,
+            arguments.selector_bias,
+            arguments.seed,
         )
         model.language_model.model.recompute = arguments.gradient_checkpointing
         if arguments.template:

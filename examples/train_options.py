@@ -13,7 +13,7 @@ import minifocus
 from minifocus.arguments import shown
 from minifocus.inputs.prompt import TEMPLATES
 from minifocus.training.objective import Objective
-from minifocus.training.parts import LEARNED, PARTS, begins_selector
+from minifocus.training.parts import FRESH, PARTS
 from minifocus.training.settings import MOST, MOST_EXAMPLES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=("align", "instruct"),
         help="align: the projector alone, without samplers",
     )
-    add("--fresh", default="", help="parts to start anew, with commas: projector, selector")
+    add("--fresh", default="", help=f"parts to start anew, with commas: {', '.join(FRESH)}")
 
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="conversations in LLaVA's JSON format; default: the miniature's, drawn on the way")
@@ -149,18 +149,19 @@ def options_of_sampler(arguments: argparse.Namespace, fresh: set[str]) -> dict[s
     own = {name: value for name, value in given.items() if value is not None}
     if arguments.printed_factor:
         own["straight_through"] = False
-    if sampler not in LEARNED:
+    options = {**read_options(arguments.option, own), **own}
+    if minifocus.methods.METHODS[sampler].part != "selector":
         for name in own:
             flag = option("printed_factor" if name == "straight_through" else name)
             raise minifocus.InputError(f"{flag}: sampler {sampler!r} has no such option")
         for name in ("alpha", "scale_weights"):
             if getattr(arguments, name) is not None:
                 raise minifocus.InputError(f"{option(name)}: sampler {sampler!r} has no selector to balance")
-    if arguments.selector_bias is not None and not begins_selector(arguments.model, sampler, fresh):
+    new = minifocus.methods.new_part(sampler, Path(arguments.model), options, fresh)
+    if arguments.selector_bias is not None and new != "selector":
         raise minifocus.InputError(
             "--selector-bias: expected a new selector to give it to, such as --fresh selector makes"
         )
-    options = {**read_options(arguments.option, own), **own}
     for name, drawn in {"gamma": "gamma", "layer": "layers"}.items() if sampler in ("focus", "text") else ():
         if name in options:
             raise minifocus.InputError(f"--option: {name} is drawn for every sample: expected its range as --{drawn}")

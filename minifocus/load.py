@@ -22,12 +22,12 @@ from .inputs.processor import Images, Processor
 from .inputs.prompt import Template
 from .inputs.tokenizer import Tokenizer
 from .loading.config import DTYPES, Config, load_config
-from .loading.model_folder import SELECTOR, Origin, finish_save, replacing, stamps
+from .loading.model_folder import LEARNED, Origin, finish_save, replacing, stamps
 from .loading.weights import Progress, check_storable, load_model, save_model, shapes_of, without_values
 from .methods import SamplerOptions
 from .model import LlavaNetwork
 from .samplers.hooks import Samplers
-from .samplers.selector_file import save_learned
+from .samplers.learned_file import save_learned
 from .trace import Answer
 
 if TYPE_CHECKING:
@@ -146,20 +146,29 @@ class Llava(LlavaNetwork):
     def set_sampler(self, name: str, **options: Unpack[SamplerOptions]) -> None:
         """Use another method from now on; `name` and `options` are those of `load`. Raises InputError and CheckpointError."""
         method = methods.build(name, self.config, self.folder, options)
-        if name in ("focus", "vision") and options.get("selector") is None and not self.origin.holds_weights():
-            raise CheckpointError(f"{self.folder / SELECTOR}: is another model's: the weights beside it have changed")
+        part = methods.learned_part(name, options)
+        if part is not None and options.get(part) is None and not self.origin.holds_weights():
+            file = self.folder / f"{part}.safetensors"
+            raise CheckpointError(f"{file}: is another model's: the weights beside it have changed")
         self._use(method)
+
+    def begin_sampler(self, name: str, bias: float = 1.0, **options: Unpack[SamplerOptions]) -> None:
+        """Use a method that learns, with new weights, to be trained. Random ones are drawn from torch's generator.
+
+        bias  how far FocusLLaVA's selector leans to the finest scale. Raises InputError.
+        """
+        self._use(methods.begin(name, self.config, options, bias))
 
     def _use(self, method: Samplers) -> None:
         self.before_llm = None if method.before is None else method.before.to(self.device).eval()
         self.inside_llm = method.inside
 
     def save(self, folder: str | PathLike[str], *, check_finite: bool = True) -> None:
-        """Write the model as `load` takes it: weights, a learned selector, and the other files as they were when it came.
+        """Write the model as `load` takes it: weights, what a sampler has learned, and the other files as they were when it came.
 
         The files of a model that is there already, of whatever kind, make room for them; other files stay. The old ones are
         what loads until the new ones are whole and on the disk, whenever the process is killed (see `model_folder`).
-        Without a learned selector the folder gets none; in the model's own, one that is there stays.
+        Without a learned selector or router the folder gets none; in the model's own, those that are there stay.
 
         `check_finite` refuses weights with NaN or infinity, as `load` would. Raises InputError for a folder that cannot be
         written and a model that `load` would not take again, and CheckpointError where one of the files that it came with
@@ -174,10 +183,10 @@ class Llava(LlavaNetwork):
             with replacing(target) as fresh:
                 save_model(state, self.origin.companions, fresh, self.config, check_finite)
                 own = target.resolve() == self.folder.resolve()
-                if not save_learned(self.before_llm, fresh) and own and self.origin.holds_weights():
-                    selector = target / SELECTOR
-                    if kind(selector) == FILE:
-                        (fresh / SELECTOR).write_bytes(read_bytes(selector))
+                written = save_learned(self.before_llm, fresh)
+                for name in LEARNED if own and self.origin.holds_weights() else ():
+                    if name != written and kind(target / name) == FILE:
+                        (fresh / name).write_bytes(read_bytes(target / name))
         except (OSError, SafetensorError) as error:
             raise InputError(f"{named(target)}: expected a folder that can be written: {error}") from error
         if own:

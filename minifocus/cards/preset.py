@@ -25,5 +25,9 @@ _INSTRUCT = Preset(
 )
 MINIATURE = {
     "align": replace(_INSTRUCT, lr_projector=2e-3, lr_selector=0.0, lr_selector_bias=0.0, lr_llm=0.0),
+    "granularities": replace(_INSTRUCT, lr_projector=5e-4, lr_selector=0.0, lr_selector_bias=0.0, lr_llm=5e-4),
+    "router": Preset(
+        batch=8, micro_batch=4, lr_router=1e-3, turns="independent", max_turns=12, shuffle=False, steps=400
+    ),
     "instruct": _INSTRUCT,
 }

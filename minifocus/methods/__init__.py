@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -13,9 +13,8 @@ from ..arguments import shown
 from ..errors import CheckpointError, InputError
 from ..files.reading import FILE, kind, present
 from ..loading.config import Config
-from ..loading.model_folder import SELECTOR
 from ..samplers.hooks import Samplers
-from ..samplers.selector_file import load_selector
+from ..samplers.selector_file import load_selector, new_selector
 from ..samplers.text_guided import TextGuidedOptions, TextGuidedSampler
 from ..samplers.vision_guided import VisionGuidedOptions, VisionGuidedSampler, check_thumbnail, pools_for
 from .aim import AIMOptions, Dropping, Merging
@@ -74,10 +73,20 @@ Given = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Method:
-    """A method: the names of its options, and how its samplers are made of given options, a config and a folder."""
+    """A method.
+
+    options  the names of its options
+    make     its samplers, of given options, a config and a folder
+    part     what it learns, the stem of a file's name; the option of that name is another file's path
+    begin    its samplers with new weights, of given options, a config and a selector's bias
+    learns   whether it does so with given options
+    """
 
     options: frozenset[str]
     make: Callable[[Given, Config, Path], Samplers]
+    part: str | None = None
+    begin: Callable[[Given, Config, float], Samplers] | None = None
+    learns: Callable[[Given], bool] = lambda given: True
 
 
 def _names(*options: type) -> frozenset[str]:
@@ -95,15 +104,29 @@ def _vision_guided(given: Given, config: Config, folder: Path) -> VisionGuidedSa
     if isinstance(selector, str) and selector == "variance":
         _log.warning("selector='variance' is a training-free stand-in for FocusLLaVA's learned selector")
         return VisionGuidedSampler(VarianceSelector(len(pools_for(checked.window, checked.branches))), checked)
-    if selector is not None and not (isinstance(selector, str | PathLike) and kind(selector) == FILE):
-        raise InputError(f"selector: expected 'variance' or a selector's file, got {shown(selector)}")
-    file = Path(selector) if selector is not None else folder / SELECTOR
-    if not present(file):
-        raise CheckpointError(
-            f"{file}: this folder has no trained selector. Pass selector='variance' for a training-free stand-in, "
-            "selector=FILE for a trained one, or use sampler='text' or 'none', which need none"
-        )
+    hint = "selector='variance' for a training-free stand-in, selector=FILE for a trained one, or use sampler='text' or"
+    file = learned_file(
+        "selector", selector, folder, "'variance' or a selector's file", f"{hint} 'none', which need none"
+    )
     return VisionGuidedSampler(*load_selector(file, config.grid.cells, options))
+
+
+def _new_vision_guided(given: Given, config: Config, bias: float) -> VisionGuidedSampler:
+    if given.get("selector") is not None:
+        raise InputError(f"selector: expected none, as a new one begins, got {shown(given['selector'])}")
+    options = VisionGuidedOptions(**{key: value for key, value in given.items() if key in _names(VisionGuidedOptions)})
+    check_thumbnail(options.thumbnail, config.anyres)
+    return VisionGuidedSampler(new_selector(config.grid.cells, options, bias), options)
+
+
+def learned_file(part: str, given: object, folder: Path, expected: str, hint: str) -> Path:
+    """The file of a learned part: `given`, or the folder's own. Raises InputError and CheckpointError."""
+    if given is not None and not (isinstance(given, str | PathLike) and kind(given) == FILE):
+        raise InputError(f"{part}: expected {expected}, got {shown(given)}")
+    file = Path(given) if given is not None else folder / f"{part}.safetensors"
+    if not present(file):
+        raise CheckpointError(f"{file}: this folder has no trained {part}. Pass {hint}")
+    return file
 
 
 def _text_guided(given: Given, config: Config) -> TextGuidedSampler:
@@ -118,8 +141,15 @@ METHODS: dict[str, Method] = {
     "focus": Method(
         _VISION | _TEXT,
         lambda given, config, folder: Samplers(_vision_guided(given, config, folder), _text_guided(given, config)),
+        "selector",
+        lambda given, config, bias: Samplers(_new_vision_guided(given, config, bias), _text_guided(given, config)),
     ),
-    "vision": Method(_VISION, lambda given, config, folder: Samplers(_vision_guided(given, config, folder))),
+    "vision": Method(
+        _VISION,
+        lambda given, config, folder: Samplers(_vision_guided(given, config, folder)),
+        "selector",
+        lambda given, config, bias: Samplers(_new_vision_guided(given, config, bias)),
+    ),
     "text": Method(_TEXT, lambda given, config, folder: Samplers(None, _text_guided(given, config))),
     "none": Method(frozenset(), lambda given, config, folder: Samplers()),
     # The field's, without training
@@ -166,9 +196,33 @@ def build(name: str, config: Config, folder: Path, options: Mapping[str, object]
     `selector` is "variance", a file's path, or None for `folder`/selector.safetensors. Raises InputError for an unknown
     name or option or a value out of range, and CheckpointError where a trained selector is wanted and not there.
     """
+    return _checked(name, options).make(options, config, folder)
+
+
+def begin(name: str, config: Config, options: Mapping[str, object], bias: float = 1.0) -> Samplers:
+    """The samplers of a method that learns, with new weights. Raises InputError."""
+    method = _checked(name, options)
+    if method.begin is None or not method.learns(options):
+        raise InputError(f"sampler: expected one that learns, got {name!r}")
+    return method.begin(options, config, bias)
+
+
+def learned_part(name: str, options: Mapping[str, object]) -> str | None:
+    """What method `name` learns: "selector", "router", the stem of a file's name; None where that is nothing."""
+    method = _checked(name, options)
+    return method.part if method.learns(options) else None
+
+
+def new_part(name: str, folder: Path, options: Mapping[str, object], fresh: Collection[str]) -> str | None:
+    """What method `name` learns, where it begins anew: the folder has no file of it, or it is one of the `fresh` parts."""
+    part = learned_part(name, options)
+    return part if part is None or part in fresh or kind(folder / f"{part}.safetensors") != FILE else None
+
+
+def _checked(name: str, options: Mapping[str, object]) -> Method:
     known = options_of(name)
     for key in options:
         if key not in known:
             listed = ", ".join(sorted(known)) or "none"
             raise InputError(f"{key[:100]}: not an option of sampler {name!r}; its options: {listed}")
-    return METHODS[name].make(options, config, folder)
+    return METHODS[name]

@@ -30,11 +30,9 @@ class PictureFeatures:
     leading    [L, C]     tokens that go before the map: LLaVA-NeXT's thumbnail; a kept CLS token; or none
     newline    [C]        the learned token after each row of the map; None for LLaVA-1.5
     cues       (map's [H, W, K], thumbnail's [g, g, K]), what the sampler took from the vision tower (`BeforeLLM.cues`)
-    views      [T, g, g, C]  the maps of thumbnail and tiles before they were stitched, paddings and all
+    views      [T, g, g, C]  the maps of thumbnail and tiles before they are stitched; g × g stands for `Config.grid`
     size       (h, w) of the picture, in pixels
     num_plain  tokens of it that LLaVA reads with a token for every patch (`Layout.num_plain`)
-
-    g × g is `Config.grid`, which a projector may give in another shape.
     """
 
     map: torch.Tensor

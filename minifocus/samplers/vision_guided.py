@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -82,15 +82,10 @@ def pool_regions(regions: torch.Tensor, exists: torch.Tensor, how: str) -> torch
     return regions.where(exists[..., None], 0).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))
 
 
-class Selector(Protocol):
-    """Scores every branch for every region: (regions [R, w, w, C], exists, thumbnail [G, C]) → logits [R, S]."""
-
-    def __call__(self, regions: torch.Tensor, exists: torch.Tensor, thumbnail: torch.Tensor) -> torch.Tensor: ...
-
-
 class LinearSelector(nn.Module):
-    """The paper's learned selector: z = W·score + b with score = pool(X_i)·X_gᵀ / √C (G numbers, one per thumbnail token).
+    """The paper's learned selector, regions [R, w, w, C], which cells exist, and thumbnail [G, C] → logits z [R, S].
 
+    z = W·score + b with score = pool(X_i)·X_gᵀ / √C (G numbers, one per thumbnail token).
     At inference the two products are folded, z = pool(X_i)·(X_gᵀWᵀ)/√C + b, which costs R·C·S instead of R·G·C
     (nothing non-linear is between them but `score_norm`), and with score_pool "max" one operator does it (`ops.region_route`).
     """

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError
 from ..files.reading import read_bytes
-from ..loading.model_folder import SELECTOR, WEIGHTS, own_files
+from ..loading.model_folder import LEARNED, WEIGHTS, own_files
 from ..loading.weights import read_headers
 
 
@@ -37,10 +37,10 @@ def digest_of_model(folder: Path, blocks: int = 1024, size: int = 4096) -> str:
             # The files are mapped: only those bytes of a tensor that are digested are read.
             tensors = {name: open_once(t.file).get_tensor(t.key) for name, t in read_headers(folder).items()}
             for name in own_files(folder):
-                if name == SELECTOR:
-                    selector = open_once(folder / name)
-                    tensors |= {f"selector {key}": selector.get_tensor(key) for key in selector.keys()}  # noqa: SIM118
-                    content = json.dumps(selector.metadata(), sort_keys=True).encode()
+                if name in LEARNED:
+                    part, stored = name.partition(".")[0], open_once(folder / name)
+                    tensors |= {f"{part} {key}": stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+                    content = json.dumps(stored.metadata(), sort_keys=True).encode()
                 elif WEIGHTS.fullmatch(name):
                     continue
                 else:

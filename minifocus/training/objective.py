@@ -15,9 +15,9 @@ from ..arguments import shown
 from ..errors import InputError
 from ..model import LlavaNetwork
 from ..samplers.text_guided import TextGuidedSampler
-from ..samplers.vision_guided import VisionGuidedSampler
 from .examples import Batch
 from .packed import Guidance, forward
+from .sampler_loss import Balance, check_sampler, sampler_loss
 from .settings import MOST
 
 
@@ -55,18 +55,6 @@ class Objective:
             raise InputError(f"sampler_dropout: expected a probability, got {self.sampler_dropout}")
 
 
-def balance_loss(logits: torch.Tensor, alpha: float = 0.1, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """α Σ_s w_s f_s P_s (Eq. 3 to 5; with weights, which sum to S, Eq. 10) over the logits [R, S] of a micro-batch.
-
-    f_s is the share of regions whose largest logit is s, P_s the mean probability of s.
-    """
-    branches = logits.shape[-1]
-    share = F.one_hot(logits.argmax(dim=-1), branches).float().mean(dim=0)
-    probability = logits.softmax(dim=-1).mean(dim=0)
-    weights = torch.ones_like(probability) if weights is None else weights
-    return alpha * (weights * share * probability).sum()
-
-
 def draw_guidance(
     objective: Objective, depth: int, seed: int, position: int, size: int, model: LlavaNetwork
 ) -> Guidance:
@@ -93,13 +81,7 @@ class AnswerObjective(nn.Module):
             name = type(model.inside_llm).__name__
             raise InputError(f"sampler: {name} acts inside the language model and is not for training")
         self.model, self.objective, self.seed = model, objective, seed
-        before, weights = model.before_llm, objective.scale_weights
-        self.scale_weights: torch.Tensor | None = None
-        if isinstance(before, VisionGuidedSampler) and weights is not None:
-            if len(weights) != len(before.pools):
-                raise InputError(f"scale_weights: expected {len(before.pools)}, one per scale, got {len(weights)}")
-            total = sum(weights)  # in double precision, where large weights do not overflow
-            self.scale_weights = torch.tensor([one / total * len(weights) for one in weights], dtype=torch.float32)
+        check_sampler(model.before_llm, Balance(objective.alpha, objective.scale_weights))
 
     def forward(self, batch: Batch, num_targets: int, num_batches: int) -> tuple[torch.Tensor, dict[str, float]]:
         """The part of a step's loss that this micro-batch adds, and figures to report.
@@ -118,19 +100,10 @@ class AnswerObjective(nn.Module):
             "tokens": float(output.share.mean()),
             "tokens_entered": float(output.entered.mean()),
         }
-        logits = [p.logits for own in output.pictures for p in own if p.logits is not None and len(p.logits)]
-        if isinstance(self.model.before_llm, VisionGuidedSampler):
-            # Where no picture was pooled, the selector's gradient is 0 and not absent, so that its optimiser still takes a step.
-            loss = loss + 0.0 * sum(p.float().sum() for p in self.model.before_llm.parameters() if p.requires_grad)
-            if logits:
-                scores = torch.cat(logits).float()
-                weights = None if self.scale_weights is None else self.scale_weights.to(scores.device)
-                balance = balance_loss(scores, self.objective.alpha, weights)
-                loss = loss + balance / num_batches
-                shares = F.one_hot(scores.argmax(-1), scores.shape[1]).float().mean(0).tolist()
-                figures["balance_loss"] = float(balance.detach())
-                for (down, across), share in zip(self.model.before_llm.pools, shares, strict=True):
-                    figures[f"scale_{down}x{across}"] = share
+        of_sampler, more = sampler_loss(
+            self.model.before_llm, output.pictures, Balance(self.objective.alpha, self.objective.scale_weights)
+        )
+        loss, figures = loss + of_sampler / num_batches, figures | more
         if not loss.requires_grad:
             # Text alone behind a frozen decoder reaches nothing that is trained: the step goes on, with a gradient of 0.
             trained = (p for p in self.model.parameters() if p.requires_grad)

@@ -12,8 +12,8 @@ from ..errors import InputError
 from .muon import Muon
 from .settings import Settings
 
-# Embeddings and heads, whose rows stand for themselves, and the selector: no matrices between hidden states.
-_NOT_FOR_MUON = ("embed", "lm_head", "heads.", "selector.")
+# Embeddings and heads, whose rows stand for themselves, and what samplers learn: no matrices between hidden states.
+_NOT_FOR_MUON = ("embed", "lm_head", "heads.", "before_llm.")
 
 
 def make_optimizers(
@@ -26,7 +26,7 @@ def make_optimizers(
         parameter.requires_grad_(lr > 0)
         if lr > 0:
             muon = settings.muon and parameter.dim() == 2 and not any(part in name for part in _NOT_FOR_MUON)
-            decays = parameter.dim() > 1 and "selector" not in name
+            decays = parameter.dim() > 1 and "before_llm." not in name
             groups.setdefault((muon, lr, settings.weight_decay if decays else 0.0), []).append(parameter)
     if not groups:
         raise InputError("learning rates: expected at least one above 0, got none: nothing would be trained")

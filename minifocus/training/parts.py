@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import fields
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..files.reading import FILE, kind
 from ..load import Llava, load
-from ..loading.model_folder import SELECTOR
 from ..model import LlavaNetwork
-from ..samplers.vision_guided import (
-    LinearSelector,
-    VisionGuidedOptions,
-    VisionGuidedSampler,
-    check_thumbnail,
-    pools_for,
-)
 
-PARTS = ("vision", "projector", "llm", "selector")
-LEARNED = ("focus", "vision")  # samplers that decide by a selector
-
-
-def begins_selector(folder: str | PathLike[str], sampler: str, fresh: Collection[str] = ()) -> bool:
-    """Whether a model of this folder is trained with a new selector: the folder has none, or it is one of the `fresh` parts."""
-    return sampler in LEARNED and ("selector" in fresh or kind(Path(folder) / SELECTOR) != FILE)
+PARTS = ("vision", "projector", "llm", "selector", "router")  # the last two are what samplers learn
+FRESH = ("projector", "selector", "router")  # those that can begin anew
 
 
 def load_to_train(
@@ -37,41 +21,25 @@ def load_to_train(
     device: torch.device,
     options: Mapping[str, Any],
     fresh: Collection[str] = (),
+    new_sampler: bool = False,
     selector_bias: float = 1.0,
     seed: int = 0,
 ) -> Llava:
     """Load a model in float32, with the sampler that it is to be trained behind and that sampler's `options`.
 
-    fresh          parts that begin anew: "projector", whose values follow from `seed`, and "selector"
-    selector_bias  how far a new selector leans to the finest scale (see `new_selector`)
+    fresh          parts of the model itself that begin anew: "projector". Random values follow from `seed`
+    new_sampler    whether what the sampler learns begins anew
+    selector_bias  how far a new selector leans to the finest scale (see `selector_file.new_selector`)
 
     Raises CheckpointError for a bad folder and InputError for a bad option.
     """
-    if begins_selector(folder, sampler, fresh):
-        known = {field.name for field in fields(VisionGuidedOptions)}
-        of_text = {name: value for name, value in options.items() if name not in known}
-        # Loading refuses an option that neither sampler has.
-        model = load(folder, "text" if sampler == "focus" else "none", device, "float32", **of_text)
-        of_vision = {name: value for name, value in options.items() if name in known}
-        new_selector(model, VisionGuidedOptions(**of_vision), selector_bias)
-    else:
-        model = load(folder, sampler, device, "float32", **options)
+    model = load(folder, "none" if new_sampler else sampler, device, "float32", **({} if new_sampler else options))
+    if new_sampler:
+        torch.manual_seed(seed)
+        model.begin_sampler(sampler, selector_bias, **options)
     if "projector" in fresh:
         new_projector(model, seed)
     return model
-
-
-def new_selector(model: Llava, options: VisionGuidedOptions, bias: float = 1.0) -> None:
-    """Give the model a vision-guided sampler with an untrained selector. Raises InputError.
-
-    The selector leans to the finest scale by `bias`. So it begins by reading everything, and learns what it can leave out.
-    """
-    check_thumbnail(options.thumbnail, model.config.anyres)
-    branches = len(pools_for(options.window, options.branches))
-    selector = LinearSelector(model.config.grid.cells, branches, options.score_pool, options.score_norm)
-    with torch.no_grad():
-        selector.bias[-1] = bias
-    model.before_llm = VisionGuidedSampler(selector, options).to(model.device)
 
 
 def new_projector(model: LlavaNetwork, seed: int) -> None:
@@ -90,5 +58,6 @@ def learning_rate(name: str, rates: dict[str, float], model: LlavaNetwork) -> fl
         unused = "post_layernorm" in name or (block.isdigit() and int(block) >= max(model.config.feature_layers))
         return 0.0 if unused else rates["vision"]
     if name.startswith("before_llm."):
-        return rates["selector_bias" if name.endswith(".bias") else "selector"]
+        part = name.split(".")[1]
+        return rates[f"{part}_bias" if name.endswith(".bias") and f"{part}_bias" in rates else part]
     return rates["llm" if name.startswith("language_model.") else "projector"]

@@ -9,8 +9,8 @@ from typing import Literal
 @dataclass(frozen=True)
 class Preset:
     """
-    lr_…         peak learning rates of the projector, the selector's weights and bias, the decoder and the vision tower;
-                 0 freezes a part
+    lr_…         peak learning rates of the projector, the selector's weights and bias, the decoder, the vision tower and
+                 AVG-LLaVA's router; 0 freezes a part
     batch        examples per step; micro_batch of them in a forward pass
     warmup       share of the steps over which the rates rise
     optimizer    "adamw", or "muon" for matrices between hidden states
@@ -20,12 +20,13 @@ class Preset:
     steps        of the run; None: one pass over the data
     """
 
-    lr_projector: float
-    lr_selector: float
-    lr_selector_bias: float
-    lr_llm: float
-    lr_vision: float
     batch: int
+    lr_projector: float = 0.0
+    lr_selector: float = 0.0
+    lr_selector_bias: float = 0.0
+    lr_llm: float = 0.0
+    lr_vision: float = 0.0
+    lr_router: float = 0.0
     micro_batch: int = 1
     warmup: float = 0.03
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -39,8 +40,11 @@ class Preset:
 # whole feature vectors (20 ± 30 in the miniature), so that a hundred times as much throws every region from one scale to another
 # within a few steps. Its bias, which the paper does not mention, moves by itself.
 LLAVA = {
-    "align": Preset(lr_projector=1e-3, lr_selector=0.0, lr_selector_bias=0.0, lr_llm=0.0, lr_vision=0.0, batch=256),
+    "align": Preset(batch=256, lr_projector=1e-3),
     "instruct": Preset(
-        lr_projector=1e-5, lr_selector=1e-5, lr_selector_bias=3e-4, lr_llm=1e-5, lr_vision=2e-6, batch=128
+        batch=128, lr_projector=1e-5, lr_selector=1e-5, lr_selector_bias=3e-4, lr_llm=1e-5, lr_vision=2e-6
     ),
+    # AVG-LLaVA's stages 3 and 4 (its Table 5). §4.1 gives the tower's rate as 1e-5.
+    "granularities": Preset(batch=128, lr_projector=1e-5, lr_llm=1e-5, lr_vision=2e-5),
+    "router": Preset(batch=128, lr_router=1e-3),
 }

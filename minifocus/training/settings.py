@@ -21,7 +21,7 @@ class Settings:
     max_grad_norm   gradients are scaled down to this norm
     muon            matrices between hidden states by Muon, the rest by AdamW; else all by AdamW
     betas           AdamW's
-    weight_decay    of all but vectors (norms, biases) and the selector
+    weight_decay    of all but vectors (norms, biases) and what a sampler learns
     bf16            forward and backward in bfloat16 where PyTorch's autocast does so; weights stay in their dtype
     save_every      steps between checkpoints
     log_every       steps between lines of the log

@@ -24,7 +24,7 @@ from minifocus.samplers.hooks import Context, PictureFeatures
 from minifocus.samplers.selector_file import save_selector
 from minifocus.samplers.text_guided import TextGuidedOptions, TextGuidedSampler
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
-from minifocus.training.objective import balance_loss
+from minifocus.training.sampler_loss import balance_loss
 
 SIZES = [
     [(57, 91)],

@@ -19,8 +19,9 @@ from random_examples import DEPTH, random_example
 import minifocus
 from minifocus.cards import CardScenes
 from minifocus.training.examples import Batches, collate
-from minifocus.training.objective import AnswerObjective, Objective, balance_loss, draw_guidance
+from minifocus.training.objective import AnswerObjective, Objective, draw_guidance
 from minifocus.training.packed import forward
+from minifocus.training.sampler_loss import balance_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

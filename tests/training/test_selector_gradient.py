@@ -17,8 +17,9 @@ from minifocus.cards import CardScenes
 from minifocus.samplers.hooks import PictureFeatures
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler, pools_for
 from minifocus.training.examples import Batches, collate
-from minifocus.training.objective import AnswerObjective, Objective, balance_loss, draw_guidance
+from minifocus.training.objective import AnswerObjective, Objective, draw_guidance
 from minifocus.training.packed import Guidance, forward
+from minifocus.training.sampler_loss import balance_loss
 
 TINY = Path(__file__).resolve().parents[2] / "weights/tiny"
 
