@@ -1,4 +1,4 @@
-"""The registry of methods: FocusLLaVA's samplers, and the field's methods that need no training, by name."""
+"""The registry of methods: FocusLLaVA's samplers, AVG-LLaVA's, and the field's methods that need no training, by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from .. import arguments
 from ..arguments import shown
+from ..avg_llava.router_file import load_router
+from ..avg_llava.sampler import AVGLLaVA, RouterOptions, new_router
 from ..errors import CheckpointError, InputError
 from ..files.reading import FILE, kind, present
 from ..loading.config import Config
@@ -38,14 +41,19 @@ _log = logging.getLogger("minifocus")
 class SamplerOptions(TypedDict, total=False):
     """The options of all methods, for editors to complete; `options_of` says which of them a method takes."""
 
+    attention: Literal["tokens", "views"]
     axis: Literal["column", "row"]
     begin: int | None
     block: int | None
     blocks: int | None
     branches: int
+    crop: Literal["whole", "released"]
     end: int | None
+    filtered_text: int
     flip: bool
     gamma: float
+    granularities: Sequence[int] | None
+    granularity: int | None
     keep: int | None
     layer: int | None
     layers: Sequence[int] | None
@@ -54,6 +62,7 @@ class SamplerOptions(TypedDict, total=False):
     ratio: float | None
     rope: bool
     rounds: int
+    router: str | PathLike[str] | None
     score_norm: Literal["none", "layer", "cosine"]
     score_pool: Literal["max", "mean"]
     second: float
@@ -63,7 +72,7 @@ class SamplerOptions(TypedDict, total=False):
     strategy: Literal["rank", "rows"]
     stride: int
     temperature: float
-    text: Literal["instruction", "all", "last"]
+    text: Literal["instruction", "all", "last", "question", "prompt"]
     thumbnail: Literal["keep", "compress", "drop"] | float
     window: int
 
@@ -119,6 +128,36 @@ def _new_vision_guided(given: Given, config: Config, bias: float) -> VisionGuide
     return VisionGuidedSampler(new_selector(config.grid.cells, options, bias), options)
 
 
+def _granularity(given: Given, config: Config) -> tuple[RouterOptions, int | None]:
+    """The options of AVG-LLaVA's router that were given, and the number of the forced granularity."""
+    options = RouterOptions(**{key: value for key, value in given.items() if key in _names(RouterOptions)})
+    forced = given.get("granularity")
+    if forced is None:
+        return options, None
+    known = options.of_grid(config)
+    return options, known.index(arguments.whole_of("granularity", forced, known))
+
+
+def _avg_llava(given: Given, config: Config, folder: Path) -> AVGLLaVA:
+    options, forced = _granularity(given, config)
+    if forced is not None:
+        if given.get("router") is not None:
+            raise InputError(f"router: expected none where the granularity is forced, got {shown(given['router'])}")
+        return AVGLLaVA(options, config, None, forced)
+    options.of_grid(config)
+    hint = "router=FILE for a trained one, granularity=TOKENS to force one, or another sampler"
+    file = learned_file("router", given.get("router"), folder, "a router's file", hint)
+    router, trained = load_router(file, config, {key: given[key] for key in given if key in _names(RouterOptions)})
+    return AVGLLaVA(trained, config, router)
+
+
+def _new_avg_llava(given: Given, config: Config, bias: float) -> AVGLLaVA:
+    if given.get("router") is not None:
+        raise InputError(f"router: expected none, as a new one begins, got {shown(given['router'])}")
+    options, _ = _granularity(given, config)
+    return AVGLLaVA(options, config, new_router(options, config))
+
+
 def learned_file(part: str, given: object, folder: Path, expected: str, hint: str) -> Path:
     """The file of a learned part: `given`, or the folder's own. Raises InputError and CheckpointError."""
     if given is not None and not (isinstance(given, str | PathLike) and kind(given) == FILE):
@@ -152,6 +191,14 @@ METHODS: dict[str, Method] = {
     ),
     "text": Method(_TEXT, lambda given, config, folder: Samplers(None, _text_guided(given, config))),
     "none": Method(frozenset(), lambda given, config, folder: Samplers()),
+    # AVG-LLaVA
+    "avg-llava": Method(
+        _names(RouterOptions) | {"router", "granularity"},
+        lambda given, config, folder: Samplers(_avg_llava(given, config, folder)),
+        "router",
+        lambda given, config, bias: Samplers(_new_avg_llava(given, config, bias)),
+        lambda given: given.get("granularity") is None,
+    ),
     # The field's, without training
     "avgpool": _training_free(PoolingOptions, lambda options, config: Samplers(Pooling(options, config, "mean"))),
     "maxpool": _training_free(PoolingOptions, lambda options, config: Samplers(Pooling(options, config, "max"))),
