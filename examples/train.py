@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from train_options import add_options, check, names, numbers, options_of_sampler
+from train_options import add_options, check, names, numbers, options_of_sampler, ranking_of
 
 import minifocus
 from minifocus import cards
@@ -37,6 +37,8 @@ from minifocus.files.reading import FILE, FOLDER, NOTHING, kind
 from minifocus.inputs.conversations import asked_alone, read_conversations
 from minifocus.load import usable_device
 from minifocus.training.examples import Batches, Source
+from minifocus.training.feedback import Feedback
+from minifocus.training.granularities import GranularityObjective, granular
 from minifocus.training.log import LOG
 from minifocus.training.loop import fit
 from minifocus.training.memory import keep_freed_memory
@@ -47,15 +49,17 @@ from minifocus.training.parts import FRESH, PARTS, learning_rate, load_to_train
 from minifocus.training.plot_log import draw_curve
 from minifocus.training.presets import LLAVA, Preset
 from minifocus.training.processes import Process
+from minifocus.training.router import RouterObjective
 from minifocus.training.settings import Settings
 
 # Arguments that may change when a run is resumed: where its files are (the model and the data are known by their content), and
 # what affects neither the weights nor the order of the examples.
 MAY_CHANGE = {
     *("out", "model", "data", "images", "device", "workers", "gradient_checkpointing", "skip_unusable"),
-    *("images_anywhere", "save_every", "log_every", "validate", "validate_every", "validation_data"),
+    *("feedback", "images_anywhere", "save_every", "log_every", "validate", "validate_every", "validation_data"),
 }
 # Settings that a preset fills in where they were not given.
+SAMPLERS = {"align": "none", "instruct": "focus", "granularities": "avg-llava", "router": "avg-llava"}  # by default
 FILLED = ("batch", "warmup", "optimizer", "turns", "lr_selector_bias", *(f"lr_{part}" for part in PARTS))
 
 
@@ -160,9 +164,11 @@ def train(arguments: argparse.Namespace) -> None:
     for name in FILLED:
         if getattr(arguments, name) is None:
             setattr(arguments, name, getattr(preset, name))
-    arguments.sampler = arguments.sampler or ("none" if arguments.stage == "align" else "focus")
+    arguments.sampler = arguments.sampler or SAMPLERS[arguments.stage]
     frozen, fresh = names(arguments.freeze, "freeze", PARTS), names(arguments.fresh, "fresh", FRESH)
     rates = {part: 0.0 if part in frozen else getattr(arguments, f"lr_{part}") for part in PARTS}
+    if arguments.stage == "router" and any(rates[part] for part in PARTS if part != "router"):
+        raise minifocus.InputError("--stage: router trains the router alone: expected no other learning rate")
     rates["selector_bias"] = 0.0 if "selector" in frozen else arguments.lr_selector_bias
     objective = objective_of(arguments)
     data = read(arguments)
@@ -199,11 +205,13 @@ def train(arguments: argparse.Namespace) -> None:
             arguments.max_tokens,
             shuffle=preset.shuffle,
             skip_unusable=arguments.skip_unusable,
+            examples=arguments.examples,
         )
-        task = AnswerObjective(model, objective, arguments.seed)
+        of_data = {"model": digest_of_model(Path(arguments.model)), **data.identity}
+        task = task_of(arguments, model, objective, of_data)
         optimizers = make_optimizers(task, partial(learning_rate, rates=rates, model=model), settings)
         identity = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
-        identity |= {"model": digest_of_model(Path(arguments.model)), **data.identity}
+        identity |= of_data
 
         def validate() -> dict[str, Any]:
             asked, count, longest = data.asked(model)
@@ -227,6 +235,25 @@ def train(arguments: argparse.Namespace) -> None:
             leave_results(model, out)
             print(f"{settings.steps} steps in {seconds:.0f} s; the model is in {out / 'model'}")
     process.leave()
+
+
+def task_of(
+    arguments: argparse.Namespace, model: minifocus.Llava, objective: Objective, of_data: dict[str, Any]
+) -> torch.nn.Module:
+    """What the stage trains: a model with its loss."""
+    independent = objective.independent
+    if arguments.stage == "granularities":
+        return GranularityObjective(model, independent)
+    if arguments.stage == "router":
+        names = ("seed", "turns", "max_turns", "max_tokens", "first_scene", "dense", "template", "skip_unusable")
+        said = {name: getattr(arguments, name) for name in names}
+        options = granular(model)
+        sampler = {"granularities": options.granularities, "crop": options.options.crop}
+        feedback = Feedback(
+            Path(arguments.feedback or Path(arguments.out) / "feedback"), {**of_data, **said, **sampler}
+        )
+        return RouterObjective(model, ranking_of(arguments), feedback, arguments.seed, independent)
+    return AnswerObjective(model, objective, arguments.seed)
 
 
 def leave_results(model: minifocus.Llava, out: Path) -> None:

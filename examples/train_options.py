@@ -14,8 +14,14 @@ from minifocus.arguments import shown
 from minifocus.inputs.prompt import TEMPLATES
 from minifocus.training.objective import Objective
 from minifocus.training.parts import FRESH, PARTS
+from minifocus.training.router import Ranking
 from minifocus.training.settings import MOST, MOST_EXAMPLES
 
+RANKING = {
+    "ranking": "form",
+    "ranking_margin": "margin",
+    **{name: name for name in ("rank_weight", "choice_weight", "token_price")},
+}  # arguments → fields of Ranking
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -26,8 +32,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--stage",
         default="instruct",
-        choices=("align", "instruct"),
-        help="align: the projector alone, without samplers",
+        choices=("align", "instruct", "granularities", "router"),
+        help="align: the projector alone, without samplers; granularities and router: stages 3 and 4 of AVG-LLaVA",
     )
     add("--fresh", default="", help=f"parts to start anew, with commas: {', '.join(FRESH)}")
 
@@ -64,6 +70,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     samplers.add_argument(
         "--sampler-dropout", type=float, default=0.0, help="a sample's chance to go without a sampler"
+    )
+
+    router = parser.add_argument_group("AVG-LLaVA's router (--stage router)")
+    router.add_argument("--examples", type=int, help="train on the first so many examples again and again")
+    router.add_argument(
+        "--feedback", help="folder of the language model's losses of them, computed once; default: OUT/feedback"
+    )
+    router.add_argument("--ranking", choices=("paper", "released"), help="form of the ranking loss (paper)")
+    router.add_argument("--ranking-margin", type=float, help=f"released form: factor of the margins ({Ranking.margin})")
+    router.add_argument("--rank-weight", type=float, help=f"of the ranking loss ({Ranking.rank_weight:g})")
+    router.add_argument(
+        "--choice-weight", type=float, help=f"of the best choice's cross-entropy ({Ranking.choice_weight})"
+    )
+    router.add_argument(
+        "--token-price", type=float, help="added to the loss that all tokens have, not in the paper (0)"
     )
 
     steps = parser.add_argument_group("steps")
@@ -123,6 +144,11 @@ def check(arguments: argparse.Namespace) -> None:
         expect(not arguments.validate or held_out, arguments, "validate", "--validation-data beside it")
         expect(arguments.validate or not held_out, arguments, "validation_data", "--validate beside it")
 
+    if arguments.stage != "router":
+        for name in ("examples", "feedback", *RANKING):
+            expect(getattr(arguments, name) is None, arguments, name, "--stage router beside it")
+    expect_numbers(arguments, 1, "examples")
+
 
 def names(text: str, flag: str, known: tuple[str, ...]) -> set[str]:
     found = {name.strip() for name in text.split(",") if name.strip()}
@@ -142,6 +168,11 @@ def numbers(text: str, flag: str, count: int | None = None) -> tuple[float, ...]
     return values
 
 
+def ranking_of(arguments: argparse.Namespace) -> Ranking:
+    given = {field: getattr(arguments, name) for name, field in RANKING.items()}
+    return Ranking(**{field: value for field, value in given.items() if value is not None})
+
+
 def options_of_sampler(arguments: argparse.Namespace, fresh: set[str]) -> dict[str, Any]:
     """The sampler's own options. Refuses what the sampler would ignore, and what is drawn at random instead."""
     sampler = arguments.sampler
@@ -157,6 +188,8 @@ def options_of_sampler(arguments: argparse.Namespace, fresh: set[str]) -> dict[s
         for name in ("alpha", "scale_weights"):
             if getattr(arguments, name) is not None:
                 raise minifocus.InputError(f"{option(name)}: sampler {sampler!r} has no selector to balance")
+    if arguments.stage == "granularities":
+        options.setdefault("granularity", "finest")  # of the answers that validate; all are trained
     new = minifocus.methods.new_part(sampler, Path(arguments.model), options, fresh)
     if arguments.selector_bias is not None and new != "selector":
         raise minifocus.InputError(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from .. import arguments
 from ..errors import InputError
@@ -81,14 +82,25 @@ class AVGLLaVA(BeforeLLM):
         return self.router(self.all_tokens(views), torch.stack([self.filtered(views, own) for own in words]))
 
     def forward(self, picture: PictureFeatures, text: Words) -> VisualTokens:
-        """`choice` [1, 1] of what this gives is the number of the granularity, from the coarsest."""
-        number = self.forced
+        """`choice` [1, 1] of what this gives is the number of the granularity, from the coarsest.
+
+        In training the choice is drawn, and its probability's gradient goes through the tokens (Gumbel-Softmax, straight
+        through): the way that the paper compares its own with (Table 4e).
+        """
+        number, factor = self.forced, None
         if number is None:
             words = text.question if self.options.text == "question" else text.prompt
-            number = int(self.route(picture.views, [words])[0].argmax())
+            logits = self.route(picture.views, [words])[0]
+            if self.training:
+                drawn = F.gumbel_softmax(logits.float(), hard=True)
+                number = int(drawn.argmax())
+                factor = drawn[number]
+            else:
+                number = int(logits.argmax())
         visual = scale(picture, self.windows[number], self.config, self.options.crop)
+        tokens = visual.tokens if factor is None else visual.tokens * factor.to(visual.tokens.dtype)
         choice = torch.full((1, 1), number, dtype=torch.int64, device=visual.source.device)
-        return VisualTokens(visual.tokens, visual.source, visual.extent, visual.layout, choice)
+        return replace(visual, tokens=tokens, choice=choice)
 
 
 def new_router(options: RouterOptions, config: Config) -> Router:

@@ -53,7 +53,7 @@ class SamplerOptions(TypedDict, total=False):
     flip: bool
     gamma: float
     granularities: Sequence[int] | None
-    granularity: int | None
+    granularity: int | Literal["finest"] | None
     keep: int | None
     layer: int | None
     layers: Sequence[int] | None
@@ -135,6 +135,9 @@ def _granularity(given: Given, config: Config) -> tuple[RouterOptions, int | Non
     if forced is None:
         return options, None
     known = options.of_grid(config)
+    if isinstance(forced, str):
+        arguments.choice("granularity", forced, ("finest",))
+        return options, len(known) - 1
     return options, known.index(arguments.whole_of("granularity", forced, known))
 
 

@@ -65,6 +65,7 @@ class Batch:
     sizes: list[tuple[int, int]]
     pictures: list[int]  # of each example
     position: int  # of the first example in the run's order, from which random choices are drawn
+    first: int  # the same, of a run that takes some examples again and again: which of them is the first
 
     @property
     def num_targets(self) -> int:
@@ -75,7 +76,7 @@ class Batch:
         return int(self.turn.max()) + 1
 
 
-def collate(examples: Sequence[Example], position: int = 0) -> Batch:
+def collate(examples: Sequence[Example], position: int = 0, first: int | None = None) -> Batch:
     """Pad on the left, as `LlavaNetwork.embed` does, so that every row ends in its last column."""
 
     def stack(name: str, padding: int | bool) -> torch.Tensor:
@@ -95,6 +96,7 @@ def collate(examples: Sequence[Example], position: int = 0) -> Batch:
         sizes=[size for example in examples for size in example.sizes],
         pictures=[len(example.tiles) for example in examples],
         position=position,
+        first=position if first is None else first,
     )
 
 
@@ -217,7 +219,8 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
     A position's example follows from the seed alone: every pass over the source (an epoch) is a new permutation of it, or
     the source's own order where that is `shuffle` False (drawn scenes are random already). At most `max_turns` turns are
-    taken, in random order where they are independent. An UnusableConversation is an error or, with `skip_unusable`, a
+    taken, in random order where they are independent. `examples` are how many of these a run has: it then takes the first
+    ones again. An UnusableConversation is an error or, with `skip_unusable`, a
     warning, and the next conversation in that order takes its place.
     """
 
@@ -232,12 +235,16 @@ class Batches(torch.utils.data.Dataset[Batch]):
         max_tokens: int | None = None,
         shuffle: bool = True,
         skip_unusable: bool = False,
+        examples: int | None = None,
     ):
         if not len(source):
             raise InputError("data: expected at least one conversation, got none")
         self.processor, self.source, self.size, self.seed = processor, source, size, seed
         self.independent, self.max_turns, self.max_tokens, self.shuffle = independent, max_turns, max_tokens, shuffle
         self.skip_unusable = skip_unusable
+        if examples is not None and examples % size:
+            raise InputError(f"examples: expected a multiple of micro_batch, {size}, got {examples}")
+        self.examples = examples
         processor.prompt_template()  # it warns once here, and not in every process that reads ahead
         self._epoch, self._order = -1, np.empty(0, np.int64)
 
@@ -258,8 +265,9 @@ class Batches(torch.utils.data.Dataset[Batch]):
         return Conversation(found.id, found.images, turns[: self.max_turns])
 
     def __getitem__(self, number: int) -> Batch:
-        first = number * self.size
-        return collate([self.example(first + i) for i in range(self.size)], first)
+        position = number * self.size
+        first = position if self.examples is None else position % self.examples
+        return collate([self.example(first + i) for i in range(self.size)], position, first)
 
     def example(self, position: int) -> Example:
         for skipped in range(min(len(self.source), MOST_SKIPPED)):

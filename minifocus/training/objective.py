@@ -71,6 +71,11 @@ def draw_guidance(
     return Guidance(pooled, layers, gammas)
 
 
+def seed_draws(seed: int, position: int) -> None:
+    """Let what a network draws for the examples at a position, such as dropout, follow from the seed and it alone."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, 3, position]).generate_state(1, np.uint64)[0]))
+
+
 class AnswerObjective(nn.Module):
     """A model with its loss; its parameters are the model's. Raises InputError for a sampler that cannot be trained with."""
 
@@ -92,6 +97,7 @@ class AnswerObjective(nn.Module):
         depth = self.model.config.text.num_hidden_layers
         size = len(batch.pictures)
         guidance = draw_guidance(self.objective, depth, self.seed, batch.position, size, self.model)
+        seed_draws(self.seed, batch.position)
         output = forward(self.model, batch, guidance, self.objective.independent)
         answers = F.cross_entropy(output.logits.float(), output.targets, reduction="sum")
         loss = answers / num_targets

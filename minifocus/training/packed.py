@@ -67,6 +67,7 @@ class Output:
     """
     logits    [targets, V], for each token of an answer
     targets   [targets] int64
+    example, turn  [targets] int64, whose answer each is part of
     pictures  per example, per picture: its tokens as they entered the decoder, the selector's logits among them
     share     [B] float, the visual tokens that a turn sees, on average over the example's turns and all layers, as a share
               of what plain LLaVA reads; 1 where there is no picture
@@ -75,15 +76,27 @@ class Output:
 
     logits: torch.Tensor
     targets: torch.Tensor
+    example: torch.Tensor
+    turn: torch.Tensor
     pictures: list[list[VisualTokens]]
     share: torch.Tensor
     entered: torch.Tensor
 
 
-def forward(model: LlavaNetwork, batch: Batch, guidance: Guidance, independent: bool = False) -> Output:
-    """The batch through `model`, whose samplers do what `guidance` says."""
+def forward(
+    model: LlavaNetwork,
+    batch: Batch,
+    guidance: Guidance,
+    independent: bool = False,
+    features: Sequence[PictureFeatures] | None = None,
+) -> Output:
+    """The batch through `model`, whose samplers do what `guidance` says.
+
+    features  what `encode_pictures` gave of the batch's pictures, to be used again; None: they are encoded
+    """
     device = model.device
-    features = model.encode_pictures(batch.tiles, batch.sizes, model.before_llm)
+    if features is None:
+        features = model.encode_pictures(batch.tiles, batch.sizes, model.before_llm)
     pooled = [guidance.pooled[example] for example, n in enumerate(batch.pictures) for _ in range(n)]
     before = None if model.before_llm is None else _SomePictures(model.before_llm, pooled)
     mask = batch.attention_mask.to(device)
@@ -123,7 +136,8 @@ def forward(model: LlavaNetwork, batch: Batch, guidance: Guidance, independent: 
     logits = model.language_model.lm_head(rows.hidden[is_target[:, -read:]])
     share = torch.stack(seen).mean(dim=0).cpu()
     share, entered = ((count / full).where(full > 0, 1.0) for count in (share, entered))
-    return Output(logits, following[is_target], pictures, share, entered)
+    example, _ = is_target.nonzero(as_tuple=True)
+    return Output(logits, following[is_target], example, packed.turn[is_target], pictures, share, entered)
 
 
 class _SomePictures(BeforeLLM):
