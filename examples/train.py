@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from train_options import add_options, check, names, numbers, options_of_sampler
+from train_options import add_options, check, names, new_projector_of, numbers, options_of_sampler
 
 import minifocus
 from minifocus import cards
@@ -164,6 +164,7 @@ def train(arguments: argparse.Namespace) -> None:
     frozen, fresh = names(arguments.freeze, "freeze", PARTS), names(arguments.fresh, "fresh", PARTS[1::2])
     rates = {part: 0.0 if part in frozen else getattr(arguments, f"lr_{part}") for part in PARTS}
     rates["selector_bias"] = 0.0 if "selector" in frozen else arguments.lr_selector_bias
+    projector = new_projector_of(arguments, fresh, rates["projector"] > 0)
     objective = objective_of(arguments)
     data = read(arguments)
     settings = settings_of(arguments, preset, len(data.source), device)
@@ -177,7 +178,14 @@ def train(arguments: argparse.Namespace) -> None:
         arguments.alpha = objective.alpha
         arguments.selector_bias = 1.0 if arguments.selector_bias is None else arguments.selector_bias
         model = load_to_train(
-            arguments.model, arguments.sampler, device, options, fresh, arguments.selector_bias, arguments.seed
+            arguments.model,
+            arguments.sampler,
+            device,
+            options,
+            fresh,
+            arguments.selector_bias,
+            arguments.seed,
+            projector,
         )
         model.language_model.model.recompute = arguments.gradient_checkpointing
         if arguments.template:

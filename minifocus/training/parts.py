@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError
 from ..files.reading import FILE, kind
 from ..load import Llava, load
 from ..loading.model_folder import SELECTOR
@@ -21,6 +22,7 @@ from ..samplers.vision_guided import (
     check_thumbnail,
     pools_for,
 )
+from .new_projector import NewProjector, replace_projector
 
 PARTS = ("vision", "projector", "llm", "selector")
 LEARNED = ("focus", "vision")  # samplers that decide by a selector
@@ -39,11 +41,13 @@ def load_to_train(
     fresh: Collection[str] = (),
     selector_bias: float = 1.0,
     seed: int = 0,
+    projector: NewProjector | None = None,
 ) -> Llava:
     """Load a model in float32, with the sampler that it is to be trained behind and that sampler's `options`.
 
     fresh          parts that begin anew: "projector", whose values follow from `seed`, and "selector"
     selector_bias  how far a new selector leans to the finest scale (see `new_selector`)
+    projector      one that takes the place of the model's own; a new selector is then for its grid
 
     Raises CheckpointError for a bad folder and InputError for a bad option.
     """
@@ -51,13 +55,36 @@ def load_to_train(
         known = {field.name for field in fields(VisionGuidedOptions)}
         of_text = {name: value for name, value in options.items() if name not in known}
         # Loading refuses an option that neither sampler has.
-        model = load(folder, "text" if sampler == "focus" else "none", device, "float32", **of_text)
+        model = _load(folder, "text" if sampler == "focus" else "none", device, of_text, projector, seed)
         of_vision = {name: value for name, value in options.items() if name in known}
         new_selector(model, VisionGuidedOptions(**of_vision), selector_bias)
     else:
-        model = load(folder, sampler, device, "float32", **options)
+        model = _load(folder, sampler, device, options, projector, seed)
     if "projector" in fresh:
         new_projector(model, seed)
+    return model
+
+
+def _load(
+    folder: str | PathLike[str],
+    sampler: str,
+    device: torch.device,
+    options: Mapping[str, Any],
+    projector: NewProjector | None,
+    seed: int,
+) -> Llava:
+    if projector is None:
+        return load(folder, sampler, device, "float32", **options)
+    model = load(folder, "none", device, "float32")
+    before = model.config.grid.cells
+    replace_projector(model, projector, seed)
+    after = model.config.grid.cells
+    if sampler in LEARNED and after != before and "selector" not in options:
+        raise InputError(
+            f"projector: the selector compares with {before} tokens of a thumbnail, and there are {after} now: expected a new "
+            "selector, such as --fresh selector makes"
+        )
+    model.set_sampler(sampler, **options)
     return model
 
 
