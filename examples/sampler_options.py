@@ -41,17 +41,17 @@ def sampler_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**options, **read_options(arguments.option, options)}
 
 
-def read_options(given: list[str], taken: Container[str] = ()) -> dict[str, Any]:
+def read_options(given: list[str], taken: Container[str] = (), flag: str = "--option") -> dict[str, Any]:
     """The values of --option: JSON, or else text. Raises InputError where a name is there twice or `taken`."""
     options: dict[str, Any] = {}
     for one in given:
         name, equals, text = one.partition("=")
         if not equals or not name.isidentifier() or len(name) > 50 or name in options or name in taken:
-            raise minifocus.InputError(f"--option: expected NAME=VALUE, each name once, got {shown(one)}")
+            raise minifocus.InputError(f"{flag}: expected NAME=VALUE, each name once, got {shown(one)}")
         try:
             options[name] = json.loads(text)
         except RecursionError:
-            raise minifocus.InputError(f"--option: {name}: nested too deeply") from None
+            raise minifocus.InputError(f"{flag}: {name}: nested too deeply") from None
         except ValueError:
             options[name] = text
     return options

@@ -27,7 +27,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from train_options import add_options, check, names, numbers, options_of_sampler, ranking_of
+from train_options import (
+    add_options,
+    check,
+    names,
+    new_projector_of,
+    numbers,
+    options_of_sampler,
+    ranking_of,
+)
 
 import minifocus
 from minifocus import cards
@@ -170,6 +178,7 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.stage == "router" and any(rates[part] for part in PARTS if part != "router"):
         raise minifocus.InputError("--stage: router trains the router alone: expected no other learning rate")
     rates["selector_bias"] = 0.0 if "selector" in frozen else arguments.lr_selector_bias
+    projector = new_projector_of(arguments, fresh, rates["projector"] > 0)
     objective = objective_of(arguments)
     data = read(arguments)
     settings = settings_of(arguments, preset, len(data.source), device)
@@ -191,6 +200,7 @@ def train(arguments: argparse.Namespace) -> None:
             minifocus.methods.new_part(arguments.sampler, Path(arguments.model), options, fresh) is not None,
             arguments.selector_bias,
             arguments.seed,
+            projector,
         )
         model.language_model.model.recompute = arguments.gradient_checkpointing
         if arguments.template:

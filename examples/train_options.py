@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from sampler_options import add_option, read_options
 import minifocus
 from minifocus.arguments import shown
 from minifocus.inputs.prompt import TEMPLATES
+from minifocus.projectors import PROJECTORS
+from minifocus.training.new_projector import NewProjector
 from minifocus.training.objective import Objective
 from minifocus.training.parts import FRESH, PARTS
 from minifocus.training.router import Ranking
@@ -36,6 +39,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="align: the projector alone, without samplers; granularities and router: stages 3 and 4 of AVG-LLaVA",
     )
     add("--fresh", default="", help=f"parts to start anew, with commas: {', '.join(FRESH)}")
+
+    projector = parser.add_argument_group("projector")
+    projector.add_argument("--projector", choices=tuple(PROJECTORS), help="a new one in the place of the model's")
+    projector.add_argument(
+        "--projector-option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="of the new projector, such as window=2; repeatable",
+    )
+    projector.add_argument(
+        "--vision-layers",
+        help="hidden states of the tower that it reads, with commas, as vision_feature_layer numbers them: --vision-layers=-2,1",
+    )
+    projector.add_argument(
+        "--projector-start",
+        choices=("random", "pooling"),
+        help="pooling: at first its tokens are means of those of the model's own projector (default: random)",
+    )
 
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="conversations in LLaVA's JSON format; default: the miniature's, drawn on the way")
@@ -134,6 +155,9 @@ def check(arguments: argparse.Namespace) -> None:
     expect(0 <= arguments.beta2 < 1, arguments, "beta2", "a number from 0 to below 1")
     expect(arguments.max_grad_norm > 0, arguments, "max_grad_norm", "a number above 0")
     expect(bool(arguments.out), arguments, "out", "the name of a folder")
+    if arguments.projector is None:
+        for name in ("projector_option", "vision_layers", "projector_start"):
+            expect(getattr(arguments, name) is None, arguments, name, "--projector beside it")
     if arguments.data is None:
         for name in ("images", "images_anywhere", "validation_data", "skip_unusable"):
             expect(not getattr(arguments, name), arguments, name, "--data beside it")
@@ -199,3 +223,26 @@ def options_of_sampler(arguments: argparse.Namespace, fresh: set[str]) -> dict[s
         if name in options:
             raise minifocus.InputError(f"--option: {name} is drawn for every sample: expected its range as --{drawn}")
     return options
+
+
+def new_projector_of(arguments: argparse.Namespace, fresh: set[str], trained: bool) -> NewProjector | None:
+    """The projector that takes the place of the model's. `trained` says whether the run changes it."""
+    if arguments.projector is None:
+        return None
+    start = arguments.projector_start or "random"
+    if start == "random" and not trained:
+        raise minifocus.InputError("--projector: random values have to be trained: expected a learning rate, got 0")
+    if start == "pooling" and "projector" in fresh:
+        raise minifocus.InputError(
+            "--projector-start: expected no --fresh projector beside it, which is a random start"
+        )
+    options = read_options(arguments.projector_option or [], ("name",), "--projector-option")
+    layers = None if arguments.vision_layers is None else whole_numbers(arguments.vision_layers, "vision-layers")
+    return NewProjector({"name": arguments.projector, **options}, layers, start)
+
+
+def whole_numbers(text: str, flag: str) -> tuple[int, ...]:
+    found = tuple(word.strip() for word in text.split(","))
+    if not all(re.fullmatch(r"[+-]?\d{1,9}", word, re.ASCII) for word in found):
+        raise minifocus.InputError(f"--{flag}: expected whole numbers with commas between, got {shown(text)}")
+    return tuple(map(int, found))

@@ -236,3 +236,22 @@ def rows_before_layer(model: Any, inputs: Any, instruction: torch.Tensor | None,
 
     model.language_model.model.prefill(rows, None, before)
     return captured[0], pictures
+
+
+def replace_projector(folder: Path, projector: dict[str, Any], layers: Any = None, seed: int = 3) -> Path:
+    """Give a saved folder another projector, as config.json names it, with random values of the size of `random_weights`."""
+    from minifocus.loading.config import load_config
+
+    file, weights = folder / "config.json", folder / "model.safetensors"
+    members = json.loads(file.read_text()) | {"projector": projector}
+    if layers is not None:
+        members["vision_feature_layer"] = layers
+    file.write_text(json.dumps(members))
+    config = load_config(folder)
+    module = config.projector.build(config.ends)
+    random_weights(module, seed)
+    prefix = "multi_modal_projector."
+    others = {name: value for name, value in load_file(weights).items() if prefix not in name}
+    own = {prefix + name: value for name, value in module.state_dict().items()}
+    save_file(others | own, weights, metadata={"format": "pt"})
+    return folder

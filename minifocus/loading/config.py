@@ -254,34 +254,38 @@ def _read_feature_layers(top: JsonFields, vision: VisionConfig) -> tuple[int, ..
     return tuple(layer % states for layer in layers)
 
 
+def _stated_projector(top: JsonFields) -> ProjectorOptions:
+    activation = top.choice("projector_hidden_act", "gelu", tuple(ACTIVATIONS))
+    mlp, section = MLPOptions(activation, top.boolean("multimodal_projector_bias", True)), top.section("projector")
+    return options_of(section.members) if section.members else mlp
+
+
 def _read_projector(top: JsonFields, keep_cls: bool, ends: Ends) -> ProjectorOptions:
-    mlp = MLPOptions(
-        top.choice("projector_hidden_act", "gelu", tuple(ACTIVATIONS)), top.boolean("multimodal_projector_bias", True)
-    )
     section = top.section("projector")
-    if not section.members:
-        return mlp
     try:
-        options = options_of(section.members)
+        options = _stated_projector(top)
         options.grid(ends)
     except InputError as error:
         raise CheckpointError(f"{top.where}: projector: {error}") from error
-    if isinstance(options, MLPOptions):
+    if section.members and isinstance(options, MLPOptions):
         raise section.error("name", "another than 'mlp', which stands for no projector key")
-    if keep_cls:
+    if section.members and keep_cls:
         raise top.error("vision_feature_select_strategy", "'default': this projector has no place for a CLS token")
     return options
 
 
 def describe_parts(members: dict[str, Any], config: Config) -> bool:
     """Make config.json's `members` say what `config` does of the projector and its layers; whether that changed anything."""
-    top, before = JsonFields(members, "config.json"), dict(members)
+    top, changed = JsonFields(members, "config.json"), False
     if _read_feature_layers(top, config.vision) != config.feature_layers:
-        members["vision_feature_layer"] = list(config.feature_layers)
-    described = None if isinstance(config.projector, MLPOptions) else describe(config.projector)
-    if (members.get("projector") or None) != described:
-        members["projector"] = described
-    return members != before
+        members["vision_feature_layer"], changed = list(config.feature_layers), True
+    if _stated_projector(top) == config.projector:
+        return changed
+    if isinstance(config.projector, MLPOptions):
+        members["projector_hidden_act"] = config.projector.activation
+        members["multimodal_projector_bias"] = config.projector.bias
+    members["projector"] = None if isinstance(config.projector, MLPOptions) else describe(config.projector)
+    return True
 
 
 def _read_pinpoints(top: JsonFields, tile: int) -> tuple[tuple[int, int], ...]:

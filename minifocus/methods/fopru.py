@@ -63,10 +63,10 @@ class FoPru(RankingPruner):
         if self.strategy == "rank":
             return own
         layout, view = picture.layout, views(picture)
-        side = picture.thumbnail.shape[0]
+        side, across = picture.thumbnail.shape[:2]
         cells = torch.arange(layout.height, device=own.device).repeat_interleave(layout.width)
         leading = len(own) - len(cells)
-        rows = torch.cat([torch.arange(side, device=own.device).repeat_interleave(side)[:leading], side + cells])
+        rows = torch.cat([torch.arange(side, device=own.device).repeat_interleave(across)[:leading], side + cells])
         row_of_view = view * (side + layout.height) + rows
         sums = own.new_zeros(int(row_of_view.max()) + 1).index_add(0, row_of_view, own)
         return sums[row_of_view] / row_of_view.bincount()[row_of_view]

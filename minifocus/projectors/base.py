@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,6 +58,13 @@ class Projector(nn.Module, ABC):
             reset = getattr(module, "reset_parameters", None)
             if module is not self and callable(reset):
                 reset()
+
+    def begin_as_pooling(self, old: Projector, states: Sequence[int]) -> None:
+        """Take values with which a token is the mean of those that `old`, LLaVA's MLP, makes of its window's patches.
+
+        `states` says which of the joined hidden states `old` read, in its order. Raises InputError where that cannot be.
+        """
+        raise InputError(f"start: {type(self).__name__} cannot begin as pooling: expected a random start")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .. import arguments
 from ..activations import ACTIVATIONS
 from .base import Ends, Grid, Projector, ProjectorOptions
 
@@ -17,6 +18,10 @@ class MLPOptions(ProjectorOptions):
 
     activation: str = "gelu"
     bias: bool = True
+
+    def __post_init__(self) -> None:
+        activation = arguments.choice("activation", self.activation, tuple(ACTIVATIONS))
+        arguments.settle(self, activation=activation, bias=arguments.flag("bias", self.bias))
 
     def grid(self, ends: Ends) -> Grid:
         return Grid(ends.side, ends.side)

@@ -10,6 +10,7 @@ the convolution, which the code lacks: its weight, flattened, is that of the cod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +21,7 @@ from torch import nn
 from .. import arguments
 from ..errors import InputError
 from .base import Ends, Grid, Projector, ProjectorOptions, windows
+from .mlp import MLP
 
 LARGEST_LAYER = 2**30  # numbers in one weight
 
@@ -107,3 +109,81 @@ class STF(Projector):
             fused = F.pixel_unshuffle(planes, k).flatten(2)
         fused = fused.transpose(1, 2)  # [N, windows, k² · C]
         return self.stf(fused.unflatten(2, (tokens, -1)).flatten(1, 2))
+
+    @torch.no_grad()
+    def begin_as_pooling(self, old: Projector, states: Sequence[int]) -> None:
+        """Not the paper's. Exact but for rounding, except that with fusion "average" the patches are averaged before `old`.
+
+        GELU(x) - GELU(-x) = x carries values through a GELU. So MBTF hands on the state that `old` read; hidden units repeat
+        those of `old`, cell by cell, and a later layer averages them. All other units keep their random weights, and leave
+        through zeros.
+        """
+        options, cells = self.options, self.options.window**2
+        if not isinstance(old, MLP) or old.act is not F.gelu:
+            raise InputError("start: expected LLaVA's MLP with a GELU as the projector to begin as, got another one")
+        if options.tokens > 1:
+            raise InputError(f"start: pooling makes one token of a window: expected tokens 1, got {options.tokens}")
+        if options.last_gelu and (options.mbtf or options.fusion != "average"):
+            raise InputError("start: behind a GELU there are no negative values: expected last_gelu false, got true")
+        if options.mbtf and len(states) > 1:
+            raise InputError(
+                f"start: MBTF can hand on one hidden state: expected an old projector of one, got {len(states)}"
+            )
+        hidden, width = old.linear_1.out_features, old.linear_1.in_features // len(states)
+        lower, upper = _linears(self.stf)
+        entry = self.convolution if options.fusion == "convolution" else lower
+        if options.fusion != "average" and cells * hidden > len(entry.weight):
+            raise InputError(
+                f"start: expected at most {len(entry.weight)} hidden units of a window, got {cells * hidden}"
+            )
+
+        states = list(states)
+        if options.mbtf:
+            handed_on = old.linear_1.weight.new_zeros(width, _linears(self.mbtf)[0].in_features)
+            handed_on[:, states[0] * width : (states[0] + 1) * width] = torch.eye(width)
+            _carry(self.mbtf, handed_on, old.linear_1.weight.new_zeros(width))
+            states = [0]
+        # The old first layer, for the channels as they enter STF.
+        channels = lower.in_features // (1 if options.fusion == "average" else cells)
+        first, last = old.linear_1.weight.new_zeros(hidden, channels), old.linear_2.weight
+        for own, state in zip(old.linear_1.weight.split(width, dim=1), states, strict=True):
+            first[:, state * width : (state + 1) * width] = own
+        first_bias, last_bias = _bias(old.linear_1), _bias(old.linear_2)
+        if options.fusion == "average":
+            for layer, weight, bias in ((lower, first, first_bias), (upper, last, last_bias)):
+                layer.weight.copy_(weight)
+                layer.bias.copy_(bias)
+            return
+        assert entry.bias is not None
+        of_cells = entry.weight.view(len(entry.weight), channels, cells)
+        for cell in range(cells):
+            units = slice(cell * hidden, (cell + 1) * hidden)
+            of_cells[units] = 0
+            of_cells[units, :, cell] = first
+            entry.bias[units] = first_bias
+        mean = last.new_zeros(len(last), len(entry.weight))
+        mean[:, : cells * hidden] = last.repeat(1, cells) / cells
+        if options.fusion == "concatenation":
+            upper.weight.copy_(mean)
+            upper.bias.copy_(last_bias)
+        else:
+            _carry(self.stf, mean, last_bias)
+
+
+def _bias(linear: nn.Linear) -> torch.Tensor:
+    return linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+
+
+def _linears(layers: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:
+    first, last = layers[0], layers[2]
+    assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
+    return first, last
+
+
+def _carry(layers: nn.Sequential, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Make a linear layer, a GELU and another one into one linear layer: 2n hidden units for its n outputs."""
+    (first, last), n = _linears(layers), len(weight)
+    first.weight[: 2 * n], first.bias[: 2 * n] = torch.cat([weight, -weight]), torch.cat([bias, -bias])
+    last.weight.zero_()
+    last.bias.zero_()
+    last.weight[:, :n], last.weight[:, n : 2 * n] = torch.eye(n), -torch.eye(n)

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ..errors import CheckpointError, InputError
 from ..load import Llava, load
 from ..model import LlavaNetwork
+from .new_projector import NewProjector, replace_projector
 
 PARTS = ("vision", "projector", "llm", "selector", "router")  # the last two are what samplers learn
 FRESH = ("projector", "selector", "router")  # those that can begin anew
@@ -24,19 +26,34 @@ def load_to_train(
     new_sampler: bool = False,
     selector_bias: float = 1.0,
     seed: int = 0,
+    projector: NewProjector | None = None,
 ) -> Llava:
     """Load a model in float32, with the sampler that it is to be trained behind and that sampler's `options`.
 
     fresh          parts of the model itself that begin anew: "projector". Random values follow from `seed`
     new_sampler    whether what the sampler learns begins anew
     selector_bias  how far a new selector leans to the finest scale (see `selector_file.new_selector`)
+    projector      one that takes the place of the model's own; a new sampler is then for its grid
 
     Raises CheckpointError for a bad folder and InputError for a bad option.
     """
-    model = load(folder, "none" if new_sampler else sampler, device, "float32", **({} if new_sampler else options))
-    if new_sampler:
-        torch.manual_seed(seed)
-        model.begin_sampler(sampler, selector_bias, **options)
+    if projector is None and not new_sampler:
+        model = load(folder, sampler, device, "float32", **options)
+    else:
+        model = load(folder, "none", device, "float32")
+        if projector is not None:
+            replace_projector(model, projector, seed)
+        if new_sampler:
+            torch.manual_seed(seed)
+            model.begin_sampler(sampler, selector_bias, **options)
+        else:
+            try:
+                model.set_sampler(sampler, **options)
+            except CheckpointError as error:
+                raise InputError(
+                    f"projector: what sampler {sampler!r} has learned is of another grid: expected it to begin anew, such as "
+                    f"--fresh makes it: {error}"
+                ) from error
     if "projector" in fresh:
         new_projector(model, seed)
     return model
