@@ -87,7 +87,8 @@ SEARCHED: dict[str, tuple[str, float, float]] = {
     "feather": ("ratio", 0.001, 1.0),
     "aim": ("ratio", 0.01, 1.0),
 }
-FIXED = {"vision": {}, "avgpool": {"window": 2}, "maxpool": {"window": 2}}  # these have no budget but their own
+# These have no budget but their own.
+FIXED: dict[str, dict[str, Any]] = {"vision": {}, "avg-llava": {}, "avgpool": {"window": 2}, "maxpool": {"window": 2}}
 VARIANTS = {"similarity (flipped)": ("similarity", {"flip": True})}
 # The others have a ratio, which is the budget.
 KNOWN = [
@@ -95,6 +96,12 @@ KNOWN = [
 ]
 METHODS = {*KNOWN, *SEARCHED, *FIXED, *VARIANTS}
 TINY = ROOT / "weights/tiny"
+
+
+def methods_for(folder: Path | None) -> list[str]:
+    """The methods to compare on a model: all but AVG-LLaVA where the folder has no router, for which nothing can stand in."""
+    has_router = folder is not None and (folder / "router.safetensors").is_file()
+    return sorted(METHODS if has_router else METHODS - {"avg-llava"})
 
 
 def equivalent(model: minifocus.Llava, asked: list[tuple[Any, str]]) -> float:
@@ -329,7 +336,7 @@ def parse_arguments() -> argparse.Namespace:
         "--model", type=Path, help="measure time and memory on this checkpoint; accuracy only with --count"
     )
     parser.add_argument("--random", action="store_true", help="the same on a random model of 552 M parameters")
-    parser.add_argument("--methods", help="with commas between; default: all")
+    parser.add_argument("--methods", help="with commas between; default: all that the model can have")
     parser.add_argument("--budgets", help=f"with commas between; default: {','.join(map(str, BUDGETS))}")
     parser.add_argument("--count", type=int, help="questions about dense scenes for the accuracy; default: 800")
     parser.add_argument("--jobs", type=int, default=2, help="processes that ask them")
@@ -344,7 +351,7 @@ def parse_arguments() -> argparse.Namespace:
 
     quick = arguments.quick
     defaults = {"count": 16 if quick else 800, "timed": 2 if quick else 24}
-    defaults |= {"methods": "focus,fastv,random" if quick else ",".join(sorted(METHODS))}
+    defaults |= {"methods": "focus,fastv,random" if quick else ",".join(methods_for(arguments.model or TINY))}
     defaults |= {"budgets": "0.39" if quick else ",".join(map(str, BUDGETS))}
     arguments.scenes = not arguments.random and (arguments.model is None or arguments.count is not None)
     if arguments.random and arguments.model:

@@ -6,15 +6,15 @@ from typing import Any
 
 import minifocus
 
-from ..compare import METHODS, measure, settings_of
+from ..compare import measure, methods_for, settings_of
 from .photographs import photographs, pieces
 
 BUDGET = 0.39  # the paper's tokens for its default (§4.4)
 
 
 def ordered_methods() -> list[str]:
-    """Those of the registry, in its order, each once."""
-    return [name for name in minifocus.methods.names() if name in METHODS]
+    """Those of the registry that need no router, in its order, each once."""
+    return [name for name in minifocus.methods.names() if name in methods_for(None)]
 
 
 def time_methods(

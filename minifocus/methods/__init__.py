@@ -53,7 +53,7 @@ class SamplerOptions(TypedDict, total=False):
     flip: bool
     gamma: float
     granularities: Sequence[int] | None
-    granularity: int | Literal["finest"] | None
+    granularity: int | Literal["coarsest", "finest"] | None
     keep: int | None
     layer: int | None
     layers: Sequence[int] | None
@@ -136,8 +136,8 @@ def _granularity(given: Given, config: Config) -> tuple[RouterOptions, int | Non
         return options, None
     known = options.of_grid(config)
     if isinstance(forced, str):
-        arguments.choice("granularity", forced, ("finest",))
-        return options, len(known) - 1
+        named = arguments.choice("granularity", forced, ("coarsest", "finest"))
+        return options, 0 if named == "coarsest" else len(known) - 1
     return options, known.index(arguments.whole_of("granularity", forced, known))
 
 
@@ -231,6 +231,11 @@ METHODS: dict[str, Method] = {
 def names() -> list[str]:
     """The methods that `build` (and so `minifocus.load`) knows."""
     return list(METHODS)
+
+
+def training_free() -> list[str]:
+    """Those of other authors that learn nothing."""
+    return [name for name, method in METHODS.items() if method.part is None and name not in ("none", "text")]
 
 
 def options_of(name: str) -> set[str]:

@@ -707,7 +707,12 @@ def test_a_batch_without_pictures_is_not_shown_to_the_sampler(folder: Path) -> N
 
 # ---- in other models ----
 
-EVERY = [name for name in methods.names() if name not in ("focus", "vision", "text", "none")]
+EVERY = methods.training_free()
+OPTIONS: dict[str, dict[str, Any]] = {
+    "focus": {"selector": "variance"},
+    "vision": {"selector": "variance"},
+    "avg-llava": {"granularity": "coarsest"},
+}
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -745,7 +750,7 @@ def test_a_class_token_is_not_for_samplers_inside_to_drop(tmp_path: Path, name: 
 @pytest.mark.parametrize("name", methods.names())
 def test_torch_s_default_dtype_changes_nothing(folder: Path, name: str) -> None:
     """Programs set it to what their own models have."""
-    options = {"selector": "variance"} if name in ("focus", "vision") else {}
+    options = OPTIONS.get(name, {})
     arguments = make_inputs(minifocus.load(folder, "none"), SIZES, seed=2).arguments()
 
     def logits() -> torch.Tensor:

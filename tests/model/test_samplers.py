@@ -347,7 +347,8 @@ BOTH = [
     *(("text", options) for options in TEXT),
     ("focus", dict()),
     ("focus", dict(window=2, keep=4, layer=2)),
-    *((name, {}) for name in methods.names() if name not in ("focus", "vision", "text", "none")),
+    *((name, {}) for name in methods.training_free()),
+    ("avg-llava", dict(granularity="coarsest")),
     ("avgpool", dict(window=3, thumbnail="compress")),
     ("maxpool", dict(thumbnail="drop")),
     ("prumerge+", dict(ratio=0.4, per="map")),
@@ -467,7 +468,7 @@ def test_all_fine_and_gamma_1_change_only_the_order(folder: Path) -> None:
 
 
 def test_names() -> None:
-    trained = ["focus", "vision", "text", "none"]
+    trained = ["focus", "vision", "text", "none", "avg-llava"]
     before = "avgpool maxpool random uniform similarity fastervlm vtc-cls hired globalcom2 fopru prumerge prumerge+"
     assert methods.names() == [*trained, *before.split(), "fastv", "pyramiddrop", "feather", "aim"]
 
@@ -486,7 +487,7 @@ def test_no_selector_is_an_error_that_names_the_ways_out(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("sampler", "options", "message"),
     [
-        ("fastest", {}, "sampler: expected one of focus, vision, text, none, avgpool, .*, aim, got 'fastest'"),
+        ("fastest", {}, "sampler: expected one of focus, vision, text, none, avg-llava, avgpool, .*, aim, got 'fastest'"),
         ("focus", dict(gama=0.5), "gama: not an option of sampler 'focus'; its options: .*gamma"),
         ("none", dict(gamma=0.5), "gamma: not an option of sampler 'none'; its options: none"),
         ("vision", dict(gamma=0.5, selector="variance"), "gamma: not an option of sampler 'vision'"),

@@ -248,6 +248,8 @@ def test_views_map_and_newlines(folder: Path) -> None:
 
 
 def options_for(name: str) -> dict[str, Any]:
+    if name == "avg-llava":
+        return {"granularity": "coarsest"}
     return {"selector": "variance"} if name in ("focus", "vision") else {}
 
 
@@ -272,6 +274,10 @@ def test_every_method(folder: Path, name: str, more: dict[str, Any]) -> None:
         with pytest.raises(minifocus.InputError, match="LLaVA-1.5 has no thumbnail"):
             minifocus.load(folder, name, **options)
         return
+    if name == "avg-llava" and load_config(folder).grid.together > 1:
+        with pytest.raises(minifocus.InputError, match="this projector makes several of one"):
+            minifocus.load(folder, name, **options)
+        return
     model = minifocus.load(folder, name, **options)
     inputs = make_inputs(model, [SIZES[:2], SIZES[2:5], SIZES[5:]])
     with torch.inference_mode():
@@ -287,7 +293,7 @@ def test_every_method(folder: Path, name: str, more: dict[str, Any]) -> None:
         assert len(set(entered)) == len(entered) and all(0 <= place < most for place in entered)
         assert set(picture.kept.tolist()) <= set(entered)
         newlines = layout.of_newlines(torch.arange(layout.height)).tolist() if layout.newlines else []
-        if model.before_llm is not None and "pool" not in name and name not in ("focus", "vision"):
+        if model.before_llm is not None and "pool" not in name and name not in ("focus", "vision", "avg-llava"):
             assert set(newlines) <= set(entered)
         cells = layout.cells(picture.entered)
         on_map = cells >= 0

@@ -21,7 +21,11 @@ Load = Callable[..., minifocus.Llava]
 Sampled = Callable[..., minifocus.Llava]
 Original = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 QUESTION = "What is this?"
-SELECTOR = {"focus": {"selector": "variance"}, "vision": {"selector": "variance"}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "focus": {"selector": "variance"},
+    "vision": {"selector": "variance"},
+    "avg-llava": {"granularity": "coarsest"},
+}
 INSIDE = ("focus", "text", "fastv", "pyramiddrop", "feather", "aim")
 BEFORE = [name for name in methods.names() if name not in INSIDE and name != "none"]
 
@@ -33,7 +37,7 @@ def sampled(load: Load) -> Iterator[Sampled]:
 
     def model(name: str, method: str, **options: Any) -> minifocus.Llava:
         used.append(load(name))
-        used[-1].set_sampler(method, **SELECTOR.get(method, {}), **options)
+        used[-1].set_sampler(method, **OPTIONS.get(method, {}), **options)
         return used[-1]
 
     yield model

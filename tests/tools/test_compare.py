@@ -42,7 +42,7 @@ def test_flops_are_torch_s_count_of_the_same_forward_pass() -> None:
 
 def test_every_training_free_method_is_compared() -> None:
     compared = {*compare.KNOWN, *compare.SEARCHED, "vision", "avgpool", "maxpool"} - set(compare.VARIANTS)
-    assert compared | {"none"} == set(minifocus.methods.names())
+    assert compared | {"none", "avg-llava"} == set(minifocus.methods.names())
 
 
 @pytest.mark.parametrize(
