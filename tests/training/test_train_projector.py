@@ -359,3 +359,24 @@ def test_a_kept_class_token_has_no_place(tmp_path: Path) -> None:
     folder = save(build("llava", vision_feature_select_strategy="full"), tmp_path)
     with pytest.raises(minifocus.InputError, match="projector: expected a model without a CLS token"):
         load_to_train(folder, "none", torch.device("cpu"), {}, projector=NewProjector({"name": "stf"}))
+
+
+def test_tokenpacker_in_two_stages(tmp_path: Path) -> None:
+    """The same commands with another name: every part of it has a gradient, and the folder loads and answers."""
+    arguments = [
+        "--stage",
+        "align",
+        "--projector",
+        "tokenpacker",
+        "--vision-layers",
+        "1,2,4",
+        "--projector-option",
+        "heads=4",
+    ]
+    first = short(tmp_path / "a", *arguments)
+    second = short(tmp_path / "b", "--model", tmp_path / "a/model", "--sampler", "none", "--lr-vision", 1e-4)
+    still = {name for name in first.keys() - changed(first, second) if part_of(name) != "unused"}
+    assert still <= {"multi_modal_projector.k_proj.bias"}  # a softmax does not see what all its keys share
+    model = minifocus.load(tmp_path / "b/model", "none")
+    assert model.config.grid == Grid(4, 4) and model.config.feature_layers == (1, 2, 4)
+    assert 0.2 < asked(model).tokens.equivalent < 0.3
