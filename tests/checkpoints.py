@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minifocus.inputs.model_inputs import split_pixels
@@ -255,3 +257,16 @@ def replace_projector(folder: Path, projector: dict[str, Any], layers: Any = Non
     own = {prefix + name: value for name, value in module.state_dict().items()}
     save_file(others | own, weights, metadata={"format": "pt"})
     return folder
+
+
+def copy_with_projector(source: Path, folder: Path, projector: dict[str, Any], layers: Any = None) -> Path:
+    """A copy of a saved folder with another projector, see `replace_projector`."""
+    folder.mkdir(exist_ok=True)
+    for file in source.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return replace_projector(folder, projector, layers)
+
+
+def noise(height: int, width: int) -> Image.Image:
+    """A picture of random pixels, which follow from its size."""
+    return Image.fromarray(np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8))

@@ -11,8 +11,13 @@ from ..errors import InputError
 from .base import Ends, Grid, Projector, ProjectorOptions
 from .mlp import MLPOptions
 from .stf import STFOptions
+from .tokenpacker import TokenPackerOptions
 
-PROJECTORS: dict[str, type[ProjectorOptions]] = {"mlp": MLPOptions, "stf": STFOptions}
+PROJECTORS: dict[str, type[ProjectorOptions]] = {
+    "mlp": MLPOptions,
+    "stf": STFOptions,
+    "tokenpacker": TokenPackerOptions,
+}
 
 __all__ = ["PROJECTORS", "Ends", "Grid", "MLPOptions", "Projector", "ProjectorOptions", "describe", "options_of"]
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from ..errors import InputError
 
+LARGEST_LAYER = 2**30  # numbers in one weight of a projector that config.json describes
+
 
 @dataclass(frozen=True)
 class Ends:
@@ -92,8 +94,11 @@ class ProjectorOptions(ABC):
         return pooled.reshape(*pooled.shape[:2], grid.cells).transpose(1, 2)
 
 
-def windows(side: int, window: int) -> int:
-    """How many windows of `window` patches are along a view's side. Raises InputError where they do not cover it."""
+def windows(side: int, window: int, name: str = "window") -> int:
+    """How many windows of `window` patches are along a view's side. Raises InputError where they do not cover it.
+
+    `name` is that of the option.
+    """
     if side % window:
-        raise InputError(f"window: expected a divisor of the {side} patches along a view's side, got {window}")
+        raise InputError(f"{name}: expected a divisor of the {side} patches along a view's side, got {window}")
     return side // window

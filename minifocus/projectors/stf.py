@@ -20,10 +20,8 @@ from torch import nn
 
 from .. import arguments
 from ..errors import InputError
-from .base import Ends, Grid, Projector, ProjectorOptions, windows
+from .base import LARGEST_LAYER, Ends, Grid, Projector, ProjectorOptions, windows
 from .mlp import MLP
-
-LARGEST_LAYER = 2**30  # numbers in one weight
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import add_tokenizer, build, make_inputs, random_weights, replace_projector, save
-from PIL import Image
+from checkpoints import build, copy_with_projector, make_inputs, noise, random_weights, save
 from safetensors.torch import load_file, save_file
 
 import minifocus
@@ -147,27 +146,10 @@ def test_the_tokens_of_a_window_follow_one_another(fusion: str) -> None:
 # ---- whole models ----
 
 
-@pytest.fixture(scope="module", params=["llava", "llava_next"])
-def plain(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = save(build(request.param, seed=1), tmp_path_factory.mktemp(request.param))
-    add_tokenizer(folder)
-    return folder
-
-
-def with_stf(plain: Path, folder: Path, layers: Any = STATES, **options: Any) -> Path:
-    for file in plain.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return replace_projector(folder, {"name": "stf", **options}, layers)
-
-
 @pytest.fixture(scope="module", params=[1, 2])
 def folder(request: Any, plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """k = 2, and E = 1 or 2."""
-    return with_stf(plain, tmp_path_factory.mktemp("stf"), tokens=request.param)
-
-
-def noise(height: int, width: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return copy_with_projector(plain, tmp_path_factory.mktemp("stf"), {"name": "stf", "tokens": request.param}, STATES)
 
 
 @pytest.mark.parametrize(
@@ -176,8 +158,7 @@ def noise(height: int, width: int) -> Image.Image:
 )
 def test_a_whole_model(plain: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     """It loads, answers and counts by the coarse grid, and what it saves is the same model."""
-    (tmp_path / "stf").mkdir()
-    folder = with_stf(plain, tmp_path / "stf", **options)
+    folder = copy_with_projector(plain, tmp_path / "stf", {"name": "stf", **options}, STATES)
     model, without = minifocus.load(folder, "none"), minifocus.load(plain, "none")
     assert isinstance(model.multi_modal_projector, STF) and model.config.feature_layers == (3, 1, 2)
     k, tokens = options.get("window", 2), options.get("tokens", 1)
