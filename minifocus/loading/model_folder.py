@@ -28,7 +28,7 @@ from ..errors import CheckpointError, InputError
 from ..files.locks import hold_in_turn
 from ..files.reading import FOLDER, NOTHING, kind, named, present, read_bytes
 
-CONFIG, SELECTOR = "config.json", "selector.safetensors"
+CONFIG, SELECTOR, ROUTER = "config.json", "selector.safetensors", "router.safetensors"
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 # The other files of a folder that minifocus or transformers reads unasked.
 COMPANIONS = (
@@ -55,7 +55,7 @@ def own_files(folder: Path) -> list[str]:
     """The names of the model's files, relative to `folder`, config.json first. Links are not followed."""
     names = []
     for file in folder.iterdir():
-        if file.name in COMPANIONS or file.name == SELECTOR or WEIGHTS.fullmatch(file.name):
+        if file.name in (*COMPANIONS, SELECTOR, ROUTER) or WEIGHTS.fullmatch(file.name):
             names.append(file.name)
         elif file.name == TEMPLATES:
             names += [TEMPLATES] if file.is_symlink() or not file.is_dir() else _templates(folder)
@@ -73,7 +73,7 @@ def _templates(folder: Path) -> list[str]:
 class Origin:
     """The folder that a model was loaded from, as it was then.
 
-    companions  its files by name, without weights and selector, or the error of one that cannot be read; `save` writes
+    companions  its files by name, without weights, selector and router, or the error of one that cannot be read; `save` writes
                 them again, whatever has happened to the folder since
     stamps      size and time of change, in nanoseconds, of all its files (None: not there); they tell whether another model
                 has been saved there since
