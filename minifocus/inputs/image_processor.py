@@ -1,8 +1,8 @@
 """Picture → tiles: resized, cut, and normalised as for CLIP.
 
-LLaVA-1.5 takes the centre of the picture as one tile. LLaVA-NeXT takes a thumbnail of the whole picture and then, row by row,
-the tiles of the grid resolution ("pinpoint") that fits it best. The values equal those of transformers' Pillow processors bit
-for bit. Sizes are (height, width).
+LLaVA-1.5 takes the centre of the picture as one tile, or, if `do_pad` says so, all of it on a square of the mean colour.
+LLaVA-NeXT takes a thumbnail of the whole picture and then, row by row, the tiles of the grid resolution ("pinpoint") that fits
+it best. The values equal those of transformers' Pillow processors bit for bit. Sizes are (height, width).
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ _PROCESSORS = {"llava": ("CLIPImageProcessor", "LlavaImageProcessor"), "llava_ne
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """The settings of a folder's processor file. `size` is the shortest edge after resizing, or (height, width)."""
+    """The settings of a folder's processor file.
+
+    size  the shortest edge after resizing, or (height, width)
+    pad   LLaVA-1.5: whether a picture is padded to a square first
+    """
 
     anyres: bool
     image_size: int
@@ -42,6 +46,7 @@ class ImageProcessor:
     rescale_factor: float = 1 / 255
     resample: int = Image.Resampling.BICUBIC
     grid_pinpoints: tuple[tuple[int, int], ...] = ()
+    pad: bool = False
 
     @classmethod
     def from_folder(
@@ -66,11 +71,12 @@ class ImageProcessor:
             fields.check(key, fields.get(key, True) is True, "true (nothing else is supported)")
         # Null never means transformers' default: for a flag it means no, and for a number it is an error.
         fields.check("use_square_size", fields.get("use_square_size", False) in (False, None), "false")
-        # In LLaVA-NeXT do_pad only fills up a batch with empty tiles; elsewhere it pads the picture to a square.
-        fields.check("do_pad", anyres or fields.get("do_pad", False) in (False, None), "false (no padding to a square)")
         kind = str(fields.get("image_processor_type", _PROCESSORS[model_type][0]))
         kind = kind.removesuffix("Fast").removesuffix("Pil")
         fields.check("image_processor_type", kind in _PROCESSORS[model_type], " or ".join(_PROCESSORS[model_type]))
+        # In LLaVA-NeXT do_pad only fills up a batch with empty tiles. CLIP's processor has no padding to a square.
+        pad, padder = fields.get("do_pad", False), kind == "LlavaImageProcessor"
+        fields.check("do_pad", anyres or pad in (False, None) or (pad is True and padder), "false")
 
         size, tile = _read_edges(fields, "size"), f"{image_size}, the tile of the vision tower"
         fields.check("size", not anyres or size in (image_size, square), tile)
@@ -85,7 +91,7 @@ class ImageProcessor:
         factor = fields.number("rescale_factor", 1 / 255)
         same = not anyres or fields.get("image_grid_pinpoints", PINPOINTS) == expected
         fields.check("image_grid_pinpoints", same, f"config.json's {shown(expected)}")
-        return cls(anyres, image_size, size, mean, std, factor, resample, pinpoints)
+        return cls(anyres, image_size, size, mean, std, factor, resample, pinpoints, pad is True and not anyres)
 
     def __call__(self, image: Image.Image) -> tuple[torch.Tensor, tuple[int, int]]:
         """An RGB image → pixel_values float32 [T, 3, S, S] and its (height, width).
@@ -94,32 +100,47 @@ class ImageProcessor:
         """
         if image.mode != "RGB":
             raise InputError(f"expected an RGB picture, as open_image returns it, got mode {image.mode}")
-        side, size = self.image_size, (image.height, image.width)
+        side, given = self.image_size, (image.height, image.width)
         if self.anyres:
-            best = select_best_resolution(size, self.grid_pinpoints)
+            best = select_best_resolution(given, self.grid_pinpoints)
             thumbnail = np.asarray(_resize(image, (side, side), self.resample)).transpose(2, 0, 1)
             pixels = np.concatenate([thumbnail[None], self._tiles(image, best)])
         else:
-            tile = _resize_and_crop(image, self._resized(size), side, self.resample)
+            image = self._padded(image) if self.pad else image
+            size = self._resized((image.height, image.width))
+            tile = _resize_and_crop(image, size, side, self.resample)
             pixels = np.asarray(tile).transpose(2, 0, 1)[None]
         # A byte has 256 values: normalise these, in the order and precision of transformers, and look the pixels up in them.
         levels = (np.arange(256, dtype=np.float64) * self.rescale_factor).astype(np.float32)
         values = np.empty(pixels.shape, dtype=np.float32)
         for channel, (mean, std) in enumerate(zip(self.mean, self.std, strict=True)):
             values[:, channel] = ((levels - np.float32(mean)) / np.float32(std))[pixels[:, channel]]
-        return torch.from_numpy(values), size
+        return torch.from_numpy(values), given
 
     def seen(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) of what the model sees of a picture of (h, w). It exceeds a picture that is padded."""
         if self.anyres:
             return 0, 0, size[1], size[0]
         ends = []
-        for length, resized in zip(size, self._resized(size), strict=True):
+        square = (max(size),) * 2 if self.pad else size
+        for length, padded, resized in zip(size, square, self._resized(square), strict=True):
             first = (resized - self.image_size) // 2
-            scale = length / resized
-            ends.append((math.floor(first * scale), math.ceil((first + self.image_size) * scale)))
+            scale, before = padded / resized, (padded - length) // 2
+            ends.append((math.floor(first * scale) - before, math.ceil((first + self.image_size) * scale) - before))
         (top, bottom), (left, right) = ends
         return left, top, right, bottom
+
+    def _padded(self, image: Image.Image) -> Image.Image:
+        """The picture in the middle of a square of the mean colour. A sliver that makes a huge one is shortened first."""
+        side = max(image.height, image.width)
+        if side * side > MAX_PIXELS:
+            scale, side = math.isqrt(MAX_PIXELS) / side, math.isqrt(MAX_PIXELS)
+            shorter = (max(1, round(image.height * scale)), max(1, round(image.width * scale)))
+            image = image.resize(shorter[::-1], self.resample)
+        red, green, blue = (min(max(int(value * 255), 0), 255) for value in self.mean)
+        canvas = Image.new("RGB", (side, side), (red, green, blue))
+        canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return canvas
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """LLaVA-1.5: the size to which a picture of (h, w) is resized before its centre is cut out."""

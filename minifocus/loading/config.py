@@ -16,6 +16,7 @@ import torch
 
 from ..activations import ACTIVATIONS
 from ..errors import CheckpointError, InputError
+from ..files.reading import named
 from ..projectors import Ends, Grid, MLPOptions, ProjectorOptions, describe, options_of
 from .generation_config import GenerationConfig, read_generation_config
 from .json_fields import LARGEST_SIZE, JsonFields
@@ -32,7 +33,7 @@ _UNSUPPORTED_VISION = ("attribute_map", "per_layer_config")
 
 _LLAMA: dict[str, Any] = dict(intermediate_size=11008, num_key_value_heads=None, max_position_embeddings=2048)
 _MISTRAL: dict[str, Any] = dict(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072)
-_CLIP_L_336 = dict(
+CLIP_L_336 = dict(
     hidden_size=1024,
     intermediate_size=4096,
     num_hidden_layers=24,
@@ -143,8 +144,8 @@ def _refuse_unsupported(section: JsonFields, keys: Sequence[str]) -> None:
             raise section.error(key, "no such key: it is not supported")
 
 
-def _read_vision(top: JsonFields) -> VisionConfig:
-    section = top.section("vision_config")
+def read_vision(section: JsonFields, partial: bool = True) -> VisionConfig:
+    """The vision tower that a `vision_config` describes. `partial`: the section is there, if perhaps without a key in it."""
     _refuse_unsupported(section, _UNSUPPORTED_VISION)
     section.choice("model_type", "clip_vision_model", ("clip_vision_model",))
     if section.integer("num_channels", 3) != 3:
@@ -152,7 +153,7 @@ def _read_vision(top: JsonFields) -> VisionConfig:
     if section.boolean("is_causal", False):
         raise section.error("is_causal", "false")
     # transformers starts from ViT-L/14-336 when the section is absent, and from CLIP's own defaults when it is partial.
-    defaults = _CLIP_B_32 if top.given("vision_config") else _CLIP_L_336
+    defaults = _CLIP_B_32 if partial else CLIP_L_336
     sizes = {key: section.integer(key, value) for key, value in defaults.items()}
     if sizes["hidden_size"] % sizes["num_attention_heads"]:
         raise section.error("hidden_size", f"a multiple of num_attention_heads ({sizes['num_attention_heads']})")
@@ -195,8 +196,8 @@ def _read_rope(section: JsonFields, max_position_embeddings: int) -> RopeConfig:
     return RopeConfig(rope_type, theta, factor, low, high, original)
 
 
-def _read_text(top: JsonFields) -> TextConfig:
-    section = top.section("text_config")
+def read_text(section: JsonFields) -> TextConfig:
+    """The decoder that a `text_config` describes. Raises CheckpointError."""
     _refuse_unsupported(section, _UNSUPPORTED_TEXT)
     model_type = section.choice("model_type", "llama", TEXT_MODEL_TYPES)
     defaults = _MISTRAL if model_type == "mistral" else _LLAMA
@@ -311,16 +312,27 @@ def load_config(folder: Path) -> Config:
     """
     file = folder / "config.json"
     top = JsonFields.of_file(file)
-    if top.get("model_type") not in MODEL_TYPES:
-        raise top.error("model_type", "one of " + ", ".join(MODEL_TYPES) + " (a LLaVA folder in Hugging Face's format)")
-    if "mm_vision_tower" in top and "text_config" not in top:
+    if is_original(top):
         raise CheckpointError(
             f"{file}: is of the original LLaVA repository (mm_vision_tower): expected a folder in Hugging Face's format, "
-            "such as llava-hf has of the same checkpoints"
+            f"which this command makes of it: python examples/convert.py {named(folder)} --out FOLDER"
         )
+    return read_config(top, folder)
+
+
+def is_original(top: JsonFields) -> bool:
+    """Whether a config.json is of the original LLaVA repository or one of its forks."""
+    return "mm_vision_tower" in top and "text_config" not in top
+
+
+def read_config(top: JsonFields, folder: Path) -> Config:
+    """`load_config` with the members of a config.json that need not be in `folder`; generation_config.json is."""
+    if top.get("model_type") not in MODEL_TYPES:
+        raise top.error("model_type", "one of " + ", ".join(MODEL_TYPES) + " (a LLaVA folder in Hugging Face's format)")
     _refuse_unsupported(top, _UNSUPPORTED)
     model_type = top.get("model_type")
-    vision, text = _read_vision(top), _read_text(top)
+    vision = read_vision(top.section("vision_config"), partial=top.given("vision_config"))
+    text = read_text(top.section("text_config"))
     strategy = top.choice("vision_feature_select_strategy", "default", ("default", "full"))
     if strategy == "full" and model_type == "llava_next":
         raise top.error(

@@ -77,7 +77,12 @@ def shard_files(folder: Path) -> list[Path]:
         others = sorted(p.name for p in folder.glob("*.bin"))
         hint = f" ({', '.join(others[:3])}: convert it to safetensors first)" if others else ""
         raise CheckpointError(f"{folder}: found neither {single.name} nor {index.name}{hint}")
-    fields = JsonFields.of_file(index)
+    return files_of_index(index)
+
+
+def files_of_index(index: Path) -> list[Path]:
+    """The files that an index beside them lists; see `shard_files`."""
+    fields, folder = JsonFields.of_file(index), index.parent
     weight_map = fields.get("weight_map")
     valid = isinstance(weight_map, dict) and bool(weight_map)
     fields.check("weight_map", valid, "an object from tensor names to files")

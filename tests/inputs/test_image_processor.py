@@ -85,6 +85,37 @@ def test_crop_pixels_equal_transformers(tmp_path, fields, oracle_class):
         assert torch.equal(pixels, oracle_pixels(oracle, image)), (height, width)
 
 
+@pytest.mark.parametrize("fields", CROP_FIELDS.values(), ids=CROP_FIELDS)
+def test_padded_pixels_equal_transformers(tmp_path, fields):
+    """On a square of the mean colour, as LLaVA-1.5 was trained."""
+    fields = {**fields, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    if "image_mean" in fields:
+        fields["image_mean"] = [0.2, 0.3, 0.4]  # transformers cannot pad with one number
+    ours, oracle = processor(tmp_path, fields, "llava", 28), LlavaImageProcessorPil(**fields)
+    for height, width in [(28, 28), (29, 28), (37, 61), (61, 37), (7, 300), (300, 7), (1, 1)]:
+        image = picture(height, width)
+        pixels, size = ours(image)
+        assert size == (height, width) and torch.equal(pixels, oracle_pixels(oracle, image)), (height, width)
+
+
+def test_padding_a_sliver_takes_little_memory(monkeypatch):
+    """The square would have more pixels than a picture may: the sliver is shortened first, which changes little."""
+    image, pad = picture(6, 500), ImageProcessor(False, 28, 28, mean=(0.0,) * 3, std=(1.0,) * 3, pad=True)
+    plain, _ = pad(image)
+    sizes, new = [], Image.new
+    monkeypatch.setattr(image_processor, "MAX_PIXELS", 250 * 250)
+    monkeypatch.setattr(Image, "new", lambda mode, size, *rest: sizes.append(size) or new(mode, size, *rest))
+    bounded, size = pad(image)
+    assert (250, 250) in sizes and size == (6, 500)
+    assert plain.shape == bounded.shape and (plain - bounded).abs().mean() < 0.02
+
+
+def test_what_a_model_sees_of_a_padded_picture():
+    """All of it, and what is around it."""
+    pad = ImageProcessor(False, 28, 28, pad=True)
+    assert pad.seen((56, 28)) == (-14, 0, 42, 56) and pad.seen((20, 40)) == (0, -10, 40, 30)
+
+
 def test_full_size_pixels_equal_transformers(tmp_path):
     """No processor file: the model's own tile size and transformers' other defaults."""
     image, size = picture(333, 501), {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
