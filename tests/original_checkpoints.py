@@ -75,7 +75,7 @@ def config_of(kind: str) -> dict[str, Any]:
         config |= {"image_aspect_ratio": "anyres", "image_grid_pinpoints": PINPOINTS, "unfreeze_mm_vision_tower": True}
         config |= {"mm_patch_merge_type": "spatial_unpad", "image_crop_resolution": 224, "mm_vision_tower_lr": 2e-06}
     if kind == "avg":
-        config |= {"vis_token_granularity": GRANULARITIES, "filtered_text_num": FILTERED_TEXT, "router_select": False}
+        config |= {"vis_token_granularity": GRANULARITIES, "filtered_text_num": FILTERED_TEXT, "router_select": True}
         config |= {"margin": 0.1, "rank_loss_weight": 1.0, "ce_loss_weight": 0.1}
     return config
 

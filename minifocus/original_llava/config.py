@@ -38,7 +38,8 @@ _DECODING = (
 _READ = (
     *("model_type", "mm_vision_tower", "mm_vision_select_layer", "mm_vision_select_feature", "mm_projector_type"),
     *("mm_hidden_size", "mm_patch_merge_type", "image_aspect_ratio", "image_grid_pinpoints", "torch_dtype", "dtype"),
-    *("tie_word_embeddings", "vis_token_granularity", "filtered_text_num", "quantization_config"),
+    *("tie_word_embeddings", "vis_token_granularity", "filtered_text_num", "router_select"),
+    "quantization_config",
 )
 # The values with which the model is the one that is made here, and what it would be with others.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -60,7 +61,7 @@ _IGNORED = (
     *("architectures", "transformers_version", "use_cache", "initializer_range", "attention_dropout", "pretraining_tp"),
     *("mm_projector_lr", "mm_vision_tower_lr", "mm_resampler_lr", "mm_tunable_parts", "use_pos_skipping"),
     *("pos_skipping_range", "image_crop_resolution", "image_split_resolution"),  # of another image_aspect_ratio
-    *("router_select", "margin", "rank_loss_weight", "ce_loss_weight"),
+    *("margin", "rank_loss_weight", "ce_loss_weight"),
     *("return_dict", "return_dict_in_generate", "torchscript", "use_bfloat16", "tf_legacy_loss", "early_stopping"),
     *("length_penalty", "diversity_penalty", "finetuning_task", "id2label", "label2id", "prefix", "sep_token_id"),
     *("decoder_start_token_id", "task_specific_params", "problem_type", "cross_attention_hidden_size"),
@@ -81,6 +82,7 @@ class OriginalConfig:
     pinpoints     (height, width) each; their file has the width first
     granularities AVG-LLaVA's, coarse to fine; empty for other models
     filtered_text AVG-LLaVA's number of text tokens that its router reads
+    routed        whether AVG-LLaVA's router is used; its earlier stages of training have none
     """
 
     fields: JsonFields
@@ -94,6 +96,7 @@ class OriginalConfig:
     pinpoints: tuple[tuple[int, int], ...]
     granularities: tuple[int, ...]
     filtered_text: int
+    routed: bool
 
     @property
     def tied(self) -> bool:
@@ -160,10 +163,12 @@ def read_original(folder: Path) -> OriginalConfig:
     if top.given("vis_token_granularity"):
         granularities = _read_granularities(top)
         top.check("image_aspect_ratio", anyres, "anyres, beside vis_token_granularity (AVG-LLaVA)")
-    filtered = top.integer("filtered_text_num", None) if granularities else 0
+    filtered = top.integer("filtered_text_num", 32) if granularities else 0  # as their code has it without the key
+    routed = top.boolean("router_select", False)
+    top.check("router_select", bool(granularities) or not routed, "false, without vis_token_granularity")
     pinpoints = _read_pinpoints(top) if anyres else ()
     return OriginalConfig(
-        *(top, text, tower, width, layer, keep_cls, anyres, aspect == "pad", pinpoints, granularities, filtered)
+        *(top, text, tower, width, layer, keep_cls, anyres, aspect == "pad", pinpoints, granularities, filtered, routed)
     )
 
 

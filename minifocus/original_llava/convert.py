@@ -171,11 +171,12 @@ def _match(
     if config.tied and original_name(HEAD) not in found:
         del ours[original_name(HEAD)]
     routers: dict[str, tuple[int, ...]] = {}
-    if config.granularities:
+    has_router = any(name.startswith(IN_CHECKPOINT) for name in found)
+    if config.granularities and (config.routed or has_router):
         width = config.text.hidden_size
         config.fields.check("hidden_size", width % HEADS == 0, f"a multiple of the router's {HEADS} heads")
         routers = router_shapes(config.granularities, config.filtered_text, width)
-    elif any(name.startswith(IN_CHECKPOINT) for name in found):
+    elif has_router:
         raise config.fields.error(
             "vis_token_granularity", f"AVG-LLaVA's, as the weights have a router ({IN_CHECKPOINT}*)"
         )

@@ -236,6 +236,17 @@ def test_a_router_lies_beside_the_model(make: Any, tmp_path: Path) -> None:
     assert not (folder / "router.safetensors").exists()  # it was the other model's
 
 
+def test_a_router_that_is_not_used(make: Any, tmp_path: Path) -> None:
+    """AVG-LLaVA before its last stage is a LLaVA-NeXT. A router that is there is taken; one that is asked for is missed."""
+    original = make("avg")
+    original.config["router_select"] = False
+    assert (converted(original, tmp_path / "unused") / "router.safetensors").exists()
+    original.tensors = {name: value for name, value in original.tensors.items() if not name.startswith("model.router.")}
+    assert not (converted(original, tmp_path / "none") / "router.safetensors").exists()
+    original.config["router_select"] = True
+    refused(original, tmp_path / "missed", "missing: model.router.merger", "model.router.voter")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_values_keep_their_dtype(make: Any, tmp_path: Path, dtype: torch.dtype) -> None:
     original = make("avg")
@@ -506,12 +517,15 @@ def test_nothing_is_left_over(make: Any, tmp_path: Path, kind: str, name: str) -
         ("llava_next", {"image_grid_pinpoints": [["28", 28]]}, ["image_grid_pinpoints"]),
         ("llava_next", {"image_grid_pinpoints": [[2**40, 28]]}, ["image_grid_pinpoints"]),
         ("llava_next", {"image_grid_pinpoints": []}, ["image_grid_pinpoints"]),
-        ("avg", {"vis_token_granularity": None}, ["vis_token_granularity", "model.router."]),
+        ("avg", {"vis_token_granularity": None}, ["router_select", "vis_token_granularity"]),
+        ("avg", {"vis_token_granularity": None, "router_select": False}, ["vis_token_granularity", "model.router."]),
+        ("avg", {"router_select": 1}, ["router_select"]),
         ("avg", {"vis_token_granularity": [16, 8, 4, 2, 1]}, ["vis_token_granularity", "coarse to fine"]),
         ("avg", {"vis_token_granularity": [1, 2, 4, 8, 15]}, ["vis_token_granularity", "1, 2, 4, 8, 16"]),
         ("avg", {"vis_token_granularity": [1, 2, 4, 16]}, ["model.router.voter", "(29, 1)", "(37, 1)"]),
         ("avg", {"filtered_text_num": 7}, ["model.router.voter", "(38, 1)", "(37, 1)"]),
-        ("avg", {"filtered_text_num": ...}, ["filtered_text_num", "no such key"]),
+        ("avg", {"filtered_text_num": ...}, ["model.router.voter", "(63, 1)", "(37, 1)"]),
+        ("avg", {"filtered_text_num": "6"}, ["filtered_text_num", "'6'"]),
         ("avg", {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}, ["image_aspect_ratio", "AVG-LLaVA"]),
         ("stf", {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}, ["image_grid_pinpoints"]),
         ("stf", {"mm_vision_select_feature": "cls_patch"}, ["mm_vision_select_feature", "LLaVA-STF"]),
