@@ -270,3 +270,11 @@ def copy_with_projector(source: Path, folder: Path, projector: dict[str, Any], l
 def noise(height: int, width: int) -> Image.Image:
     """A picture of random pixels, which follow from its size."""
     return Image.fromarray(np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# What a method needs to run in a folder where nothing was learned.
+WITHOUT_LEARNING: dict[str, dict[str, Any]] = {
+    "focus": {"selector": "variance"},
+    "vision": {"selector": "variance"},
+    "avg-llava": {"granularity": "coarsest"},
+}

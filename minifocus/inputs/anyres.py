@@ -37,16 +37,25 @@ def unpadded_grid(
 ) -> tuple[int, int, int, int]:
     """(top, left, rows, cols): the part of the stitched feature map that shows the picture and not its padding.
 
-    `grid` is a tile's own; the map of resolution `best` has best / image_size of them. A very flat picture has 0 rows.
+    `grid` is a tile's own; the map of resolution `best` has best / image_size of them. A token of several patches stays if one
+    of them does. A very flat picture has 0 rows.
     """
     height, width = size
-    rows, cols = best[0] // image_size * grid.rows, best[1] // image_size * grid.windows_across
-    # The last factor is the shape of a cell: 1 where it is square.
+    window, together = grid.window, grid.together
+    rows = best[0] // image_size * grid.rows * window  # of patches
+    cols = best[1] // image_size * grid.windows_across * window
+    top = left = 0
+    # The last factor is the shape of a patch: 1 where it is square.
     if width / height > best[1] / best[0]:
         top = (rows - int(round(height * (cols / width) * (grid.rows / grid.windows_across), 7))) // 2
-        return top, 0, rows - 2 * top, cols * grid.together
-    left = (cols - int(round(width * (rows / height) * (grid.windows_across / grid.rows), 7))) // 2
-    return 0, left * grid.together, rows, (cols - 2 * left) * grid.together
+    else:
+        left = (cols - int(round(width * (rows / height) * (grid.windows_across / grid.rows), 7))) // 2
+
+    def kept(whole: int, cut: int) -> int:
+        """The windows in a row of patches of which `cut` go at both ends."""
+        return whole // window - 2 * (cut // window) if whole > 2 * cut else 0
+
+    return top // window, left // window * together, kept(rows, top), kept(cols, left) * together
 
 
 def num_visual_tokens(size: tuple[int, int], pinpoints: Iterable[tuple[int, int]], image_size: int, grid: Grid) -> int:

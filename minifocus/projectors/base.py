@@ -33,11 +33,16 @@ class Ends:
 
 
 class Grid(NamedTuple):
-    """The tokens of a view, in raster order; `together` of a row stand for one window and are never parted."""
+    """The tokens of a view, in raster order.
+
+    together  tokens of a row that stand for one window, and are never parted
+    window    patches of the tower along a side of a window
+    """
 
     rows: int
     columns: int
     together: int = 1
+    window: int = 1
 
     @property
     def cells(self) -> int:

@@ -60,7 +60,7 @@ class STFOptions(ProjectorOptions):
             raise InputError(f"tokens: expected a divisor of the window's {channels} channels, got {self.tokens}")
         if 4 * channels**2 > LARGEST_LAYER and self.fusion != "average":
             raise InputError(f"window: expected layers of at most {LARGEST_LAYER} numbers, got {4 * channels**2}")
-        return Grid(along, along * self.tokens, self.tokens)
+        return Grid(along, along * self.tokens, self.tokens, self.window)
 
     def channels(self, ends: Ends) -> int:
         """Of a patch, as it enters STF."""

@@ -43,7 +43,7 @@ class TokenPackerOptions(ProjectorOptions):
         if ends.states * ends.width**2 > LARGEST_LAYER:
             largest = ends.states * ends.width**2
             raise InputError(f"name: expected layers of at most {LARGEST_LAYER} numbers, got {largest}")
-        return Grid(along, along)
+        return Grid(along, along, window=self.scale)
 
     def build(self, ends: Ends) -> TokenPacker:
         return TokenPacker(self, ends)

@@ -63,6 +63,21 @@ def test_square_cells_keep_to_transformers_formula(
     assert (first, second / together, third, fourth / together) == expected
 
 
+@given(sizes, st.sampled_from(PINPOINTS), st.sampled_from([2, 3, 4, 8]), st.integers(1, 3))
+def test_a_token_of_several_patches_stays_where_one_of_them_does(
+    size: tuple[int, int], best: tuple[int, int], window: int, together: int
+) -> None:
+    fine = unpadded_grid(size, best, 336, Grid(24, 24))
+    shown = torch.zeros(*(edge // 336 * 24 for edge in best), dtype=torch.bool)
+    shown[fine[0] : fine[0] + fine[2], fine[1] : fine[1] + fine[3]] = True
+    windows = shown.unflatten(1, (-1, window)).unflatten(0, (-1, window)).any(dim=3).any(dim=1)
+    along = 24 // window
+    top, left, rows, cols = unpadded_grid(size, best, 336, Grid(along, along * together, together, window))
+    found = torch.zeros_like(windows)
+    found[top : top + rows, left // together : (left + cols) // together] = True
+    assert torch.equal(found, windows) and left % together == cols % together == 0
+
+
 @given(sizes, st.sampled_from(PINPOINTS), st.sampled_from([(24, 12), (12, 24), (12, 6)]))
 def test_a_turned_picture_has_a_turned_crop(
     size: tuple[int, int], best: tuple[int, int], cells: tuple[int, int]

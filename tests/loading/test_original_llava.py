@@ -631,7 +631,8 @@ def test_values_that_are_none(make: Any, tmp_path: Path, name: str) -> None:
     original = make("avg")
     original.tensors[name].view(-1)[3] = torch.nan
     refused(original, tmp_path, "holds NaN or infinite values")
-    converted(original, tmp_path / "unchecked", check_finite=False)
+    if "router" not in name:  # whose reader has no such choice
+        converted(original, tmp_path / "unchecked", check_finite=False)
 
 
 def test_whole_numbers_are_no_weights(make: Any, tmp_path: Path) -> None:

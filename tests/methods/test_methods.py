@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import IMAGE_TOKEN, build, make_inputs, rows_before_layer, save
+from checkpoints import IMAGE_TOKEN, WITHOUT_LEARNING, build, make_inputs, rows_before_layer, save
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
@@ -708,11 +708,6 @@ def test_a_batch_without_pictures_is_not_shown_to_the_sampler(folder: Path) -> N
 # ---- in other models ----
 
 EVERY = methods.training_free()
-OPTIONS: dict[str, dict[str, Any]] = {
-    "focus": {"selector": "variance"},
-    "vision": {"selector": "variance"},
-    "avg-llava": {"granularity": "coarsest"},
-}
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -750,7 +745,7 @@ def test_a_class_token_is_not_for_samplers_inside_to_drop(tmp_path: Path, name: 
 @pytest.mark.parametrize("name", methods.names())
 def test_torch_s_default_dtype_changes_nothing(folder: Path, name: str) -> None:
     """Programs set it to what their own models have."""
-    options = OPTIONS.get(name, {})
+    options = WITHOUT_LEARNING.get(name, {})
     arguments = make_inputs(minifocus.load(folder, "none"), SIZES, seed=2).arguments()
 
     def logits() -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import build, copy_with_projector, make_inputs, noise, random_weights, save
+from checkpoints import WITHOUT_LEARNING, build, copy_with_projector, make_inputs, noise, random_weights, save
 from safetensors.torch import load_file, save_file
 
 import minifocus
@@ -101,7 +101,7 @@ def test_forward(fusion: str, window: int, tokens: int, mbtf: bool, last_gelu: b
     with torch.no_grad():
         found = module(features)
     grid = module.options.grid(Ends(6, 4, 2, 5))
-    assert grid == Grid(6 // window, 6 // window * tokens, tokens) and found.shape == (3, grid.cells, 5)
+    assert grid == Grid(6 // window, 6 // window * tokens, tokens, window) and found.shape == (3, grid.cells, 5)
     assert torch.allclose(found, by_hand(module, features), rtol=0, atol=1e-11)
     assert torch.allclose(module(features[:1]), found[:1], rtol=0, atol=1e-11)
 
@@ -162,7 +162,7 @@ def test_a_whole_model(plain: Path, tmp_path: Path, options: dict[str, Any]) -> 
     model, without = minifocus.load(folder, "none"), minifocus.load(plain, "none")
     assert isinstance(model.multi_modal_projector, STF) and model.config.feature_layers == (3, 1, 2)
     k, tokens = options.get("window", 2), options.get("tokens", 1)
-    assert model.config.grid == Grid(4 // k, 4 // k * tokens, tokens)
+    assert model.config.grid == Grid(4 // k, 4 // k * tokens, tokens, k)
     for size in SIZES:
         if not model.config.anyres:
             assert model.num_visual_tokens(size) == 16 // k**2 * tokens
@@ -228,12 +228,6 @@ def test_views_map_and_newlines(folder: Path) -> None:
 # ---- methods on top ----
 
 
-def options_for(name: str) -> dict[str, Any]:
-    if name == "avg-llava":
-        return {"granularity": "coarsest"}
-    return {"selector": "variance"} if name in ("focus", "vision") else {}
-
-
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in methods.names()),
     ("focus", dict(branches=7, window=2)),
@@ -250,7 +244,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "more"), VARIANTS, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o in VARIANTS])
 def test_every_method(folder: Path, name: str, more: dict[str, Any]) -> None:
     """On top of the coarse grid, for pictures of every shape: answers, counts, and places that are the layout's own."""
-    options = options_for(name) | more
+    options = WITHOUT_LEARNING.get(name, {}) | more
     if options.get("thumbnail") == "compress" and not load_config(folder).anyres:
         with pytest.raises(minifocus.InputError, match="LLaVA-1.5 has no thumbnail"):
             minifocus.load(folder, name, **options)

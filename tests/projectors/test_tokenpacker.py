@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import copy_with_projector, make_inputs, noise, random_weights
+from checkpoints import WITHOUT_LEARNING, copy_with_projector, make_inputs, noise, random_weights
 
 import minifocus
 from minifocus import methods
@@ -62,7 +62,7 @@ def test_forward(scale: int, heads: int, states: int) -> None:
     features = torch.randn(3, 36, WIDTH * states, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with torch.no_grad():
         found = module(features)
-        assert module.options.grid(Ends(6, WIDTH, states, HIDDEN)) == Grid(6 // scale, 6 // scale)
+        assert module.options.grid(Ends(6, WIDTH, states, HIDDEN)) == Grid(6 // scale, 6 // scale, window=scale)
         assert found.shape == (3, (6 // scale) ** 2, HIDDEN)
         assert torch.allclose(found, by_hand(module, features), rtol=0, atol=1e-11)
 
@@ -104,7 +104,7 @@ def test_a_whole_model(plain: Path, tmp_path: Path, options: dict[str, Any]) -> 
     model, without = minifocus.load(folder, "none"), minifocus.load(plain, "none")
     assert isinstance(model.multi_modal_projector, TokenPacker)
     side = 4 // options.get("scale", 2)
-    assert model.config.grid == Grid(side, side)
+    assert model.config.grid == Grid(side, side, window=4 // side)
     for size in SIZES:
         answer = model.generate(noise(*size), "what?", max_new_tokens=3)
         assert answer.tokens.full == without.num_visual_tokens(size)
@@ -119,7 +119,7 @@ def test_a_whole_model(plain: Path, tmp_path: Path, options: dict[str, Any]) -> 
     with torch.inference_mode():
         assert torch.equal(again(**inputs.arguments())[valid], logits[valid])
     for name in methods.names():
-        model.set_sampler(name, **({"selector": "variance"} if name in ("focus", "vision") else {}))
+        model.set_sampler(name, **WITHOUT_LEARNING.get(name, {}))
         for answer in model.generate_batch([noise(*size) for size in SIZES], ["what?"] * len(SIZES), max_new_tokens=2):
             assert answer.tokens.after_text <= answer.tokens.after_vision <= answer.tokens.full
 
