@@ -488,7 +488,11 @@ def test_no_selector_is_an_error_that_names_the_ways_out(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("sampler", "options", "message"),
     [
-        ("fastest", {}, "sampler: expected one of focus, vision, text, none, avg-llava, avgpool, .*, aim, got 'fastest'"),
+        (
+            "fastest",
+            {},
+            "sampler: expected one of focus, vision, text, none, avg-llava, avgpool, .*, aim, got 'fastest'",
+        ),
         ("focus", dict(gama=0.5), "gama: not an option of sampler 'focus'; its options: .*gamma"),
         ("none", dict(gamma=0.5), "gamma: not an option of sampler 'none'; its options: none"),
         ("vision", dict(gamma=0.5, selector="variance"), "gamma: not an option of sampler 'vision'"),
