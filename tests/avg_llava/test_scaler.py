@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import PINPOINTS, TILE, build, copy_with_projector, save
+from checkpoints import PINPOINTS, build, copy_with_projector, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,11 +39,14 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     """By name: grids of a view 4, 8 and 24 wide, STF's on top, and LLaVA-1.5's without and with its class token."""
     made = tmp_path_factory.mktemp
     plain = save(build("llava_next", seed=1), made("four"))
-    eight = save(build("llava_next", seed=1, vision_image_size=56, image_grid_pinpoints=[[2 * a for a in p] for p in PINPOINTS]), made("eight"))  # fmt: skip
+    double = [[2 * height, 2 * width] for height, width in PINPOINTS]
+    eight = save(build("llava_next", seed=1, vision_image_size=56, image_grid_pinpoints=double), made("eight"))
     return {
         "4": load_config(plain),
         "8": load_config(eight),
-        "24": config_of(made("public"), "llava_next", vision_image_size=336, vision_patch_size=14, image_grid_pinpoints=PUBLIC),
+        "24": config_of(
+            made("public"), "llava_next", vision_image_size=336, vision_patch_size=14, image_grid_pinpoints=PUBLIC
+        ),
         "stf": load_config(copy_with_projector(eight, made("stf"), {"name": "stf", "window": 2, "mbtf": False})),
         "llava": config_of(made("llava"), "llava"),
         "llava with cls": config_of(made("cls"), "llava", vision_feature_select_strategy="full"),
@@ -58,7 +61,7 @@ def features_of(config: Config, size: tuple[int, int], channels: int = 2) -> Pic
         best = select_best_resolution(size, config.grid_pinpoints)
         tiles += best[0] // side * (best[1] // side)
     generator = torch.Generator().manual_seed(size[0] * 1009 + size[1])
-    cls = 1 if not config.anyres and config.keeps_cls else 0
+    cls = 1 if not config.anyres and config.keep_cls else 0
     features = torch.randn(tiles, cls + grid.cells, channels, generator=generator, dtype=torch.float64)
     views = features[:, cls:].unflatten(1, (grid.rows, grid.columns))
     whole, leading, newline = views[0], features[0, :cls], None
@@ -84,9 +87,11 @@ def crop(size: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, int, 
 Token = tuple[list[float], tuple[int, int]]  # values, extent
 
 
-def naive(picture: PictureFeatures, window: tuple[int, int], config: Config, released: bool) -> Iterator[tuple[Any, ...]]:
+def naive(
+    picture: PictureFeatures, window: tuple[int, int], config: Config, released: bool
+) -> Iterator[tuple[Any, ...]]:
     """(values, place or None, extent) of each token, by loops over cells of spec A1 and the end of spec C."""
-    (ph, pw), views, layout = window, picture.views, picture.layout
+    (ph, pw), views = window, picture.views
     g_rows, g_columns = views.shape[1:3]
 
     def mean(view: int, row: int, column: int) -> list[float]:
@@ -257,7 +262,9 @@ def test_dtypes_are_kept(configs: dict[str, Config]) -> None:
     """The coarse tokens are means in the model's own dtype."""
     picture = features_of(configs["4"], (57, 91))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        fields = {name: getattr(picture, name).to(dtype) for name in ("map", "thumbnail", "leading", "newline", "views")}
+        fields = {
+            name: getattr(picture, name).to(dtype) for name in ("map", "thumbnail", "leading", "newline", "views")
+        }
         low = PictureFeatures(**fields, cues=None, size=picture.size, num_plain=0)
         for window in WINDOWS:
             found, exact = (scale(one, window, configs["4"]) for one in (low, picture))
