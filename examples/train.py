@@ -177,6 +177,8 @@ def train(arguments: argparse.Namespace) -> None:
     rates = {part: 0.0 if part in frozen else getattr(arguments, f"lr_{part}") for part in PARTS}
     if arguments.stage == "router" and any(rates[part] for part in PARTS if part != "router"):
         raise minifocus.InputError("--stage: router trains the router alone: expected no other learning rate")
+    if arguments.stage == "router" and "projector" in fresh:
+        raise minifocus.InputError("--fresh: router trains the router alone: expected no new projector")
     rates["selector_bias"] = 0.0 if "selector" in frozen else arguments.lr_selector_bias
     projector = new_projector_of(arguments, fresh, rates["projector"] > 0)
     objective = objective_of(arguments)
@@ -218,7 +220,7 @@ def train(arguments: argparse.Namespace) -> None:
             examples=arguments.examples,
         )
         of_data = {"model": digest_of_model(Path(arguments.model)), **data.identity}
-        task = task_of(arguments, model, objective, of_data)
+        task = task_of(arguments, model, objective, {**of_data, "bf16": settings.bf16})
         optimizers = make_optimizers(task, partial(learning_rate, rates=rates, model=model), settings)
         identity = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
         identity |= of_data
@@ -259,9 +261,8 @@ def task_of(
         said = {name: getattr(arguments, name) for name in names}
         options = granular(model)
         sampler = {"granularities": options.granularities, "crop": options.options.crop}
-        feedback = Feedback(
-            Path(arguments.feedback or Path(arguments.out) / "feedback"), {**of_data, **said, **sampler}
-        )
+        folder = Path(arguments.feedback or Path(arguments.out) / "feedback")
+        feedback = Feedback(folder, {**of_data, **said, **sampler}, len(options.granularities))
         return RouterObjective(model, ranking_of(arguments), feedback, arguments.seed, independent)
     return AnswerObjective(model, objective, arguments.seed)
 

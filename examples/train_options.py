@@ -168,10 +168,23 @@ def check(arguments: argparse.Namespace) -> None:
         expect(not arguments.validate or held_out, arguments, "validate", "--validation-data beside it")
         expect(arguments.validate or not held_out, arguments, "validation_data", "--validate beside it")
 
-    if arguments.stage != "router":
+    stage = arguments.stage
+    if stage != "router":
         for name in ("examples", "feedback", *RANKING):
             expect(getattr(arguments, name) is None, arguments, name, "--stage router beside it")
+    else:
+        expect(arguments.projector is None, arguments, "projector", "none, as --stage router trains the router alone")
+        expect(arguments.feedback != "", arguments, "feedback", "the name of a folder")
+        released = arguments.ranking == "released"
+        expect(
+            released or arguments.ranking_margin is None, arguments, "ranking_margin", "--ranking released beside it"
+        )
     expect_numbers(arguments, 1, "examples")
+    if stage in ("granularities", "router"):
+        expect(
+            arguments.sampler in (None, "avg-llava"), arguments, "sampler", f"avg-llava, as --stage {stage} trains it"
+        )
+        expect(not arguments.sampler_dropout, arguments, "sampler_dropout", f"none with --stage {stage}")
 
 
 def names(text: str, flag: str, known: tuple[str, ...]) -> set[str]:

@@ -19,7 +19,8 @@ def filter_text(thumbnail: torch.Tensor, words: torch.Tensor, count: int) -> tor
     How alike is the mean of a word's cosines with the thumbnail's tokens of the finest granularity.
     """
     unit = F.normalize(thumbnail.float(), dim=-1, eps=1e-8).mean(dim=0)  # a mean of cosines is a product with this mean
-    alike = F.normalize(words.float(), dim=-1, eps=1e-8) @ unit
+    # Not as a matrix product, whose rounding would differ from word to word, and with autocast be that of bfloat16.
+    alike = (F.normalize(words.float(), dim=-1, eps=1e-8) * unit).sum(dim=-1)
     chosen = words[alike.argsort(descending=True, stable=True)[:count]]
     return F.pad(chosen, (0, 0, 0, count - len(chosen)))
 

@@ -11,7 +11,7 @@ import torch
 
 from ..arguments import shown
 from ..errors import CheckpointError, InputError
-from ..loading.config import Config
+from ..loading.config import DTYPES, Config
 from ..samplers.learned_file import Learned, check_tensors, learned, read_learned
 from .router import Router
 from .sampler import AVGLLaVA, RouterOptions, new_router
@@ -32,19 +32,23 @@ def load_router(file: Path, config: Config, given: Mapping[str, Any]) -> tuple[R
             crop=metadata["crop"],  # type: ignore[arg-type]
         )
         trained.of_grid(config)
+    except InputError as error:
+        raise CheckpointError(f"{file}: metadata: {error}") from error
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{file}: metadata: expected granularities, filtered_text, attention, text and crop, got {shown(metadata)}"
         ) from error
-    except InputError as error:
-        raise CheckpointError(f"{file}: metadata: {error}") from error
     wanted = RouterOptions(**given)
     for name, value in asdict(trained).items():
-        if name in given and getattr(wanted, name) != value:
+        if given.get(name) is not None and getattr(wanted, name) != value:
             raise InputError(f"{name}: the router in {file} was trained with {value!r}, got {getattr(wanted, name)!r}")
     with torch.random.fork_rng(devices=[]):  # its first values are drawn, and replaced
         router = new_router(trained, config)
     check_tensors(file, tensors, router.state_dict())
+    if len(found := {value.dtype for value in tensors.values()}) > 1 or not found <= set(DTYPES.values()):
+        raise CheckpointError(
+            f"{file}: expected all in one of {', '.join(DTYPES)}, got {shown(sorted(map(str, found)))}"
+        )
     router.load_state_dict(tensors, assign=True)
     return router, trained
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..arguments import shown
+from ..arguments import brief, shown, whole
 from ..errors import InputError
+from ..files.reading import named, regular
 from ..model import LlavaNetwork
 from ..samplers.hooks import PictureFeatures
 from .examples import Batch
@@ -29,44 +30,75 @@ class Feedback:
     losses of turns by example: [turns, granularities] float32, NaN for a turn without an answer to predict
     shares of tokens by example: [granularities] float32, of what plain LLaVA reads
 
-    They are kept in `folder`, in one file for each process that wrote some. `identity` says what they are of. Raises
-    InputError for a folder that has others.
+    They are kept in `folder`, in one file for each process that wrote some. `identity` says what they are of, and `choices` how
+    many granularities there are. Raises InputError for a folder that has others, or that cannot be used.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]):
-        self.folder, self.identity = folder, json.loads(json.dumps(identity))
+    def __init__(self, folder: Path, identity: dict[str, Any], choices: int):
+        self.folder, self.identity, self.choices = folder, json.loads(json.dumps(identity)), choices
         self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._file: Path | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(folder.glob("*.jsonl")):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            files = sorted(folder.glob("*.jsonl"))
+        except OSError as error:
+            raise InputError(f"{named(folder)}: expected a folder for feedback: {error.strerror}") from error
+        for file in files:
             self._read(file)
 
     def _read(self, file: Path) -> None:
-        header, *lines = file.read_text(encoding="utf-8").split("\n")
+        """Take what a file has. What is behind its last line's end was cut off when its process was killed."""
         try:
-            theirs = json.loads(header)
-            if theirs != self.identity:
-                wrong = [name for name in self.identity if theirs.get(name) != self.identity[name]]
-                raise InputError(
-                    f"{file}: expected the feedback of this model to these examples, got another's "
-                    f"({shown(wrong)} differ): name another folder or delete it"
-                )
-            for line in lines[:-1]:  # what is behind the last line's end was cut off when its process was killed
-                found = json.loads(line)
-                losses = torch.tensor(found["losses"], dtype=torch.float32)
-                self.known[int(found["example"])] = (losses, torch.tensor(found["shares"], dtype=torch.float32))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{file}: expected a file of feedback: {type(error).__name__}: {error}") from error
+            content = regular(file, InputError).read_bytes()
+        except OSError as error:
+            raise InputError(f"{named(file)}: cannot be read: {error.strerror}") from error
+        *lines, torn = content.split(b"\n")
+        if not lines and self._header().startswith(torn):
+            return
+        try:
+            header = json.loads(lines[0] if lines else torn)
+            if not isinstance(header, dict):
+                raise TypeError(f"a header is an object, not {shown(header)}")
+            records = [self._record(json.loads(line)) for line in lines[1:]]
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+            reason = brief(f"{type(error).__name__}: {error}")
+            raise InputError(f"{file}: expected a file of feedback: {reason}") from error
+        if header != self.identity:
+            wrong = sorted(name for name in {*self.identity, *header} if header.get(name) != self.identity.get(name))
+            raise InputError(
+                f"{file}: expected the feedback of this model to these examples, got another's "
+                f"({shown(wrong)} differ): name another folder or delete it"
+            )
+        self.known.update(records)
+
+    def _record(self, found: dict[str, Any]) -> tuple[int, tuple[torch.Tensor, torch.Tensor]]:
+        losses, shares = (torch.tensor(found[name], dtype=torch.float32) for name in ("losses", "shares"))
+        if losses.ndim != 2 or losses.shape[1] != self.choices or shares.shape != (self.choices,):
+            shapes = f"{tuple(losses.shape)} and {tuple(shares.shape)}"
+            raise ValueError(f"losses and shares are of {self.choices} granularities, not of {shapes}")
+        if bool(losses.isinf().any()) or not bool(shares.isfinite().all()):
+            raise ValueError("losses and shares are finite")
+        return whole("example", found["example"], 0), (losses, shares)
+
+    def _header(self) -> bytes:
+        return json.dumps(self.identity).encode() + b"\n"
 
     def add(self, found: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Write down the losses and shares of examples, by number. Raises InputError where that cannot be done."""
         self.known.update(found)
+        records = [
+            {"example": example, "losses": losses.tolist(), "shares": shares.tolist()}
+            for example, (losses, shares) in found.items()
+        ]
+        content = b"".join(json.dumps(record).encode() + b"\n" for record in records)
         if self._file is None:
             self._file = self.folder / f"{time.time_ns()}-{os.getpid()}.jsonl"
-            self._file.write_text(json.dumps(self.identity) + "\n", encoding="utf-8")
-        with self._file.open("a", encoding="utf-8") as file:
-            for example, (losses, shares) in found.items():
-                record = {"example": example, "losses": losses.tolist(), "shares": shares.tolist()}
-                file.write(json.dumps(record) + "\n")
+            content = self._header() + content
+        try:
+            with self._file.open("ab") as file:
+                file.write(content)
+        except OSError as error:
+            raise InputError(f"{named(self._file)}: cannot be written: {error.strerror}") from error
 
     def of(
         self, model: LlavaNetwork, batch: Batch, features: Sequence[PictureFeatures], independent: bool

@@ -10,6 +10,7 @@ from ..avg_llava.sampler import AVGLLaVA
 from ..errors import InputError
 from ..model import LlavaNetwork
 from .examples import Batch
+from .objective import with_gradient
 from .packed import Guidance, forward
 
 
@@ -44,4 +45,4 @@ class GranularityObjective(nn.Module):
                 total = total + loss / len(sampler.granularities)
         finally:
             sampler.forced = before
-        return total, {"loss": float(total.detach()) * num_batches, **figures}
+        return with_gradient(total, model), {"loss": float(total.detach()) * num_batches, **figures}

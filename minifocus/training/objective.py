@@ -76,6 +76,14 @@ def seed_draws(seed: int, position: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, 3, position]).generate_state(1, np.uint64)[0]))
 
 
+def with_gradient(loss: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """`loss`, with a gradient of 0 where it reaches nothing that is trained, as of text alone behind a frozen decoder."""
+    if loss.requires_grad:
+        return loss
+    trained = (p for p in model.parameters() if p.requires_grad)
+    return loss + sum(0.0 * p.float().sum() for p in islice(trained, 1))
+
+
 class AnswerObjective(nn.Module):
     """A model with its loss; its parameters are the model's. Raises InputError for a sampler that cannot be trained with."""
 
@@ -110,8 +118,4 @@ class AnswerObjective(nn.Module):
             self.model.before_llm, output.pictures, Balance(self.objective.alpha, self.objective.scale_weights)
         )
         loss, figures = loss + of_sampler / num_batches, figures | more
-        if not loss.requires_grad:
-            # Text alone behind a frozen decoder reaches nothing that is trained: the step goes on, with a gradient of 0.
-            trained = (p for p in self.model.parameters() if p.requires_grad)
-            loss = loss + sum(0.0 * p.float().sum() for p in islice(trained, 1))
-        return loss, figures
+        return with_gradient(loss, self.model), figures

@@ -54,6 +54,8 @@ def load_to_train(
                     f"projector: what sampler {sampler!r} has learned is of another grid: expected it to begin anew, such as "
                     f"--fresh makes it: {error}"
                 ) from error
+    if model.before_llm is not None:
+        model.before_llm.float()  # what it has learned may be stored in another dtype
     if "projector" in fresh:
         new_projector(model, seed)
     return model

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -12,10 +14,11 @@ from torch import nn
 from ..arguments import choice, number, settle
 from ..errors import InputError
 from ..model import LlavaNetwork
+from ..samplers.hooks import PictureFeatures
 from .examples import NO_LABEL, Batch
 from .feedback import Feedback
 from .granularities import granular
-from .objective import seed_draws
+from .objective import seed_draws, with_gradient
 from .settings import MOST
 
 
@@ -79,7 +82,10 @@ class RouterObjective(nn.Module):
         self.seed, self.independent = seed, independent
 
     def questions(self, batch: Batch) -> list[list[torch.Tensor]]:
-        """Of every turn of every example, the embeddings [W, C] of the words that the router may filter."""
+        """Of every turn of every example, the embeddings [W, C] of the words that the router may filter.
+
+        Of the whole prompt, no answer is among them, as in the public code's training.
+        """
         model, device = self.model, self.model.device
         whole_prompt = granular(model).options.text == "prompt"
         ids, turn = batch.input_ids.to(device), batch.turn.to(device)
@@ -90,11 +96,18 @@ class RouterObjective(nn.Module):
 
         def words(row: int, number: int) -> torch.Tensor:
             own = turn[row] == number
-            mine = text[row] & ((own | (turn[row] < 0)) if whole_prompt else own & instruction[row])
+            before = (turn[row] < 0) if self.independent else (turn[row] < number)
+            mine = text[row] & (own | before if whole_prompt else own & instruction[row])
             return embeddings[row][mine]
 
         turns = turn.amax(dim=1).clamp(min=0).tolist()
         return [[words(row, number) for number in range(last + 1)] for row, last in enumerate(turns)]
+
+    def turns_of(self, pictures: Sequence[PictureFeatures], batch: Batch, example: int) -> list[int]:
+        """The turn in which each of an example's pictures comes, -1 for what all turns share: those before do not see it."""
+        turn = batch.turn[example][batch.input_ids[example] == self.model.config.image_token_id].tolist()
+        ends = accumulate(picture.layout.num_tokens for picture in pictures)
+        return [turn[end - picture.layout.num_tokens] for picture, end in zip(pictures, ends, strict=True)]
 
     def forward(self, batch: Batch, num_targets: int, num_batches: int) -> tuple[torch.Tensor, dict[str, float]]:
         """The part of a step's loss that this micro-batch adds: a mean over its questions, and the step's over micro-batches."""
@@ -106,8 +119,10 @@ class RouterObjective(nn.Module):
         seed_draws(self.seed, batch.position)
         logits, losses, tokens, number = [], [], [], 0
         for example, (per_turn, shares) in enumerate(answered):
-            there = per_turn[: len(words[example])].isfinite().all(dim=1).nonzero().squeeze(1).tolist()
-            for picture in features[number : number + batch.pictures[example]]:
+            answers = per_turn[: len(words[example])].isfinite().all(dim=1).nonzero().squeeze(1).tolist()
+            own = features[number : number + batch.pictures[example]]
+            for picture, first in zip(own, self.turns_of(own, batch, example), strict=True):
+                there = [turn for turn in answers if turn >= first]
                 if there:
                     found = sampler.route(picture.views, [words[example][turn] for turn in there]).float()
                     logits.append(found)
@@ -115,8 +130,7 @@ class RouterObjective(nn.Module):
                     tokens.append(shares.to(found.device)[found.argmax(dim=1)])
             number += batch.pictures[example]
         if not logits:
-            nothing = sum(0.0 * p.float().sum() for p in sampler.parameters() if p.requires_grad)
-            return torch.as_tensor(nothing), {}
+            return with_gradient(torch.zeros((), device=self.model.device), self.model), {}
         scores, wanted = torch.cat(logits), torch.cat(losses)
         loss = ranking_loss(scores, wanted, self.ranking)
         chosen = wanted.gather(1, scores.argmax(dim=1, keepdim=True))
