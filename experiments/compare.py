@@ -17,8 +17,9 @@ and its tower's class token on the kinds and colours of things, not on what is w
 
 Time is taken on single questions, every method in turn on each of them, so that a change in the machine's speed falls
 on all; figures are medians over questions. FLOPs are the tower's, the projector's and the decoder's, every layer in full
-for the tokens that it gets; what a method computes to choose is not counted, but timed. Memory is the largest resident
-set above what it was before the question (with --device cuda, the peak of allocated memory above the weights').
+for the tokens that it gets, and AVG-LLaVA's router; what other methods compute to choose is not counted, but timed.
+Memory is the largest resident set above what it was before the question (with --device cuda, the peak of allocated memory
+above the weights').
 
 With --out, all figures go to that JSON file, the table to a Markdown file and the plot to a PNG file beside it.
 """
@@ -56,7 +57,7 @@ from minifocus.evaluate import evaluate
 from minifocus.files.writing import replace
 from minifocus.inputs.open_image import open_image
 
-from .flops import decoder_flops, vision_flops
+from .flops import decoder_flops, router_flops, vision_flops
 from .memory import extra_memory
 from .record import ROOT, environment
 from .timing import interleaved
@@ -188,10 +189,12 @@ def measure(
             model.device.type == "cuda",
         )
         decoded = max(map(decoding_steps, found))
+        tiles = [model.num_tiles((image.height, image.width)) for image in images]
         flops = [
             decoder_flops(model.config, one.layer_tokens)
-            + vision_flops(model.config, model.num_tiles((image.height, image.width)))
-            for one, image in zip(found, images, strict=True)
+            + vision_flops(model.config, count)
+            + router_flops(model.before_llm, count)
+            for one, count in zip(found, tiles, strict=True)
         ]
         return {
             "prefill": found[0].prefill_seconds,

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from minifocus.avg_llava.sampler import AVGLLaVA, new_router
 from minifocus.loading.config import Config
+from minifocus.loading.weights import without_values
+from minifocus.samplers.hooks import BeforeLLM
 
 
 def decoder_flops(config: Config, layer_tokens: Sequence[int]) -> int:
@@ -32,3 +35,16 @@ def vision_flops(config: Config, tiles: int) -> int:
     with torch.device("meta"), FlopCounterMode(display=False) as projector:
         config.projector.build(config.ends)(torch.empty(1, vision.grid**2, width * len(config.feature_layers)))
     return tiles * (blocks * block + patches + projector.get_total_flops())
+
+
+def router_flops(sampler: BeforeLLM | None, tiles: int) -> int:
+    """Of AVG-LLaVA's router, where it chooses: of all views at all granularities and the filtered words. Else 0."""
+    if not isinstance(sampler, AVGLLaVA) or sampler.router is None or sampler.forced is not None:
+        return 0
+    width, slots = sampler.config.text.hidden_size, sum(sampler.granularities)
+    router = without_values(
+        lambda: new_router(sampler.options, sampler.config)
+    ).train()  # the kernels of answers are not counted
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        router(torch.empty(tiles, slots, width), torch.empty(1, sampler.options.filtered_text, width))
+    return counter.get_total_flops()

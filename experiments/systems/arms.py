@@ -75,19 +75,15 @@ LLAVA_STF: dict[str, Arm] = {
         for k, e in ((2, 1), (2, 2), (4, 4), (4, 8))
         for name, arm in {
             f"k{k}-e{e}-align": Arm(
-                (*aligned(*stf(CODE, f"window={k}", f"tokens={e}", "last_gelu=false", start="random")), *ADAMW[:2]), steps=0.25
+                (*aligned(*stf(CODE, f"window={k}", f"tokens={e}", "last_gelu=false", start="random")), *ADAMW[:2]),
+                steps=0.25,
             ),
             f"k{k}-e{e}": Arm(("--sampler", "none", *ADAMW), start=f"k{k}-e{e}-align"),
         }.items()
     },
     # TokenPacker, from random values
-    **{
-        name: arm
-        for name, arm in {
-            "tokenpacker-align": Arm(aligned(*projector("tokenpacker", "2,3,4", "scale=2", start="random")), steps=0.25),
-            "tokenpacker": Arm(("--sampler", "none"), start="tokenpacker-align"),
-        }.items()
-    },
+    "tokenpacker-align": Arm(aligned(*projector("tokenpacker", "2,3,4", "scale=2", start="random")), steps=0.25),
+    "tokenpacker": Arm(("--sampler", "none"), start="tokenpacker-align"),
 }
 
 
@@ -108,8 +104,10 @@ AVG_LLAVA: dict[str, Arm] = {
     **{f"forced-{tokens}": forced(str(tokens)) for tokens in (4, 8, 16, 32, 64)},
     "router": routed(),
     # Table 4
-    "image": routed("--option", "text=none"),
-    "three-granularities": Arm(("--stage", "granularities", *THREE), ("--sampler", "avg-llava", "--option", "granularity=finest")),
+    "image": routed("--option", "text=nothing"),
+    "three-granularities": Arm(
+        ("--stage", "granularities", *THREE), ("--sampler", "avg-llava", "--option", "granularity=finest")
+    ),
     "three": routed(*THREE, start="three-granularities"),
     "answers": Arm(
         (

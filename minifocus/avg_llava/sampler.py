@@ -23,14 +23,15 @@ class RouterOptions:
     granularities  tokens of a view to choose from, coarse to fine; None: all that the view's grid has of the paper's five
     filtered_text  words that the router sees: 32 in the paper
     attention      between "tokens" (the paper) or "views" (the public code), see `Router`
-    text           the words to filter: those of the "question", or of the whole "prompt", as the public code does
+    text           the words to filter: those of the "question", of the whole "prompt", as the public code does, or of "nothing":
+                   the router then sees the picture alone (Table 4c)
     crop           of the coarse map: "whole", or "released", the public code's, which loses part of it, see `scale`
     """
 
     granularities: tuple[int, ...] | None = None
     filtered_text: int = 32
     attention: Literal["tokens", "views"] = "tokens"
-    text: Literal["question", "prompt"] = "question"
+    text: Literal["question", "prompt", "nothing"] = "question"
     crop: Literal["whole", "released"] = "whole"
 
     def __post_init__(self) -> None:
@@ -40,7 +41,7 @@ class RouterOptions:
             granularities=None if given is None else arguments.whole_numbers("granularities", given, 1),
             filtered_text=arguments.whole("filtered_text", self.filtered_text, 1, 4096),
             attention=arguments.choice("attention", self.attention, ("tokens", "views")),
-            text=arguments.choice("text", self.text, ("question", "prompt")),
+            text=arguments.choice("text", self.text, ("question", "prompt", "nothing")),
             crop=arguments.choice("crop", self.crop, ("whole", "released")),
         )
 
@@ -89,7 +90,7 @@ class AVGLLaVA(BeforeLLM):
         """
         number, factor = self.forced, None
         if number is None:
-            words = text.question if self.options.text == "question" else text.prompt
+            words = {"question": text.question, "prompt": text.prompt, "nothing": text.prompt[:0]}[self.options.text]
             logits = self.route(picture.views, [words])[0]
             if self.training:
                 drawn = F.gumbel_softmax(logits.float(), hard=True)

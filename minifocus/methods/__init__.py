@@ -72,7 +72,7 @@ class SamplerOptions(TypedDict, total=False):
     strategy: Literal["rank", "rows"]
     stride: int
     temperature: float
-    text: Literal["instruction", "all", "last", "question", "prompt"]
+    text: Literal["instruction", "all", "last", "question", "prompt", "nothing"]
     thumbnail: Literal["keep", "compress", "drop"] | float
     window: int
 

@@ -87,7 +87,8 @@ class RouterObjective(nn.Module):
         Of the whole prompt, no answer is among them, as in the public code's training.
         """
         model, device = self.model, self.model.device
-        whole_prompt = granular(model).options.text == "prompt"
+        options = granular(model).options
+        whole_prompt = options.text == "prompt"
         ids, turn = batch.input_ids.to(device), batch.turn.to(device)
         text = batch.attention_mask.to(device) & (ids != model.config.image_token_id)
         text = text & (batch.labels.to(device) == NO_LABEL)
@@ -97,6 +98,8 @@ class RouterObjective(nn.Module):
         def words(row: int, number: int) -> torch.Tensor:
             own = turn[row] == number
             before = (turn[row] < 0) if self.independent else (turn[row] < number)
+            if options.text == "nothing":
+                return embeddings[row][:0]
             mine = text[row] & (own | before if whole_prompt else own & instruction[row])
             return embeddings[row][mine]
 

@@ -40,6 +40,18 @@ def test_flops_are_torch_s_count_of_the_same_forward_pass() -> None:
     )
 
 
+def test_the_router_s_flops_are_counted() -> None:
+    """Written out: a layer's four projections, its two products and its MLP, and then the router's MLP, of each view's slots."""
+    model = minifocus.load(TINY, "none")
+    model.begin_sampler("avg-llava")
+    width, slots, views = 128, 4 + 8 + 16 + 32 + 64 + 32, 3
+    layer = 2 * slots * (4 + 2) * width**2 + 4 * slots**2 * width
+    votes = 2 * slots * (width**2 + 5 * width) + 2 * slots * 5
+    assert flops.router_flops(model.before_llm, views) == views * (layer + votes)
+    model.set_sampler("avg-llava", granularity="coarsest")
+    assert flops.router_flops(model.before_llm, views) == flops.router_flops(None, views) == 0
+
+
 def test_every_training_free_method_is_compared() -> None:
     compared = {*compare.KNOWN, *compare.SEARCHED, "vision", "avgpool", "maxpool"} - set(compare.VARIANTS)
     assert compared | {"none", "avg-llava"} == set(minifocus.methods.names())

@@ -1,0 +1,142 @@
+"""The tables of LLaVA-STF's and AVG-LLaVA's papers: which arm stands for which row, and what the paper found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+Accuracies = Mapping[str, float]  # by arm, means over seeds
+
+
+@dataclass(frozen=True)
+class Row:
+    """`paper` has what the paper says of it, in the table's columns."""
+
+    label: str
+    arm: str
+    paper: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """
+    columns  the paper's
+    spread   over three seeds; else of the first
+    claims   what the paper finds, with the difference of two arms' accuracies, in points, that says so here if it is above 0
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    claims: tuple[tuple[str, Callable[[Accuracies], float]], ...] = ()
+    spread: bool = False
+    notes: str = ""
+
+
+def above(better: str, worse: str, by: float = 0.0) -> Callable[[Accuracies], float]:
+    return lambda found: 100 * (found[better] - found[worse]) - by
+
+
+AVERAGE = ("its average",)
+LLAVA_STF = {
+    "3": Table(
+        "The fusion modules",
+        AVERAGE,
+        (
+            Row("LLaVA (control)", "control", ("65.5",)),
+            Row("MBTF", "mbtf", ("66.6",)),
+            Row("STF", "stf", ("65.6",)),
+            Row("MBTF and STF", "both", ("66.3",)),
+            Row("2×2 average pooling of the projector's tokens, trained", "avgpool"),
+        ),
+        (
+            ("MBTF alone answers better than LLaVA.", above("mbtf", "control")),
+            ("With STF, MBTF answers better than without.", above("both", "stf")),
+            ("STF alone is level with LLaVA at a quarter of the tokens.", above("stf", "control")),
+            ("(The bar of this project.) STF is 5 points above trained average pooling.", above("stf", "avgpool", 5)),
+            ("(The bar of this project.) Both are 5 points above it.", above("both", "avgpool", 5)),
+        ),
+        spread=True,
+        notes="These arms have the public code's form, begin as average pooling exactly (`--projector-start pooling`), and take "
+        "the same steps.",
+    ),
+    "4": Table(
+        "Side k of a window and tokens E of it",
+        AVERAGE,
+        (
+            Row("k = 2, E = 1", "k2-e1", ("66.3",)),
+            Row("k = 2, E = 2", "k2-e2", ("66.0",)),
+            Row("k = 4, E = 4", "k4-e4", ("63.5",)),
+            Row("k = 4, E = 8", "k4-e8", ("64.3",)),
+        ),
+        (
+            ("A larger window loses at a quarter of the tokens.", above("k2-e1", "k4-e4")),
+            ("It loses at half of the tokens.", above("k2-e2", "k4-e8")),
+        ),
+        notes="From random values, a quarter of the steps for the projector alone on top, all by AdamW. The paper's k = 8 would "
+        "be the whole view here.",
+    ),
+    "5": Table(
+        "How a window is fused",
+        AVERAGE,
+        (
+            Row("AvgPool", "average", ("64.7",)),
+            Row("TokenConcat", "both", ("65.4",)),
+            Row("STF: a convolution", "convolution", ("66.3",)),
+            Row("the same from random values, as in the paper, without MBTF", "fresh-stf"),
+            Row("the same with MBTF", "fresh-both"),
+            Row("TokenPacker, s = 2, from random values", "tokenpacker"),
+        ),
+        (
+            ("Concatenation answers better than averaging.", above("both", "average")),
+            ("A convolution answers better than concatenation.", above("convolution", "both")),
+        ),
+        notes="All read the states of all four blocks by MBTF but where it is said. The last three rows are not in the paper's "
+        "table; they take a quarter of the steps for the projector alone on top.",
+    ),
+}
+
+AVG_LLAVA = {
+    "3": Table(
+        "Granularities, forced and chosen",
+        (),
+        (
+            Row("LLaVA-NeXT (control)", "control"),
+            *(Row(f"forced to {tokens} of 64 tokens a view", f"forced-{tokens}") for tokens in (4, 8, 16, 32, 64)),
+            Row("the router chooses", "router"),
+            Row("the router, with a price of 0.1 for all tokens (not in the paper)", "priced"),
+        ),
+        (
+            ("The router answers better than the finest granularity.", above("router", "forced-64")),
+            ("Finer granularities answer better.", above("forced-64", "forced-16")),
+        ),
+        spread=True,
+    ),
+    "4": Table(
+        "Ablations",
+        ("its ScienceQA", "its ChartQA", "its MME", "its MMB"),
+        (
+            Row("AVG-LLaVA", "router", ("71.1", "66.3", "1557.4", "69.9")),
+            Row("(a) fixed to the finest", "forced-64", ("70.0", "66.4", "1554.5", "68.7")),
+            Row("(c) the router sees the picture alone", "image", ("70.1", "53.9", "1525.2", "69.0")),
+            Row("(d) three granularities", "three", ("69.8", "65.3", "1547.7", "66.3")),
+            Row("(e) trained by the answers' loss", "answers", ("70.5", "50.9", "1514.8", "68.6")),
+            Row("(f) without the ranking loss", "no-ranking", ("70.1", "64.8", "1534.6", "68.6")),
+            Row("(g) without the cross-entropy", "no-choice", ("70.2", "66.3", "1550.8", "69.4")),
+        ),
+        tuple((f"{text} costs accuracy.", above("router", arm)) for text, arm in (
+            ("(c) A picture alone", "image"),
+            ("(d) Fewer granularities", "three"),
+            ("(e) The answers' loss instead of feedback", "answers"),
+            ("(f) No ranking loss", "no-ranking"),
+            ("(g) No cross-entropy", "no-choice"),
+        )),
+        notes="(b), a random granularity, is the mean of the five forced ones.",
+    ),
+    "7": Table(
+        "Filtered words",
+        (),
+        (*(Row(f"{k} words", f"words-{k}") for k in (4, 8, 16)), Row("32 words", "router")),
+    ),
+}  # fmt: skip
+TABLES: dict[str, dict[str, Table]] = {"llava-stf": LLAVA_STF, "avg-llava": AVG_LLAVA}

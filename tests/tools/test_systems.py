@@ -1,0 +1,71 @@
+"""experiments/systems: its arms and tables fit together, and it runs and goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from example_scripts import example
+
+from experiments.systems import reproduce as reproduction
+from experiments.systems.arms import SYSTEMS
+from experiments.systems.tables import TABLES
+
+PAIRS = [(system, name) for system, arms in SYSTEMS.items() for name in arms]
+
+
+@pytest.mark.parametrize(("system", "name"), PAIRS)
+def test_every_arm_can_be_trained_and_asked(system: str, name: str) -> None:
+    """By the programs' own parsers and checks; what it goes on from is an arm or a stage, and every row has an arm."""
+    arm, arms = SYSTEMS[system][name], SYSTEMS[system]
+    assert arm.start == "full" or arm.start in arms
+    options, trainer, evaluator = example("train_options"), example("train"), example("evaluate")
+    if arm.training:
+        command = ["train.py", "--out", "somewhere", *arm.training]
+        with mock.patch.object(sys, "argv", command):
+            arguments = trainer.parse_arguments()
+        options.check(arguments)
+        arguments.sampler = arguments.sampler or trainer.SAMPLERS[arguments.stage]
+        options.options_of_sampler(arguments, {"selector", "router"})
+        options.new_projector_of(arguments, set(), True)
+        options.ranking_of(arguments)
+    with mock.patch.object(sys, "argv", ["evaluate.py", *arm.asked]):
+        evaluator.check(evaluator.parse_arguments())
+    for table in TABLES[system].values():
+        assert {row.arm for row in table.rows} <= arms.keys()
+        assert all(not row.paper or len(row.paper) == len(table.columns) for row in table.rows)
+
+
+def test_claims_follow_from_the_figures() -> None:
+    claims = TABLES["llava-stf"]["3"].claims
+    found = {"control": 0.9, "mbtf": 0.91, "stf": 0.8, "both": 0.85, "avgpool": 0.76}
+    margins = [margin(found) for _, margin in claims]
+    assert margins == pytest.approx([1, 5, -10, -1, 4])
+
+
+def test_a_table_is_made_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = TABLES["llava-stf"]["3"]
+    rows = tuple(row for row in table.rows if row.arm in ("stf", "avgpool"))
+    few = {"3": replace(table, rows=rows, claims=table.claims[3:4], spread=False)}
+    command = ["reproduce.py", "llava-stf", "--quick", "--runs", str(tmp_path), "--seeds", "1"]
+
+    def run() -> dict[str, Any]:
+        with mock.patch.dict(TABLES, {"llava-stf": few}), mock.patch.object(sys, "argv", command):
+            reproduction.reproduce(reproduction.parse_arguments())
+        found: dict[str, Any] = json.loads((tmp_path / "quick-llava-stf/results/results.json").read_text("utf-8"))
+        return found
+
+    record = run()
+    assert record["arms"].keys() == {"stf", "avgpool"} and record["steps"] == 2 and record["questions"] == 16
+    for own in record["arms"].values():
+        assert 0.2 < own["1"]["tokens"]["equivalent"] < 0.32
+    page = (tmp_path / "quick-llava-stf/results/README.md").read_text(encoding="utf-8")
+    assert "## Table 3" in page and "| STF | " in page and "Not here (" in page and "| 65.6 |" in page
+    trained = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")}
+    assert len(trained) == 2 and run()["arms"] == record["arms"]
+    assert trained == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")}
