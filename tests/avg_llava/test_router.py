@@ -238,7 +238,7 @@ def test_logits_in_a_model_are_those_of_the_router_by_hand(model: minifocus.Llav
         (features,) = model.encode_pictures(tiles, sizes)
         views = features.views
         assert views.shape[:3] == ((5 if model.config.anyres else 1), 4, 4)
-        words = randn(6, 32, seed=2)
+        words = randn(50, 32, seed=2)
         visual = []
         for down, across in [(4, 4), (2, 4), (2, 2), (1, 2), (1, 1)]:
             for row in range(0, 4, down):

@@ -467,11 +467,15 @@ def test_dropout_follows_from_seed_and_position(model: minifocus.Llava, tmp_path
 def test_stage_4_without_a_question_about_a_picture(model: minifocus.Llava, tmp_path: Path) -> None:
     model.requires_grad_(False)
     sampler_of(model).requires_grad_(True)
-    batch: Batch = collate([random_example(model, [], 3, 2, True)])
-    loss, said = RouterObjective(model, Ranking(), feedback(tmp_path), 0, True)(batch, 5, 1)
-    loss.backward()
-    assert float(loss.detach()) == 0 and said == {}
-    assert any(p.grad is not None and not p.grad.any() for p in sampler_of(model).parameters())
+    silent = random_example(model, [(57, 91)], 3, 1, True)
+    silent = replace(silent, labels=torch.full_like(silent.labels, NO_LABEL))
+    for number, example in enumerate((random_example(model, [], 3, 2, True), silent)):
+        batch: Batch = collate([example])
+        loss, said = RouterObjective(model, Ranking(), feedback(tmp_path / str(number)), 0, True)(batch, 5, 1)
+        loss.backward()
+        assert float(loss.detach()) == 0 and said == {}
+        assert any(p.grad is not None and not p.grad.any() for p in sampler_of(model).parameters())
+        assert len(list((tmp_path / str(number)).iterdir())) == number  # of text alone, nothing is asked
 
 
 def test_a_router_is_trained_in_float32(folder: Path, tmp_path: Path) -> None:
@@ -617,10 +621,10 @@ def tokens_of_tiny() -> tuple[int, ...]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["router", "granularities"])
-def test_two_processes_equal_one(tmp_path: Path, stage: str) -> None:
-    arguments = [*(ROUTER if stage == "router" else LEVELS), "--batch", 4, "--steps", 2]
-    if stage == "granularities":
-        arguments += ["--lr-projector", 1e-4, "--lr-llm", 1e-4]
+def test_two_processes_equal_one(data: Path, tmp_path: Path, stage: str) -> None:
+    """Of four conversations, those that are about no picture teach the router nothing."""
+    arguments = [*(ROUTER if stage == "router" else LEVELS), "--batch", 4, "--steps", 2, "--data", data]
+    arguments += ["--seed", 20] if stage == "router" else ["--lr-projector", 1e-4, "--lr-llm", 1e-4]
     done = train("--out", tmp_path / "one", *arguments)
     assert done.code == 0, done.err
     run(ROOT / "examples/train.py", "--out", tmp_path / "two", *arguments, processes=2)
@@ -629,11 +633,14 @@ def test_two_processes_equal_one(tmp_path: Path, stage: str) -> None:
     for ours, theirs in zip(figures(tmp_path / "one"), figures(tmp_path / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=2e-5)
     if stage == "router":
-        files = list((tmp_path / "two/feedback").glob("*.jsonl"))
-        assert len(files) == 2  # each process wrote its own share
-        assert sorted(file.read_bytes().count(b"\n") for file in files) == [3, 3]
+        asked = [
+            sorted(file.read_bytes().count(b"\n") - 1 for file in (tmp_path / name / "feedback").glob("*.jsonl"))
+            for name in ("one", "two")
+        ]
+        assert sum(asked[1]) == sum(asked[0]) < 4 and len(asked[1]) > len(asked[0])  # each process asked for its own
+        assert {part_of(name) for name in two.keys() - start_of().keys()} == {"router"}
     else:
-        assert {part_of(name) for name in changed(start_of(), two)} == {"projector", "llm"}
+        assert {part_of(name) for name in changed(start_of(), two)} == {"vision", "projector", "llm"}
 
 
 GUMBEL = ["--stage", "instruct", "--sampler", "avg-llava", "--fresh", "router", "--lr-router", 1e-3]
