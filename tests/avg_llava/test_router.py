@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -247,6 +248,31 @@ def test_logits_in_a_model_are_those_of_the_router_by_hand(model: minifocus.Llav
         filtered = filter_text(views[0].flatten(0, 1), words, 32)
         expected = router_by_hand(sampler.router, torch.stack(visual, dim=1), filtered)
         assert torch.allclose(sampler.route(views, [words])[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("text", ["question", "prompt"])
+def test_the_words_that_a_router_is_given(model: minifocus.Llava, text: Any) -> None:
+    """At inference: those of the question, or of the whole prompt."""
+    before = model.before_llm
+    heard: list[torch.Tensor] = []
+    try:
+        model.begin_sampler("avg-llava", text=text)
+        route = AVGLLaVA.route
+
+        def listening(self: AVGLLaVA, views: torch.Tensor, words: list[torch.Tensor]) -> torch.Tensor:
+            heard.extend(words)
+            return route(self, views, words)
+
+        with mock.patch.object(AVGLLaVA, "route", listening):
+            model.generate(noise(57, 91), "what is it?", max_new_tokens=1)
+    finally:
+        model.before_llm = before
+    assert model.tokenizer is not None
+    written = "USER: \nwhat is it? ASSISTANT:" if text == "prompt" else "what is it?"
+    expected = [model.tokenizer.encode(letter).ids[-1] for letter in written]
+    table = model.language_model.model.embed_tokens.weight
+    ids = [int((table == word).all(dim=1).nonzero()) for word in heard[0]]
+    assert len(heard) == 1 and ids == ([1, *expected] if text == "prompt" else expected)
 
 
 def test_a_row_does_not_depend_on_the_others(model: minifocus.Llava) -> None:

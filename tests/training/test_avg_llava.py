@@ -708,7 +708,7 @@ BAD: list[tuple[list[Any], str]] = [
     (["--stage", "router", "--rank-weight", 0, "--choice-weight", 0], "rank_weight, choice_weight: expected one above 0"),
     (["--stage", "router", "--token-price", "nan"], "token_price: expected a number of at least 0"),
     (["--stage", "router", "--lr-llm", 1e-3], "--stage: router trains the router alone: expected no other learning rate"),
-    (["--stage", "router", "--freeze", "router"], "learning rates: expected at least one above 0"),
+    (["--stage", "router", "--freeze", "router"], "--lr-router: a new router has to be trained: expected a rate above"),
     (["--stage", "router", "--lr-router", -1], "--lr-router: expected a number of at least 0, got -1.0"),
     (["--stage", "router", "--projector", "stf"], "--projector: expected none, as --stage router trains the router alone"),
     (["--stage", "router", "--fresh", "projector"], "--fresh: router trains the router alone: expected no new projector"),
@@ -723,7 +723,7 @@ BAD: list[tuple[list[Any], str]] = [
     (["--stage", "granularities", "--sampler-dropout", 0.5], "--sampler-dropout: expected none with --stage granularities"),
     (["--stage", "granularities", "--option", "granularity=5"], "granularity: expected one of "),
     (["--stage", "granularities", "--option", "ratio=0.5"], "ratio: not an option of sampler 'avg-llava'"),
-    (["--sampler", "avg-llava", "--freeze", "vision,projector,llm"], "learning rates: expected at least one above 0"),
+    (["--sampler", "avg-llava"], "--lr-router: a new router has to be trained: expected a rate above 0, got 0"),
 ]  # fmt: skip
 
 
