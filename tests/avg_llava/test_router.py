@@ -325,8 +325,13 @@ def test_answers_name_the_granularity(model: minifocus.Llava) -> None:
             answers = model.generate_batch(pictures, prompts, **options)
             assert all(int(traced.choice) == number for answer in answers for traced in answer.pictures)
             counts.append(answers[0].tokens.after_vision)
-            picture = draw_answers([noise(57, 91)], [("what is it?", answers[0])], model.image_processor)
-            assert picture.width > 400
+            model.set_sampler("avg-llava", granularity=tokens, crop="released")
+            cropped = model.generate(pictures[0], prompts[0], **options)
+            assert cropped.tokens.after_vision <= answers[0].tokens.after_vision
+            drawn = draw_answers(
+                [pictures[0]], [(prompts[0], answers[0]), (prompts[0], cropped)], model.image_processor
+            )
+            assert drawn.width > 3 * 400
         assert counts == sorted(set(counts)) and counts[-1] == batch[0].tokens.full
         model.set_sampler("avg-llava", granularity="finest")
         finest = model.generate_batch(pictures, prompts, **options)

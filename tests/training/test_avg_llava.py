@@ -597,8 +597,11 @@ def test_stage_3_goes_on_after_a_stop_and_leads_to_stage_4(tmp_path: Path) -> No
     with mock.patch("minifocus.training.loop.save_checkpoint", side_effect=stop_at(1)):
         assert train("--out", out, *arguments).code == 2
     assert train("--out", out, *arguments).code == 0
-    assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
-    assert figures(out) == figures(whole)
+    frugal = tmp_path / "frugal"
+    assert train("--out", frugal, *arguments, "--gradient-checkpointing").code == 0
+    for other in (out, frugal):
+        assert (other / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+        assert figures(other) == figures(whole)
     assert {part_of(name) for name in changed(start_of(), weights(whole / "model"))} == {"projector", "llm"}
     assert not (whole / "model/router.safetensors").exists()
     assert {"loss", *(f"loss_{n}" for n in tokens_of_tiny())} <= figures(whole)[0].keys()
@@ -741,6 +744,8 @@ def test_feedback_of_another_run(routed: Path, tmp_path: Path) -> None:
         done = train(
             "--out", tmp_path / "a", *shared, "--ranking", "released", "--lr-router", 1e-4, "--option", "text=prompt"
         )
+    assert done.code == 0, done.err
+    done = train("--out", tmp_path / "bf16", *ROUTER, "--steps", 1, "--bf16")
     assert done.code == 0, done.err
     for other, name in ((["--max-turns", 1], "max_turns"), (["--seed", 1], "seed"), (["--bf16"], "bf16")):
         done = train("--out", tmp_path / "b", *shared, *other)
