@@ -190,6 +190,9 @@ def train(arguments: argparse.Namespace) -> None:
     with process.alone(out):
         check_out(out)
         options = options_of_sampler(arguments, fresh)
+        new = minifocus.methods.new_part(arguments.sampler, Path(arguments.model), options, fresh)
+        if new == "router" and not rates["router"]:
+            raise minifocus.InputError("--lr-router: a new router has to be trained: expected a rate above 0, got 0")
         # Both are part of a run's identity, which has always held their values and not None.
         arguments.alpha = objective.alpha
         arguments.selector_bias = 1.0 if arguments.selector_bias is None else arguments.selector_bias
@@ -199,7 +202,7 @@ def train(arguments: argparse.Namespace) -> None:
             device,
             options,
             fresh,
-            minifocus.methods.new_part(arguments.sampler, Path(arguments.model), options, fresh) is not None,
+            new is not None,
             arguments.selector_bias,
             arguments.seed,
             projector,

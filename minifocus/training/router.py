@@ -115,6 +115,9 @@ class RouterObjective(nn.Module):
     def forward(self, batch: Batch, num_targets: int, num_batches: int) -> tuple[torch.Tensor, dict[str, float]]:
         """The part of a step's loss that this micro-batch adds: a mean over its questions, and the step's over micro-batches."""
         sampler = granular(self.model)
+        nothing = torch.zeros((), device=self.model.device)
+        if not batch.tiles:  # the language model need not be asked
+            return with_gradient(nothing, self.model), {}
         with torch.no_grad():
             features = self.model.encode_pictures(batch.tiles, batch.sizes)
             answered = self.feedback.of(self.model, batch, features, self.independent)
@@ -133,7 +136,7 @@ class RouterObjective(nn.Module):
                     tokens.append(shares.to(found.device)[found.argmax(dim=1)])
             number += batch.pictures[example]
         if not logits:
-            return with_gradient(torch.zeros((), device=self.model.device), self.model), {}
+            return with_gradient(nothing, self.model), {}
         scores, wanted = torch.cat(logits), torch.cat(losses)
         loss = ranking_loss(scores, wanted, self.ranking)
         chosen = wanted.gather(1, scores.argmax(dim=1, keepdim=True))

@@ -63,10 +63,11 @@ def run(*arguments: Any, processes: int = 1) -> None:
 
 
 def weights(folder: Path) -> Tensors:
-    """Of a run's model, the selector's among them."""
+    """Of a run's model, what its samplers have learned among them."""
     tensors = load_file(folder / "model.safetensors")
-    if (folder / "selector.safetensors").exists():
-        tensors |= {f"selector.{name}": value for name, value in load_file(folder / "selector.safetensors").items()}
+    for part in ("selector", "router"):
+        file = folder / f"{part}.safetensors"
+        tensors |= {f"{part}.{name}": value for name, value in load_file(file).items()} if file.exists() else {}
     return tensors
 
 
@@ -83,7 +84,7 @@ def largest_difference(a: Tensors, b: Tensors) -> float:
 def part_of(name: str) -> str:
     if name.startswith("vision_tower."):
         return "unused" if "post_layernorm" in name else "vision"
-    return {"language_model": "llm", "selector": "selector"}.get(name.split(".")[0], "projector")
+    return {"language_model": "llm", "selector": "selector", "router": "router"}.get(name.split(".")[0], "projector")
 
 
 def figures(folder: Path) -> list[dict[str, Any]]:
