@@ -12,7 +12,6 @@ from .errors import InputError
 from .generation_options import GenerationOptions, Options
 from .inference_copy import at_inference
 from .inputs.processor import Images, ModelInput, Processor, pad_left
-from .inputs.tokenizer import StreamDecoder
 from .llama import LayerCache
 from .model import LlavaNetwork
 from .trace import Answer, count_layer_tokens, count_tokens, trace_pictures
@@ -143,29 +142,3 @@ def sample(logits: torch.Tensor, top_p: float, generator: torch.Generator) -> in
     before = probability.cumsum(0) - probability
     probability = probability.where(before < top_p, 0)
     return int(order[torch.multinomial(probability, 1, generator=generator)])
-
-
-class Stream(Iterator[str]):
-    """Iterates, once, over one answer's text as it is made; `.answer` holds the whole when the iteration is over.
-
-    The pieces joined, without white space at either end, are the answer's text.
-    """
-
-    def __init__(
-        self, network: LlavaNetwork, processor: Processor, image: Images, prompt: str, given: GenerationOptions
-    ):
-        self._pieces = self._generate(Generation(network, processor, [image], [prompt], given))
-        self.answer: Answer | None = None
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    def _generate(self, generation: Generation) -> Iterator[str]:
-        """A generator of its own, so that the caches are freed when the answer ends."""
-        decoder = StreamDecoder(generation.tokenizer)
-        for (token,) in generation.tokens():
-            if token is not None and (piece := decoder.push(token)):
-                yield piece
-        if piece := decoder.flush():
-            yield piece
-        self.answer = generation.answers()[0]

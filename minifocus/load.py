@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from . import arguments, methods
 from .errors import CheckpointError, InputError
 from .files.reading import FILE, FOLDER, kind, named, read_bytes
-from .generate import Generation, Stream
+from .generate import Generation
 from .generation_options import GenerationOptions
 from .inputs.image_processor import ImageProcessor
 from .inputs.model_inputs import Sizes, check_ids, check_names, num_tiles, num_visual_tokens, split_pixels
@@ -28,6 +28,7 @@ from .methods import SamplerOptions
 from .model import LlavaNetwork
 from .samplers.hooks import Samplers
 from .samplers.learned_file import save_learned
+from .stream import Stream
 from .trace import Answer
 
 if TYPE_CHECKING:
