@@ -227,6 +227,8 @@ def train(arguments: argparse.Namespace) -> None:
         optimizers = make_optimizers(task, partial(learning_rate, rates=rates, model=model), settings)
         identity = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
         identity |= of_data
+        if not arguments.lr_router:
+            del identity["lr_router"]  # so that runs that began before there was one go on
 
         def validate() -> dict[str, Any]:
             asked, count, longest = data.asked(model)
