@@ -82,6 +82,14 @@ def test_claims_about_both_samplers(focus: Figures, holds: list[bool | None]) ->
     assert str(verdicts[3]) == "**Not here (-4.5 ± 2.3 points).**" and str(verdicts[7]).startswith("**Too close to say")
 
 
+def test_seeds_that_differ_much_decide_nothing() -> None:
+    """A difference that chance does not explain may be within the range of the control's seeds."""
+    claim = TABLES[2].claims[0]
+    for spread, holds in ((0.04, None), (0.01, False)):
+        measured = {"control": figures(0.95, 1.0, spread), "focus": figures(0.92, 0.4)}
+        assert claim.check(measured).holds is holds
+
+
 def test_a_family_s_claim_is_about_its_own_questions() -> None:
     claim = TABLES[3].claims[0]
     for read, holds in ((0.96, None), (0.99, True), (0.85, False)):
