@@ -554,6 +554,31 @@ def gpu_rows() -> list[str]:
     ]
 
 
+def llava_stf() -> list[str]:
+    arms = record("llava-stf/results.json")["arms"]
+    of = {name: [one for _, one in sorted(own.items())] for name, own in arms.items()}
+    mean = {name: fmean(100 * one["accuracy"] for one in own) for name, own in of.items()}
+    seeds = {name: ", ".join(f"{100 * one['accuracy']:.1f}" for one in own) for name, own in of.items()}
+    labels = {
+        "control": "LLaVA-NeXT (control)",
+        "mbtf": "MBTF alone",
+        "stf": "STF alone",
+        "both": "MBTF and STF",
+        "avgpool": "2×2 average pooling, trained",
+    }
+    assert all(both["accuracy"] > stf["accuracy"] for both, stf in zip(of["both"], of["stf"], strict=True))
+    return [
+        *(
+            f"| {label} | {seeds[name]} % | {100 * fmean(one['tokens']['equivalent'] for one in of[name]):.1f} % |"
+            for name, label in labels.items()
+        ),
+        f"MBTF helps in every seed, {mean['both'] - mean['stf']:.1f} points on average",
+        f"alone it costs {mean['control'] - mean['mbtf']:.1f}, where the paper gains",
+        f"STF is {mean['stf'] - mean['avgpool']:.1f} above it, both are {mean['both'] - mean['avgpool']:.1f}",
+        f"lose {mean['control'] - max(mean['both'], mean['stf']):.1f} points of the control's or more",
+    ]
+
+
 def three_seeds() -> list[str]:
     found = record("paper-harder-scenes/results.json")
     arms = {arm: list(found["arms"][arm].values()) for arm in ("control", "focus", "cosine")}
@@ -642,6 +667,7 @@ FIGURES: dict[str, list[Callable[[], Iterable[str]]]] = {
         operator_rows,
         gpu_rows,
         three_seeds,
+        llava_stf,
     ],
 }
 
