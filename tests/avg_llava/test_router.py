@@ -250,9 +250,9 @@ def test_logits_in_a_model_are_those_of_the_router_by_hand(model: minifocus.Llav
         assert torch.allclose(sampler.route(views, [words])[0], expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("text", ["question", "prompt"])
+@pytest.mark.parametrize("text", ["question", "prompt", "nothing"])
 def test_the_words_that_a_router_is_given(model: minifocus.Llava, text: Any) -> None:
-    """At inference: those of the question, or of the whole prompt."""
+    """At inference: those of the question, of the whole prompt, or none."""
     before = model.before_llm
     heard: list[torch.Tensor] = []
     try:
@@ -272,7 +272,7 @@ def test_the_words_that_a_router_is_given(model: minifocus.Llava, text: Any) -> 
     expected = [model.tokenizer.encode(letter).ids[-1] for letter in written]
     table = model.language_model.model.embed_tokens.weight
     ids = [int((table == word).all(dim=1).nonzero()) for word in heard[0]]
-    assert len(heard) == 1 and ids == ([1, *expected] if text == "prompt" else expected)
+    assert len(heard) == 1 and ids == {"prompt": [1, *expected], "question": expected, "nothing": []}[text]
 
 
 def test_a_row_does_not_depend_on_the_others(model: minifocus.Llava) -> None:

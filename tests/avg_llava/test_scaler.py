@@ -68,20 +68,23 @@ def features_of(config: Config, size: tuple[int, int], channels: int = 2) -> Pic
     if config.anyres:
         rows, columns = best[0] // side, best[1] // side
         joined = torch.cat([torch.cat([views[1 + r * columns + c] for c in range(columns)], 1) for r in range(rows)])
-        top, left, height, width = crop(size, (len(joined), joined.shape[1]))
+        top, left, height, width = crop(size, (len(joined), joined.shape[1]), grid.window)
         whole, leading = joined[top : top + height, left : left + width], views[0].flatten(0, 1)
         newline = torch.full((channels,), 1e6, dtype=torch.float64)
     return PictureFeatures(whole, views[0], leading, newline, None, views, size, 0)
 
 
-def crop(size: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, int, int]:
-    """LLaVA-NeXT's, for square cells: top, left, rows, columns."""
-    (height, width), (rows, columns) = size, shape
+def crop(size: tuple[int, int], shape: tuple[int, int], window: int) -> tuple[int, int, int, int]:
+    """LLaVA-NeXT's, for square patches: top, left, rows, columns. A token of `window` by `window` stays if one of them does."""
+    (height, width), (rows, columns) = size, (shape[0] * window, shape[1] * window)
+    top, left = 0, 0
     if width / height > columns / rows:
         top = (rows - int(round(height * (columns / width), 7))) // 2
-        return top, 0, rows - 2 * top, columns
-    left = (columns - int(round(width * (rows / height), 7))) // 2
-    return 0, left, rows, columns - 2 * left
+    else:
+        left = (columns - int(round(width * (rows / height), 7))) // 2
+    kept_rows = {row // window for row in range(top, rows - top)}
+    kept_columns = {column // window for column in range(left, columns - left)}
+    return top // window, left // window, len(kept_rows), len(kept_columns)
 
 
 Token = tuple[list[float], tuple[int, int]]  # values, extent
@@ -111,7 +114,7 @@ def naive(
     best = select_best_resolution(picture.size, config.grid_pinpoints)
     down, across = (side // config.vision.image_size for side in best)
     rows, columns = down * g_rows, across * g_columns  # of the fine map with its padding
-    top, left, height, width = crop(picture.size, (rows, columns))
+    top, left, height, width = crop(picture.size, (rows, columns), config.grid.window)
     coarse_rows, coarse_columns = range(rows // ph), range(columns // pw)
     if released:
         (h, w), (ch, cw) = picture.size, (rows // ph, columns // pw)

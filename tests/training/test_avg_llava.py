@@ -394,7 +394,7 @@ def words_at_inference(model: minifocus.Llava, example: Example, turn: int, inde
     return ear.heard[0]
 
 
-@pytest.mark.parametrize("text", ["question", "prompt"])
+@pytest.mark.parametrize("text", ["question", "prompt", "nothing"])
 @pytest.mark.parametrize("independent", [False, True])
 def test_the_router_s_words_are_those_of_inference(folder: Path, tmp_path: Path, text: Any, independent: bool) -> None:
     """But for earlier answers of a chat, which the public code does not give it in training either."""
@@ -407,7 +407,10 @@ def test_the_router_s_words_are_those_of_inference(folder: Path, tmp_path: Path,
             assert len(own) == int(example.turn.max()) + 1
             for turn, words in enumerate(own if example.tiles else []):
                 heard = words_at_inference(model, example, turn, independent)
-                assert torch.equal(words, heard.question if text == "question" else heard.prompt) and len(words)
+                if text == "nothing":
+                    assert not len(words)
+                else:
+                    assert torch.equal(words, heard.question if text == "question" else heard.prompt) and len(words)
 
 
 @pytest.mark.parametrize("independent", [False, True])
