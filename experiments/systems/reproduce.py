@@ -32,6 +32,7 @@ from minifocus.files.locks import hold
 
 from ..miniature import make as miniature
 from ..paper.arms import Recipe
+from ..paper.tables import Figures
 from ..record import ROOT, environment
 from .arms import SEEDS, SYSTEMS, answers_of
 from .tables import TABLES, Table
@@ -42,8 +43,8 @@ Made by `{command}` at `{here}`, with torch {torch}, on {cores} cores ({cpu}).
 
 Every arm was trained for {steps} steps of {batch} conversations and asked {questions} unseen questions about dense scenes. Where
 several seeds were run, a row shows their mean and, in brackets, their range; the others are of the first seed. Tokens are the
-mean over the decoder's layers, as a share of what LLaVA-NeXT reads. The values are not comparable with the paper's; their order
-is.
+mean over the decoder's layers, as a share of what LLaVA-NeXT reads. ± is 1.96 standard errors of a difference, from the number of
+answers alone. The values are not comparable with the paper's; their order is.
 """
 TITLES = {"llava-stf": "LLaVA-STF", "avg-llava": "AVG-LLaVA"}
 
@@ -116,10 +117,8 @@ def page_of(system: str, record: dict[str, Any]) -> str:
     for number in record["tables"]:
         table = TABLES[system][number]
         parts.append(f"## Table {number}. {table.title}\n\n{markdown(table, record)}")
-        mean = {name: fmean(one["accuracy"] for one in seeds_of(table, own)) for name, own in record["arms"].items()}
-        for text, margin in table.claims:
-            found = margin(mean)
-            parts.append(f"- {text} **{'Here too' if found > 0 else 'Not here'} ({found:+.1f} points).**")
+        measured = {row.arm: figures_of(seeds_of(table, record["arms"][row.arm])) for row in table.rows}
+        parts += [f"- {claim.text} {claim.check(measured)}" for claim in table.claims]
         parts.append(f"\n{table.notes}\n" if table.notes else "")
     return "\n".join(parts).rstrip() + "\n"
 
@@ -127,6 +126,30 @@ def page_of(system: str, record: dict[str, Any]) -> str:
 def seeds_of(table: Table, own: dict[str, Any]) -> list[Any]:
     """Of an arm, what the table shows: all its seeds or the first."""
     return [own[seed] for seed in sorted(own)[: None if table.spread else 1]]
+
+
+def figures_of(seeds: list[Any]) -> Figures:
+    accuracy, tokens = (
+        fmean(of) for of in zip(*((s["accuracy"], s["tokens"]["equivalent"]) for s in seeds), strict=True)
+    )
+    return Figures({"all": accuracy}, {"all": sum(one["count"] for one in seeds)}, tokens)
+
+
+def known_results(file: Path, recipe: Recipe) -> dict[str, Any]:
+    """What an earlier run wrote, for this one to add its tables to."""
+    if not file.exists():
+        return {}
+    try:
+        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        there = (known["steps"], known["batch"], known["questions"], list(known["tables"]), dict(known["arms"]))[:3]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise Refused(f"{file}: expected an earlier run's results: {type(error).__name__}") from error
+    if there != (recipe.steps, recipe.batch, recipe.count):
+        raise Refused(
+            f"{file}: expected arms of {recipe.steps} steps of {recipe.batch} conversations and {recipe.count} questions, as "
+            f"these, got {there[0]} of {there[1]} and {there[2]}; name another --out or delete it"
+        )
+    return known
 
 
 def markdown(table: Table, record: dict[str, Any]) -> str:
@@ -149,6 +172,7 @@ def reproduce(arguments: argparse.Namespace) -> None:
     tables = {name: TABLES[system][name] for name in arguments.table or TABLES[system]}
     out = arguments.out or (recipe.runs / "results" if arguments.quick else ROOT / "experiments/results" / system)
     record = environment(Path(__file__), "torch", "numpy")
+    known = known_results(out / "results.json", recipe) if arguments.table else {}  # or all of it is made again
     with hold(arguments.runs), hold(out):
         if not arguments.quick:
             miniature.run_stages(arguments.runs.resolve() / "tiny", miniature.STEPS, until="full")
@@ -158,8 +182,9 @@ def reproduce(arguments: argparse.Namespace) -> None:
             "steps": recipe.steps,
             "batch": recipe.batch,
             "questions": recipe.count,
-            "tables": list(tables),
-            "arms": results,
+            "tables": sorted({*known.get("tables", []), *tables}),
+            "arms": {name: known.get("arms", {}).get(name, {}) | own for name, own in results.items()}
+            | {name: own for name, own in known.get("arms", {}).items() if name not in results},
         }
         write_text(out / "results.json", json.dumps(record, indent=1) + "\n")
         write_text(out / "README.md", page_of(system, record))

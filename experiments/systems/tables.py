@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-Accuracies = Mapping[str, float]  # by arm, means over seeds
+from ..paper.tables import Claim, Measured, Verdict, difference
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,26 @@ class Table:
     """
     columns  the paper's
     spread   over three seeds; else of the first
-    claims   what the paper finds, with the difference of two arms' accuracies, in points, that says so here if it is above 0
+    claims   what the paper finds, and whether the miniature's figures point the same way
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-    claims: tuple[tuple[str, Callable[[Accuracies], float]], ...] = ()
+    claims: tuple[Claim, ...] = ()
     spread: bool = False
     notes: str = ""
 
 
-def above(better: str, worse: str, by: float = 0.0) -> Callable[[Accuracies], float]:
-    return lambda found: 100 * (found[better] - found[worse]) - by
+def above(better: str, worse: str, by: float = 0.0) -> Callable[[Measured], Verdict]:
+    """Whether one arm's accuracy is above another's, by more than `by` points; None where chance alone could decide."""
+
+    def check(measured: Measured) -> Verdict:
+        found, error = difference(measured[better], measured[worse])
+        margin = found - by / 100
+        return Verdict(margin > 0 if abs(margin) > error else None, f"{100 * margin:+.1f} ± {100 * error:.1f} points")
+
+    return check
 
 
 AVERAGE = ("its average",)
@@ -50,11 +57,13 @@ LLAVA_STF = {
             Row("2×2 average pooling of the projector's tokens, trained", "avgpool"),
         ),
         (
-            ("MBTF alone answers better than LLaVA.", above("mbtf", "control")),
-            ("With STF, MBTF answers better than without.", above("both", "stf")),
-            ("STF alone is level with LLaVA at a quarter of the tokens.", above("stf", "control")),
-            ("(The bar of this project.) STF is 5 points above trained average pooling.", above("stf", "avgpool", 5)),
-            ("(The bar of this project.) Both are 5 points above it.", above("both", "avgpool", 5)),
+            Claim("MBTF alone answers better than LLaVA.", above("mbtf", "control")),
+            Claim("With STF, MBTF answers better than without.", above("both", "stf")),
+            Claim("STF alone is level with LLaVA at a quarter of the tokens.", above("stf", "control")),
+            Claim(
+                "(The bar of this project.) STF is 5 points above trained average pooling.", above("stf", "avgpool", 5)
+            ),
+            Claim("(The bar of this project.) Both are 5 points above it.", above("both", "avgpool", 5)),
         ),
         spread=True,
         notes="These arms have the public code's form, begin as average pooling exactly (`--projector-start pooling`), and take "
@@ -70,8 +79,8 @@ LLAVA_STF = {
             Row("k = 4, E = 8", "k4-e8", ("64.3",)),
         ),
         (
-            ("A larger window loses at a quarter of the tokens.", above("k2-e1", "k4-e4")),
-            ("It loses at half of the tokens.", above("k2-e2", "k4-e8")),
+            Claim("A larger window loses at a quarter of the tokens.", above("k2-e1", "k4-e4")),
+            Claim("It loses at half of the tokens.", above("k2-e2", "k4-e8")),
         ),
         notes="From random values, a quarter of the steps for the projector alone on top, all by AdamW. The paper's k = 8 would "
         "be the whole view here.",
@@ -88,8 +97,8 @@ LLAVA_STF = {
             Row("TokenPacker, s = 2, from random values", "tokenpacker"),
         ),
         (
-            ("Concatenation answers better than averaging.", above("both", "average")),
-            ("A convolution answers better than concatenation.", above("convolution", "both")),
+            Claim("Concatenation answers better than averaging.", above("both", "average")),
+            Claim("A convolution answers better than concatenation.", above("convolution", "both")),
         ),
         notes="All read the states of all four blocks by MBTF but where it is said. The last three rows are not in the paper's "
         "table; they take a quarter of the steps for the projector alone on top.",
@@ -107,8 +116,8 @@ AVG_LLAVA = {
             Row("the router, with a price of 0.1 for all tokens (not in the paper)", "priced"),
         ),
         (
-            ("The router answers better than the finest granularity.", above("router", "forced-64")),
-            ("Finer granularities answer better.", above("forced-64", "forced-16")),
+            Claim("The router answers better than the finest granularity.", above("router", "forced-64")),
+            Claim("Finer granularities answer better.", above("forced-64", "forced-16")),
         ),
         spread=True,
     ),
@@ -124,7 +133,7 @@ AVG_LLAVA = {
             Row("(f) without the ranking loss", "no-ranking", ("70.1", "64.8", "1534.6", "68.6")),
             Row("(g) without the cross-entropy", "no-choice", ("70.2", "66.3", "1550.8", "69.4")),
         ),
-        tuple((f"{text} costs accuracy.", above("router", arm)) for text, arm in (
+        tuple(Claim(f"{text} costs accuracy.", above("router", arm)) for text, arm in (
             ("(c) A picture alone", "image"),
             ("(d) Fewer granularities", "three"),
             ("(e) The answers' loss instead of feedback", "answers"),

@@ -566,14 +566,19 @@ def llava_stf() -> list[str]:
         "both": "MBTF and STF",
         "avgpool": "2×2 average pooling, trained",
     }
+
+    def apart(*names: str) -> float:
+        """1.96 standard errors of the difference of two arms, in points."""
+        return 1.96 * math.sqrt(sum(mean[n] * (100 - mean[n]) / sum(one["count"] for one in of[n]) for n in names))
+
     assert all(both["accuracy"] > stf["accuracy"] for both, stf in zip(of["both"], of["stf"], strict=True))
     return [
         *(
             f"| {label} | {seeds[name]} % | {100 * fmean(one['tokens']['equivalent'] for one in of[name]):.1f} % |"
             for name, label in labels.items()
         ),
-        f"MBTF helps in every seed, {mean['both'] - mean['stf']:.1f} points on average",
-        f"alone it costs {mean['control'] - mean['mbtf']:.1f}, where the paper gains",
+        f"MBTF helps in every seed, by {mean['both'] - mean['stf']:.1f} ± {apart('both', 'stf'):.1f} points",
+        f"alone it is {mean['control'] - mean['mbtf']:.1f} ± {apart('control', 'mbtf'):.1f} below the control",
         f"STF is {mean['stf'] - mean['avgpool']:.1f} above it, both are {mean['both'] - mean['avgpool']:.1f}",
         f"lose {mean['control'] - max(mean['both'], mean['stf']):.1f} points of the control's or more",
     ]

@@ -12,6 +12,8 @@ from unittest import mock
 import pytest
 from example_scripts import example
 
+from examples.command_line import Refused
+from experiments.paper.tables import Figures
 from experiments.systems import reproduce as reproduction
 from experiments.systems.arms import SYSTEMS
 from experiments.systems.tables import TABLES
@@ -42,10 +44,11 @@ def test_every_arm_can_be_trained_and_asked(system: str, name: str) -> None:
 
 
 def test_claims_follow_from_the_figures() -> None:
-    claims = TABLES["llava-stf"]["3"].claims
     found = {"control": 0.9, "mbtf": 0.91, "stf": 0.8, "both": 0.85, "avgpool": 0.76}
-    margins = [margin(found) for _, margin in claims]
-    assert margins == pytest.approx([1, 5, -10, -1, 4])
+    measured = {name: Figures({"all": accuracy}, {"all": 3000}, 1.0) for name, accuracy in found.items()}
+    verdicts = [claim.check(measured) for claim in TABLES["llava-stf"]["3"].claims]
+    assert [one.holds for one in verdicts] == [None, True, False, None, True]
+    assert str(verdicts[1]) == "**Here too (+5.0 ± 1.9 points).**"
 
 
 def test_a_table_is_made_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +68,16 @@ def test_a_table_is_made_and_gone_on_with(tmp_path: Path, capsys: pytest.Capture
     for own in record["arms"].values():
         assert 0.2 < own["1"]["tokens"]["equivalent"] < 0.32
     page = (tmp_path / "quick-llava-stf/results/README.md").read_text(encoding="utf-8")
-    assert "## Table 3" in page and "| STF | " in page and "Not here (" in page and "| 65.6 |" in page
+    assert "## Table 3" in page and "| STF | " in page and "points).**" in page and "| 65.6 |" in page
     trained = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")}
     assert len(trained) == 2 and run()["arms"] == record["arms"]
     assert trained == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")}
+    known = tmp_path / "quick-llava-stf/results/results.json"
+    record["arms"]["other"], record["tables"] = record["arms"]["stf"], ["9"]
+    known.write_text(json.dumps(record), encoding="utf-8")
+    recipe = reproduction.Recipe(tmp_path, {}, 2, 4, 0, 16, 1)
+    assert reproduction.known_results(known, recipe) == record
+    for content in (json.dumps({**record, "steps": 3}), "{}", "["):
+        known.write_text(content, encoding="utf-8")
+        with pytest.raises(Refused, match="results.json: expected (arms of 2 steps|an earlier run's results)"):
+            reproduction.known_results(known, recipe)
