@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from train_options import (
+    KEEP_FEATURES,
     add_options,
     check,
     names,
@@ -64,7 +65,16 @@ from minifocus.training.settings import Settings
 # what affects neither the weights nor the order of the examples.
 MAY_CHANGE = {
     *("out", "model", "data", "images", "device", "workers", "gradient_checkpointing", "skip_unusable"),
-    *("feedback", "images_anywhere", "save_every", "log_every", "validate", "validate_every", "validation_data"),
+    *(
+        "feedback",
+        "keep_features",
+        "images_anywhere",
+        "save_every",
+        "log_every",
+        "validate",
+        "validate_every",
+        "validation_data",
+    ),
 }
 # Settings that a preset fills in where they were not given.
 SAMPLERS = {"align": "none", "instruct": "focus", "granularities": "avg-llava", "router": "avg-llava"}  # by default
@@ -268,7 +278,11 @@ def task_of(
         sampler = {"granularities": options.granularities, "crop": options.options.crop}
         folder = Path(arguments.feedback or Path(arguments.out) / "feedback")
         feedback = Feedback(folder, {**of_data, **said, **sampler}, len(options.granularities))
-        return RouterObjective(model, ranking_of(arguments), feedback, arguments.seed, independent)
+        again = arguments.examples is not None  # they are taken again
+        keep = KEEP_FEATURES if arguments.keep_features is None else arguments.keep_features
+        return RouterObjective(
+            model, ranking_of(arguments), feedback, arguments.seed, independent, round(keep * 2**30) if again else 0
+        )
     return AnswerObjective(model, objective, arguments.seed)
 
 

@@ -25,6 +25,7 @@ RANKING = {
     "ranking_margin": "margin",
     **{name: name for name in ("rank_weight", "choice_weight", "token_price")},
 }  # arguments → fields of Ranking
+KEEP_FEATURES = 1.0  # GiB
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -98,6 +99,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     router.add_argument(
         "--feedback", help="folder of the language model's losses of them, computed once; default: OUT/feedback"
     )
+    router.add_argument(
+        "--keep-features",
+        type=float,
+        help=f"with --examples: GiB of the device's memory for their pictures' features, computed once ({KEEP_FEATURES:g})",
+    )
     router.add_argument("--ranking", choices=("paper", "released"), help="form of the ranking loss (paper)")
     router.add_argument("--ranking-margin", type=float, help=f"released form: factor of the margins ({Ranking.margin})")
     router.add_argument("--rank-weight", type=float, help=f"of the ranking loss ({Ranking.rank_weight:g})")
@@ -170,16 +176,19 @@ def check(arguments: argparse.Namespace) -> None:
 
     stage = arguments.stage
     if stage != "router":
-        for name in ("examples", "feedback", *RANKING):
+        for name in ("examples", "feedback", "keep_features", *RANKING):
             expect(getattr(arguments, name) is None, arguments, name, "--stage router beside it")
     else:
         expect(arguments.projector is None, arguments, "projector", "none, as --stage router trains the router alone")
         expect(arguments.feedback != "", arguments, "feedback", "the name of a folder")
+        if arguments.examples is None:
+            expect(arguments.keep_features is None, arguments, "keep_features", "--examples beside it")
         released = arguments.ranking == "released"
         expect(
             released or arguments.ranking_margin is None, arguments, "ranking_margin", "--ranking released beside it"
         )
     expect_numbers(arguments, 1, "examples")
+    expect_numbers(arguments, 0, "keep_features", 1e6)
     if stage in ("granularities", "router"):
         expect(
             arguments.sampler in (None, "avg-llava"), arguments, "sampler", f"avg-llava, as --stage {stage} trains it"

@@ -120,7 +120,8 @@ AVG_LLAVA: dict[str, Arm] = {
     "no-ranking": routed("--rank-weight", "0", "--choice-weight", "1"),
     "no-choice": routed("--choice-weight", "0"),
     # ours
-    "priced": routed("--token-price", "0.1"),
+    "price-0.1": routed("--token-price", "0.1"),
+    "price-0.03": routed("--token-price", "0.03"),
     # the sweep of the filtered words
     **{f"words-{k}": routed("--option", f"filtered_text={k}") for k in (4, 8, 16)},
 }
@@ -143,8 +144,9 @@ def model_of(arms: dict[str, Arm], name: str, seed: int, recipe: Recipe) -> Path
         *("--steps", str(steps), "--batch", str(recipe.batch), "--micro-batch", str(min(recipe.batch, 6))),
         *("--first-scene", str(50_000_000 + 1_000_000 * seed), *arm.training),
     ]
-    if "router" in arm.training:  # its micro-batches have to divide the examples
+    if "router" in arm.training:  # its micro-batches have to divide the examples, about which a model is asked once
         command[command.index("--batch") + 1], command[command.index("--micro-batch") + 1] = "8", "4"
+        command += ["--feedback", str(recipe.runs / f"feedback-{arm.start}-{seed}")]
     with _locks[out]:
         if out not in _made:
             run(command, out)  # does nothing where it was run before, and says so where that was another command
@@ -156,3 +158,9 @@ def answers_of(arms: dict[str, Arm], name: str, seed: int, recipe: Recipe) -> di
     """What examples/evaluate.py says of an arm."""
     command = ["examples/evaluate.py", *arms[name].asked, "--dense", "--json", "--count", str(recipe.count)]
     return once(command, model_of(arms, name, seed, recipe), recipe.runs / f"{name}-{seed}", "answers")
+
+
+def choices_of(arms: dict[str, Arm], name: str, seed: int, recipe: Recipe) -> dict[str, Any]:
+    """What choices.py says of an arm with a router."""
+    command = ["-m", "experiments.systems.choices", "--line", "--count", str(max(2, recipe.count // 5))]
+    return once(command, model_of(arms, name, seed, recipe), recipe.runs / f"{name}-{seed}", "choices")

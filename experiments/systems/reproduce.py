@@ -1,7 +1,7 @@
 """The tables of LLaVA-STF's or AVG-LLaVA's paper in miniature, from the stages of `make weights`, on two cores.
 
 python -m experiments.systems.reproduce llava-stf             # 40 minutes; stopped, it goes on where it was
-python -m experiments.systems.reproduce avg-llava --table 3   # one table; may be repeated
+python -m experiments.systems.reproduce avg-llava --table 3   # one table, or "Figure 5"; may be repeated
 python -m experiments.systems.reproduce llava-stf --quick     # every arm for two steps and few questions, to try it out
 
 The arms (arms.py) begin from the first three stages of `make weights`, which are made first where RUNS does not have them.
@@ -34,8 +34,8 @@ from ..miniature import make as miniature
 from ..paper.arms import Recipe
 from ..paper.tables import Figures
 from ..record import ROOT, environment
-from .arms import SEEDS, SYSTEMS, answers_of
-from .tables import TABLES, Table
+from .arms import SEEDS, SYSTEMS, answers_of, choices_of
+from .tables import TABLES, Choosing, Table
 
 HEAD = """# {title} in miniature
 
@@ -80,20 +80,29 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     return Recipe(arms, stages, arguments.steps, arguments.batch, 0, arguments.count, arguments.jobs)
 
 
-def wanted_arms(tables: dict[str, Table], seeds: int) -> list[tuple[str, int]]:
-    found: dict[tuple[str, int], None] = {}
+def wanted_arms(tables: dict[str, Table], seeds: int) -> dict[tuple[str, int], bool]:
+    """Arms and seeds, the first seed first, and whether it is asked what it chooses."""
+    found: dict[tuple[str, int], bool] = {}
     for table in tables.values():
         for seed in SEEDS[: seeds if table.spread else 1]:
-            found |= {(row.arm, seed): None for row in table.rows}
-    return sorted(found, key=lambda one: one[1])
+            for row in table.rows:
+                found[row.arm, seed] = found.get((row.arm, seed), False) or table.choices
+    return dict(sorted(found.items(), key=lambda one: one[0][1]))
 
 
-def run_arms(system: str, wanted: list[tuple[str, int]], recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """Arm → seed, as text → what it answered."""
+def run_arms(system: str, wanted: dict[tuple[str, int], bool], recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Arm → seed, as text → what it answered, and under "choices" what it chose."""
+
+    def ask(name: str, seed: int) -> dict[str, Any]:
+        found = answers_of(SYSTEMS[system], name, seed, recipe)
+        if wanted[name, seed]:
+            found |= {"choices": choices_of(SYSTEMS[system], name, seed, recipe)}
+        return found
+
     results: dict[str, dict[str, Any]] = {}
     bar = tqdm(total=len(wanted), desc="arms", unit="arm", disable=None)
     with bar, working(ThreadPoolExecutor(recipe.jobs)) as pool:
-        waiting = {pool.submit(answers_of, SYSTEMS[system], *one, recipe): one for one in wanted}
+        waiting = {pool.submit(ask, *one): one for one in wanted}
         for done in as_completed(waiting):
             name, seed = waiting[done]
             results.setdefault(name, {})[str(seed)] = found = done.result()
@@ -116,7 +125,9 @@ def page_of(system: str, record: dict[str, Any]) -> str:
     ]
     for number in record["tables"]:
         table = TABLES[system][number]
-        parts.append(f"## Table {number}. {table.title}\n\n{markdown(table, record)}")
+        title = number if table.choices else f"Table {number}"
+        body = markdown_of_choices(table, record) if table.choices else markdown(table, record)
+        parts.append(f"## {title}. {table.title}\n\n{body}")
         measured = {row.arm: figures_of(seeds_of(table, record["arms"][row.arm])) for row in table.rows}
         parts += [f"- {claim.text} {claim.check(measured)}" for claim in table.claims]
         parts.append(f"\n{table.notes}\n" if table.notes else "")
@@ -132,7 +143,8 @@ def figures_of(seeds: list[Any]) -> Figures:
     accuracy, tokens = (
         fmean(of) for of in zip(*((s["accuracy"], s["tokens"]["equivalent"]) for s in seeds), strict=True)
     )
-    return Figures({"all": accuracy}, {"all": sum(one["count"] for one in seeds)}, tokens)
+    choices = [one["choices"] for one in seeds if "choices" in one]
+    return Choosing({"all": accuracy}, {"all": sum(one["count"] for one in seeds)}, tokens, choices=choices)
 
 
 def known_results(file: Path, recipe: Recipe) -> dict[str, Any]:
@@ -164,6 +176,23 @@ def markdown(table: Table, record: dict[str, Any]) -> str:
         cells.append(f"{fmean(one['tokens']['equivalent'] for one in seeds):.1%}")
         cells += row.paper or [""] * len(table.columns)
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def markdown_of_choices(table: Table, record: dict[str, Any]) -> str:
+    heads = ["", "all questions", *FAMILIES]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row in table.rows:
+        seeds = [one["choices"] for one in seeds_of(table, record["arms"][row.arm])]
+        cells = [row.label]
+        for family in ("all", *FAMILIES):
+            shares = [fmean(one["chosen"][family][level] for one in seeds) for level in seeds[0]["chosen"][family]]
+            cells.append(" ".join(f"{100 * share:.0f}" for share in shares))
+            cells[-1] += f" %: {fmean(one['tokens'][family] for one in seeds):.1%}"
+        lines.append("| " + " | ".join(cells) + " |")
+    seeds = [one["choices"] for one in seeds_of(table, record["arms"][table.rows[0].arm])]
+    least = [f"{fmean(one['tokens_at_least_loss'][family] for one in seeds):.1%}" for family in ("all", *FAMILIES)]
+    lines.append("| " + " | ".join(["at the least loss", *least]) + " |")
     return "\n".join(lines) + "\n"
 
 

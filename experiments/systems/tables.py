@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
-from ..paper.tables import Claim, Measured, Verdict, difference
+from ..paper.tables import Claim, Figures, Measured, Verdict, difference
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Table:
     columns  the paper's
     spread   over three seeds; else of the first
     claims   what the paper finds, and whether the miniature's figures point the same way
+    choices  of the rows' routers, what they choose for which questions (choices.py), instead of what they answer
     """
 
     title: str
@@ -31,6 +34,7 @@ class Table:
     claims: tuple[Claim, ...] = ()
     spread: bool = False
     notes: str = ""
+    choices: bool = False
 
 
 def above(better: str, worse: str, by: float = 0.0) -> Callable[[Measured], Verdict]:
@@ -40,6 +44,55 @@ def above(better: str, worse: str, by: float = 0.0) -> Callable[[Measured], Verd
         found, error = difference(measured[better], measured[worse])
         margin = found - by / 100
         return Verdict(margin > 0 if abs(margin) > error else None, f"{100 * margin:+.1f} ± {100 * error:.1f} points")
+
+    return check
+
+
+@dataclass(frozen=True)
+class Choosing(Figures):
+    """Of an arm with a router; `choices` has what choices.py says of each seed."""
+
+    choices: Sequence[dict[str, Any]] = ()
+
+
+def choices_of_arm(measured: Measured, arm: str) -> Sequence[dict[str, Any]]:
+    found = measured[arm]
+    assert isinstance(found, Choosing)
+    return found.choices
+
+
+def near_least_loss(arm: str, by: float) -> Callable[[Measured], Verdict]:
+    """Whether the tokens that are chosen are within `by` points of those at which the loss of the answers is least."""
+
+    def check(measured: Measured) -> Verdict:
+        seeds = choices_of_arm(measured, arm)
+        chosen, least = (fmean(seed[name]["all"] for seed in seeds) for name in ("tokens", "tokens_at_least_loss"))
+        return Verdict(abs(chosen - least) <= by / 100, f"{chosen:.1%} of the tokens, {least:.1%} at the least loss")
+
+    return check
+
+
+def coarser_for_easy(arm: str, share: float) -> Callable[[Measured], Verdict]:
+    """Whether about one picture the easy question gets the coarser granularity in this share of pairs, and never the finer."""
+
+    def check(measured: Measured) -> Verdict:
+        pairs = [seed["pairs"] for seed in choices_of_arm(measured, arm)]
+        coarser, finer = (fmean(one[way] / sum(one.values()) for one in pairs) for way in ("coarser", "finer"))
+        return Verdict(coarser >= share and finer == 0, f"coarser in {coarser:.0%} of pairs, finer in {finer:.1%}")
+
+    return check
+
+
+def finer_for_text(arm: str) -> Callable[[Measured], Verdict]:
+    """Whether the questions about small text get more tokens than each other family."""
+
+    def check(measured: Measured) -> Verdict:
+        families = [seed["tokens"] for seed in choices_of_arm(measured, arm)]
+        means = {name: fmean(one[name] for one in families) for name in families[0] if name != "all"}
+        others = max(value for name, value in means.items() if name != "read")
+        return Verdict(
+            means["read"] > others, f"{means['read']:.1%} of the tokens, at most {others:.1%} for the others"
+        )
 
     return check
 
@@ -113,13 +166,15 @@ AVG_LLAVA = {
             Row("LLaVA-NeXT (control)", "control"),
             *(Row(f"forced to {tokens} of 64 tokens a view", f"forced-{tokens}") for tokens in (4, 8, 16, 32, 64)),
             Row("the router chooses", "router"),
-            Row("the router, with a price of 0.1 for all tokens (not in the paper)", "priced"),
+            Row("the router, with a price of 0.03 for all tokens (not in the paper)", "price-0.03"),
+            Row("the router, with a price of 0.1 for all tokens (not in the paper)", "price-0.1"),
         ),
         (
             Claim("The router answers better than the finest granularity.", above("router", "forced-64")),
             Claim("Finer granularities answer better.", above("forced-64", "forced-16")),
         ),
         spread=True,
+        notes="The paper's router reads 14.7 % (AI2D) to 99.1 % (ChartQA) of the tokens.",
     ),
     "4": Table(
         "Ablations",
@@ -140,7 +195,30 @@ AVG_LLAVA = {
             ("(f) No ranking loss", "no-ranking"),
             ("(g) No cross-entropy", "no-choice"),
         )),
+        spread=True,
         notes="(b), a random granularity, is the mean of the five forced ones.",
+    ),
+    "Figure 5": Table(
+        "What the router chooses for which questions",
+        (),
+        (Row("the router", "router"), Row("price of 0.03", "price-0.03"), Row("price of 0.1", "price-0.1")),
+        (
+            Claim("Text needs finer granularities than other questions.", finer_for_text("router")),
+            Claim("With a price of 0.1 it does, too.", finer_for_text("price-0.1")),
+            *(
+                Claim(f"(A bar of this project, {title}.) {text}", check)
+                for arm, title in (("router", "the router"), ("price-0.03", "price of 0.03"), ("price-0.1", "price of 0.1"))
+                for text, check in (
+                    ("Tokens within 10 points of those at the least loss.", near_least_loss(arm, 10)),
+                    ("Coarser for an easy question about a picture in 30 % of pairs, finer in none.", coarser_for_easy(arm, 0.3)),
+                )
+            ),
+        ),
+        spread=True,
+        notes="Over all questions about 200 scenes, of which every fourth is dense. A cell has the share of questions at 4, 8, "
+        "16, 32 and 64 tokens a view, and the mean share of tokens. Of each scene one question about small text is compared with "
+        "an easy one: whether a thing is there, how many there are, or the colour of a shape.",
+        choices=True,
     ),
     "7": Table(
         "Filtered words",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Literal
 
 import torch
@@ -71,15 +71,45 @@ def ranking_loss(logits: torch.Tensor, losses: torch.Tensor, ranking: Ranking) -
     return ranking.rank_weight * ranks + ranking.choice_weight * best
 
 
-class RouterObjective(nn.Module):
-    """A model whose router learns; its parameters are the model's, of which all others are frozen."""
+class KeptFeatures:
+    """The pictures of examples as the frozen tower and projector see them, for a run that takes these examples again.
 
-    def __init__(self, model: LlavaNetwork, ranking: Ranking, feedback: Feedback, seed: int, independent: bool):
+    limit  bytes that are kept at most, on the model's device; the examples that come first are
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.size = limit, 0
+        self.kept: dict[int, list[PictureFeatures]] = {}
+
+    def of(self, model: LlavaNetwork, batch: Batch) -> list[PictureFeatures]:
+        """The features of a batch's pictures, in order."""
+        examples = range(batch.first, batch.first + len(batch.pictures))
+        if all(example in self.kept for example in examples):
+            return [picture for example in examples for picture in self.kept[example]]
+        found = model.encode_pictures(batch.tiles, batch.sizes)
+        pictures = iter(found)
+        for example, count in zip(examples, batch.pictures, strict=True):
+            own = list(islice(pictures, count))
+            size = sum(picture.views.nbytes + picture.map.nbytes for picture in own)
+            if example not in self.kept and self.size + size <= self.limit:
+                self.kept[example], self.size = own, self.size + size
+        return found
+
+
+class RouterObjective(nn.Module):
+    """A model whose router learns; its parameters are the model's, of which all others are frozen.
+
+    keep  bytes of features to keep at most, see `KeptFeatures`
+    """
+
+    def __init__(
+        self, model: LlavaNetwork, ranking: Ranking, feedback: Feedback, seed: int, independent: bool, keep: int = 0
+    ):
         super().__init__()
         if granular(model).router is None:
             raise InputError("sampler: expected avg-llava with a router, got one whose granularity is forced")
         self.model, self.ranking, self.feedback = model, ranking, feedback
-        self.seed, self.independent = seed, independent
+        self.seed, self.independent, self.features = seed, independent, KeptFeatures(keep)
 
     def questions(self, batch: Batch) -> list[list[torch.Tensor]]:
         """Of every turn of every example, the embeddings [W, C] of the words that the router may filter.
@@ -119,7 +149,7 @@ class RouterObjective(nn.Module):
         if not batch.tiles:  # the language model need not be asked
             return with_gradient(nothing, self.model), {}
         with torch.no_grad():
-            features = self.model.encode_pictures(batch.tiles, batch.sizes)
+            features = self.features.of(self.model, batch)
             answered = self.feedback.of(self.model, batch, features, self.independent)
             words = self.questions(batch)
         seed_draws(self.seed, batch.position)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 from example_scripts import example
 
+import minifocus
 from examples.command_line import Refused
 from experiments.paper.tables import Figures
+from experiments.record import ROOT
+from experiments.systems import choices
 from experiments.systems import reproduce as reproduction
 from experiments.systems.arms import SYSTEMS
-from experiments.systems.tables import TABLES
+from experiments.systems.tables import TABLES, Choosing
+from minifocus import cards
 
 PAIRS = [(system, name) for system, arms in SYSTEMS.items() for name in arms]
 
@@ -49,6 +55,56 @@ def test_claims_follow_from_the_figures() -> None:
     verdicts = [claim.check(measured) for claim in TABLES["llava-stf"]["3"].claims]
     assert [one.holds for one in verdicts] == [None, True, False, None, True]
     assert str(verdicts[1]) == "**Here too (+5.0 ± 1.9 points).**"
+
+
+def chose(tokens: float, least: float, pairs: tuple[int, int, int]) -> dict[str, Any]:
+    families = {"all": tokens, "read": tokens + 0.1, "perceive": tokens, "reason": tokens, "relate": tokens - 0.1}
+    return {
+        "tokens": families,
+        "tokens_at_least_loss": dict.fromkeys(families, least),
+        "chosen": {family: {"4": 0.25, "64": 0.75} for family in families},
+        "pairs": dict(zip(("coarser", "equal", "finer"), pairs, strict=True)),
+    }
+
+
+def test_choices_are_judged_and_shown() -> None:
+    """By the means over the seeds; a single finer choice for an easy question is one too many."""
+    seeds = {
+        "router": [chose(0.95, 0.8, (1, 9, 0)), chose(0.85, 0.8, (6, 4, 0))],
+        "price-0.03": [chose(0.5, 0.8, (10, 0, 0))],
+        "price-0.1": [chose(0.9, 0.8, (9, 0, 1))],
+    }
+    table = TABLES["avg-llava"]["Figure 5"]
+    measured: dict[str, Figures] = {
+        arm: Choosing({"all": 0.5}, {"all": 100}, 1.0, choices=own) for arm, own in seeds.items()
+    }
+    assert [claim.check(measured).holds for claim in table.claims] == [True, True, True, True, False, True, True, False]
+    assert str(table.claims[3].check(measured)) == "**Here too (coarser in 35% of pairs, finer in 0.0%).**"
+    arms = {arm: {str(i): {"choices": one} for i, one in enumerate(own)} for arm, own in seeds.items()}
+    page = reproduction.markdown_of_choices(table, {"arms": arms})
+    assert (
+        "| the router | 25 75 %: 90.0% | 25 75 %: 100.0% |" in page and "| at the least loss | 80.0% | 80.0% |" in page
+    )
+
+
+def test_choices_of_a_router_are_those_of_its_answers(tmp_path: Path) -> None:
+    """choices.py goes by the trainer's way to a router; the answers come by the other."""
+    model = minifocus.load(ROOT / "weights/tiny", "none")
+    torch.manual_seed(3)
+    model.begin_sampler("avg-llava")
+    with torch.no_grad():
+        for parameter in model.before_llm.parameters():  # type: ignore[union-attr]
+            parameter.mul_(3)  # so that choices differ
+    found = choices.measure(model, 3, 40)
+    scenes = [scene for scene in islice(cards.scenes("test", 40), 3) if scene.questions]
+    asked = [(scene.image, question) for scene in scenes for question in scene.questions]
+    answers = model.generate_batch([image for image, _ in asked], [q.question for _, q in asked], max_new_tokens=1)
+    numbers = [int(answer.pictures[0].choice[0, 0]) for answer in answers]  # type: ignore[index]
+    assert found["questions"] == len(asked) and len(set(numbers)) > 1
+    assert list(found["chosen"]["all"].values()) == [numbers.count(i) / len(numbers) for i in range(5)]
+    shares = [answer.tokens.after_vision / answer.tokens.full for answer in answers]
+    assert found["tokens"]["all"] == pytest.approx(sum(shares) / len(shares), rel=1e-5)
+    assert sum(found["pairs"].values()) <= 3 and found["regret"] >= 0
 
 
 def test_a_table_is_made_and_gone_on_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

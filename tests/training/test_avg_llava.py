@@ -457,6 +457,20 @@ def test_stage_4_ranks_by_the_feedback(model: minifocus.Llava, tmp_path: Path, i
     assert all(p.grad is None for name, p in model.named_parameters() if not name.startswith("before_llm."))
 
 
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_features_are_kept_up_to_a_limit(model: minifocus.Llava, tmp_path: Path, kept: int) -> None:
+    """Of examples that are taken again, the tower sees the pictures once, and the loss is the same."""
+    examples = [random_example(model, [(57, 91)], seed, 2, True) for seed in range(2)]
+    batches = [collate([one], position, position % 2) for position, one in enumerate(examples + examples)]
+    sizes = [sum(p.views.nbytes + p.map.nbytes for p in model.encode_pictures(b.tiles, b.sizes)) for b in batches[:2]]
+    objective = RouterObjective(model, Ranking(), feedback(tmp_path), 0, True, sum(sizes[:kept]))
+    with mock.patch.object(model.vision_tower, "forward", wraps=model.vision_tower.forward) as tower:
+        found = [float(objective(batch, 1, 1)[0].detach()) for batch in batches]
+    assert tower.call_count == 4 - kept
+    fresh = RouterObjective(model, Ranking(), feedback(tmp_path), 0, True)
+    assert found == [float(fresh(batch, 1, 1)[0].detach()) for batch in batches]
+
+
 def test_dropout_follows_from_seed_and_position(model: minifocus.Llava, tmp_path: Path) -> None:
     def loss(seed: int, position: int, noise: int) -> float:
         torch.manual_seed(noise)
@@ -702,7 +716,7 @@ BAD: list[tuple[list[Any], str]] = [
     *(
         ([option, value], f"{option}: expected --stage router beside it, got {value}")
         for option, value in (
-            ("--examples", 4), ("--feedback", "x"), ("--ranking", "paper"), ("--ranking-margin", 0.1),
+            ("--examples", 4), ("--feedback", "x"), ("--keep-features", 1.0), ("--ranking", "paper"), ("--ranking-margin", 0.1),
             ("--rank-weight", 1.0), ("--choice-weight", 0.1), ("--token-price", 0.5),
         )
     ),
@@ -713,6 +727,8 @@ BAD: list[tuple[list[Any], str]] = [
     (["--stage", "router", "--ranking", "released", "--ranking-margin", -1], "margin: expected a number of at least 0"),
     (["--stage", "router", "--rank-weight", 0, "--choice-weight", 0], "rank_weight, choice_weight: expected one above 0"),
     (["--stage", "router", "--token-price", "nan"], "token_price: expected a number of at least 0"),
+    (["--stage", "router", "--keep-features", 1], "--keep-features: expected --examples beside it, got 1.0"),
+    (["--stage", "router", "--examples", 4, "--keep-features", -1], "--keep-features: expected a number of at least 0"),
     (["--stage", "router", "--lr-llm", 1e-3], "--stage: router trains the router alone: expected no other learning rate"),
     (["--stage", "router", "--freeze", "router"], "--lr-router: a new router has to be trained: expected a rate above"),
     (["--stage", "router", "--lr-router", -1], "--lr-router: expected a number of at least 0, got -1.0"),
