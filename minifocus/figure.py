@@ -21,18 +21,26 @@ def draw_answers(
 ) -> Image.Image:
     """One row per picture: left the scales, then for each question the importance of the tokens that reached the last layer.
 
+    Where nothing acts inside the language model, it is the scales for each question, which is what AVG-LLaVA's router chooses.
+
     pictures   as they were asked about (RGB)
-    asked      questions, all about these pictures, with their answers; the scales are those of the first
+    asked      questions, all about these pictures, with their answers; the scales on the left are those of the first
     processor  the model's, which crops a picture to what the model sees (most LLaVA-1.5 see the centre square); None: no crop
     """
+    inside = any(
+        len(t.kept) < len(t.entered) or bool(t.importance.isfinite().any()) for _, a in asked for t in a.pictures
+    )
     rows = []
     for number, picture in enumerate(pictures):
         shown = _fit(picture if processor is None else picture.crop(processor.seen((picture.height, picture.width))))
         traces = [answer.pictures[number] for _, answer in asked]
-        rows.append([_draw_scales(shown, traces[0]), *(_draw_importance(shown, trace) for trace in traces)])
+        if inside:
+            rows.append([_draw_scales(shown, traces[0]), *(_draw_importance(shown, trace) for trace in traces)])
+        else:
+            rows.append([_draw_scales(shown, trace) for trace in traces])
     column = max([panel.width for row in rows for panel in row], default=PANEL) + MARGIN
     tokens = asked[0][1].tokens
-    captions = [["scale of each token", f"{tokens.full} visual tokens > {tokens.after_vision}"]]
+    captions = [["scale of each token", f"{tokens.full} visual tokens > {tokens.after_vision}"]] if inside else []
     for question, answer in asked:
         text = [*textwrap.wrap(f"Q: {question}", column // 9), *textwrap.wrap(f"A: {answer.text}", column // 9)]
         kept = f"> {answer.tokens.after_text} tokens, equivalent {answer.tokens.equivalent:.0%}"
