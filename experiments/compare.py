@@ -4,12 +4,16 @@ python -m experiments.compare --out experiments/results/compare.json   # the emb
 python -m experiments.compare --model DIR           # time and memory alone, on any checkpoint
 python -m experiments.compare --model DIR --count 1000   # on a miniature of your own: accuracy as well
 python -m experiments.compare --random              # the same on a random LLaVA-NeXT (see end_to_end.py)
+python -m experiments.compare --trained STF=DIR --trained AVG-LLaVA=DIR:avg-llava   # other trained models beside it
 python -m experiments.compare --quick               # few questions, to try the script
 
 A budget is a share of the uncompressed visual tokens, averaged over the decoder's layers (paper §4.4), so that methods
 that act inside the decoder, whose first layers see everything, stand beside those that act before it. Each method has
 one option that moves it; where no formula says what gives a budget, it is searched for, on scenes that nothing is asked
 about afterwards (with --model or --random, on the one picture). Budgets that a method cannot reach are left out.
+
+--trained sets another model beside this one, asked behind a method of its own ("none" if it names none) and shown under its
+name: such as one whose projector is LLaVA-STF's. Its ratios are to this model without a sampler.
 
 No method is trained here, but the model was: its decoder behind "focus" and behind nothing, never behind another one;
 and its tower's class token on the kinds and colours of things, not on what is written on them
@@ -38,6 +42,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +58,7 @@ import torch
 import minifocus
 from examples.command_line import expect_file, expect_numbers, write_text
 from minifocus import cards
+from minifocus.arguments import shown
 from minifocus.evaluate import evaluate
 from minifocus.files.writing import replace
 from minifocus.inputs.open_image import open_image
@@ -68,14 +74,46 @@ TUNING = 500_000  # place in the test split of the scenes on which it is
 
 
 @dataclass(frozen=True)
+class Trained:
+    """A model that is compared with another: its name in the table, its folder, and the method that it is asked behind."""
+
+    name: str
+    folder: Path
+    method: str
+
+
+@dataclass(frozen=True)
 class Setting:
+    """`trained`: of another model than the one that methods are compared on."""
+
     method: str
     budget: float
     options: dict[str, Any]
+    trained: Trained | None = None
 
     @property
     def name(self) -> str:
         return f"{self.method} {self.budget:.0%}"
+
+
+@dataclass(frozen=True)
+class Models:
+    """The model that methods are compared on, and others, by their names."""
+
+    own: minifocus.Llava
+    others: dict[str, minifocus.Llava]
+
+    @classmethod
+    def load(cls, folder: Path, trained: Sequence[Trained], device: str = "cpu", dtype: str | None = None) -> Models:
+        others = {one.name: minifocus.load(one.folder, one.method, device, dtype) for one in trained}
+        return cls(minifocus.load(folder, "none", device, dtype), others)
+
+    def behind(self, setting: Setting) -> minifocus.Llava:
+        """The model of a setting, with its method."""
+        if setting.trained is not None:
+            return self.others[setting.trained.name]
+        self.own.set_sampler(VARIANTS.get(setting.method, (setting.method,))[0], **setting.options)
+        return self.own
 
 
 # Method → the option to search along for a budget, from the value with the fewest tokens to that with the most. FastV acts
@@ -142,23 +180,19 @@ def settings_of(
     model: minifocus.Llava, methods: list[str], budgets: tuple[float, ...], asked: list[tuple[Any, str]], selector: dict
 ) -> list[Setting]:
     found = [Setting("none", 1.0, {})]
-    for shown in methods:
-        method, extra = VARIANTS.get(shown, (shown, {}))
+    for title in methods:
+        method, extra = VARIANTS.get(title, (title, {}))
         extra = {**extra, **(selector if method in ("focus", "vision") else {})}
         if method in FIXED:
             model.set_sampler(method, **FIXED[method], **extra)
-            found.append(Setting(shown, equivalent(model, asked), {**FIXED[method], **extra}))
+            found.append(Setting(title, equivalent(model, asked), {**FIXED[method], **extra}))
             continue
         for budget in budgets:
             options = {"ratio": budget, **extra} if method in KNOWN else search(model, method, budget, asked, extra)
             if options is not None:
-                found.append(Setting(shown, budget, options))
-            print(f"{shown} {budget:.0%}: {'cannot' if options is None else options}", file=sys.stderr, flush=True)
+                found.append(Setting(title, budget, options))
+            print(f"{title} {budget:.0%}: {'cannot' if options is None else options}", file=sys.stderr, flush=True)
     return found
-
-
-def use(model: minifocus.Llava, setting: Setting) -> None:
-    model.set_sampler(VARIANTS.get(setting.method, (setting.method,))[0], **setting.options)
 
 
 def decoding_steps(answer: minifocus.Answer) -> int:
@@ -167,7 +201,7 @@ def decoding_steps(answer: minifocus.Answer) -> int:
 
 
 def measure(
-    model: minifocus.Llava,
+    models: Models,
     settings: list[Setting],
     batches: list[list[tuple[Any, str]]],
     new_tokens: int,
@@ -182,7 +216,7 @@ def measure(
 
     def answer(setting: Setting, number: int) -> dict[str, Any]:
         images, questions = map(list, zip(*rounds[number], strict=True))
-        use(model, setting)
+        model = models.behind(setting)
         least = new_tokens if all_of_them else None
         found, memory = extra_memory(
             lambda: model.generate_batch(images, questions, max_new_tokens=new_tokens, min_new_tokens=least),
@@ -222,6 +256,7 @@ def measure(
                 "method": setting.method,
                 "budget": setting.budget,
                 "options": setting.options,
+                **({"trained": setting.trained.method} if setting.trained else {}),
                 "tokens": {name: fmean(one["tokens"][name] for one in own) for name in own[0]["tokens"]},
                 "gflops": fmean(one["flops"] for one in own) / 1e9,
                 "prefill_seconds": middle([one["prefill"] for one in own]),
@@ -234,23 +269,25 @@ def measure(
     return results
 
 
-_model: minifocus.Llava  # of a process that `accuracies` started
+_models: Models  # of a process that `accuracies` started
 
 
-def _begin(folder: Path) -> None:
-    global _model
+def _begin(folder: Path, trained: Sequence[Trained]) -> None:
+    global _models
     torch.set_num_threads(1)
-    _model = minifocus.load(folder, "none")
+    _models = Models.load(folder, trained)
 
 
 def _ask(setting: Setting, count: int) -> dict[str, Any]:
-    use(_model, setting)
-    return evaluate(_model, cards.questions("test", count, 0, True), 16, count, families=cards.FAMILIES)
+    return evaluate(
+        _models.behind(setting), cards.questions("test", count, 0, True), 16, count, families=cards.FAMILIES
+    )
 
 
 def accuracies(folder: Path, settings: list[Setting], count: int, jobs: int) -> list[dict[str, Any]]:
     """What evaluate.py says of each setting, by `jobs` processes of one thread."""
-    with command_line.working(ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (folder,))) as pool:
+    trained = [one.trained for one in settings if one.trained is not None]
+    with command_line.working(ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (folder, trained))) as pool:
         waiting = [pool.submit(_ask, setting, count) for setting in settings]
         found = []
         for setting, answers in zip(settings, waiting, strict=True):
@@ -333,6 +370,17 @@ def random_model(folder: Path) -> Path:
     return folder
 
 
+def trained_of(text: str, parser: argparse.ArgumentParser) -> Trained:
+    """NAME=DIR[:METHOD]"""
+    name, _, place = text.partition("=")
+    folder, colon, method = place.rpartition(":")
+    if not colon or method not in minifocus.methods.names():  # a folder's name may have a colon, too
+        folder, method = place, "none"
+    if not name or not folder:
+        parser.error(f"--trained: expected NAME=DIR or NAME=DIR:METHOD, got {shown(text)}")
+    return Trained(name, Path(folder), method)
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.Parser(__doc__)
     parser.add_argument(
@@ -340,6 +388,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--random", action="store_true", help="the same on a random model of 552 M parameters")
     parser.add_argument("--methods", help="with commas between; default: all that the model can have")
+    parser.add_argument(
+        "--trained",
+        action="append",
+        default=[],
+        metavar="NAME=DIR[:METHOD]",
+        help="another model to set beside it, and the method that it is asked behind (none); may be repeated",
+    )
     parser.add_argument("--budgets", help=f"with commas between; default: {','.join(map(str, BUDGETS))}")
     parser.add_argument("--count", type=int, help="questions about dense scenes for the accuracy; default: 800")
     parser.add_argument("--jobs", type=int, default=2, help="processes that ask them")
@@ -361,6 +416,12 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--random: not to be combined with --model")
     if arguments.scenes and arguments.image:
         parser.error("--image: expected --model without --count, or --random, beside it: others are asked about scenes")
+    arguments.trained = [trained_of(text, parser) for text in arguments.trained]
+    names = [one.name for one in arguments.trained]
+    if len(set(names)) < len(names) or {"none", *METHODS} & set(names):
+        parser.error(f"--trained: expected names of their own, no method's and each once, got {', '.join(names)}")
+    if arguments.random and arguments.trained:
+        parser.error("--trained: expected --model or the embedded model beside it: --random has no peer")
     if arguments.random and arguments.count is not None:
         parser.error("--count: is of accuracy, which a random model has none of")
     if arguments.scenes and arguments.out and find_spec("matplotlib") is None:
@@ -393,7 +454,7 @@ def parse_arguments() -> argparse.Namespace:
 def compare(arguments: argparse.Namespace, folder: Path | None) -> list[dict[str, Any]]:
     """The figures of every method and budget, on the model of `folder` or the embedded one, "none" first."""
     picture = open_image(arguments.image or ROOT / "examples/cards.png")
-    model = minifocus.load(folder or TINY, "none", arguments.device, arguments.dtype)
+    models = Models.load(folder or TINY, arguments.trained, arguments.device, arguments.dtype)
     learned = (folder or TINY) / "selector.safetensors"
     selector: dict[str, Any] = {} if learned.is_file() else {"selector": "variance"}
     if arguments.scenes:
@@ -403,8 +464,9 @@ def compare(arguments: argparse.Namespace, folder: Path | None) -> list[dict[str
     else:
         tuning = [(picture, "What is in the picture?")]
         timed = tuning * arguments.timed
-    settings = settings_of(model, arguments.methods, arguments.budgets, tuning, selector)
-    results = measure(model, settings, [[one] for one in timed], arguments.new_tokens)
+    settings = settings_of(models.own, arguments.methods, arguments.budgets, tuning, selector)
+    settings += [Setting(one.name, equivalent(models.others[one.name], tuning), {}, one) for one in arguments.trained]
+    results = measure(models, settings, [[one] for one in timed], arguments.new_tokens)
     if arguments.scenes:
         found = accuracies(folder or TINY, settings, arguments.count, arguments.jobs)
         for one, answers in zip(results, found, strict=True):

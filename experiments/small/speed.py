@@ -6,7 +6,7 @@ from typing import Any
 
 import minifocus
 
-from ..compare import measure, methods_for, settings_of
+from ..compare import Models, measure, methods_for, settings_of
 from .photographs import photographs, pieces
 
 BUDGET = 0.39  # the paper's tokens for its default (§4.4)
@@ -31,6 +31,7 @@ def time_methods(
     new_tokens = 4 if small else 16
     settings = settings_of(model, methods, (BUDGET,), asked[:1], {"selector": "variance"})
     alone = [[asked[number % len(asked)]] for number in range(rounds[0])]
+    models = Models(model, {})
     # The search has warmed all up.
     together = [one for one in settings if one.method == "none" or one.method in batched]
     return {
@@ -38,6 +39,6 @@ def time_methods(
         "rounds": list(rounds),
         "batch_size": batch,
         "new_tokens": new_tokens,
-        "alone": measure(model, settings, alone, new_tokens, warm_up=False, all_of_them=True),
-        "batch": measure(model, together, [pieces(batch)] * rounds[1], new_tokens, warm_up=False, all_of_them=True),
+        "alone": measure(models, settings, alone, new_tokens, warm_up=False, all_of_them=True),
+        "batch": measure(models, together, [pieces(batch)] * rounds[1], new_tokens, warm_up=False, all_of_them=True),
     }

@@ -65,6 +65,14 @@ def test_every_training_free_method_is_compared() -> None:
         ("--budgets 0.5,half", "--budgets: expected numbers with commas between"),
         ("--image examples/cards.png", "--image: expected --model without --count"),
         ("--random --count 5", "--count: is of accuracy"),
+        ("--trained weights/tiny", "--trained: expected NAME=DIR or NAME=DIR:METHOD, got 'weights/tiny'"),
+        (
+            "--trained focus=weights/tiny",
+            "--trained: expected names of their own, no method's and each once, got focus",
+        ),
+        ("--trained a=x --trained a=y", "--trained: expected names of their own, no method's and each once, got a, a"),
+        ("--random --trained a=x", "--trained: expected --model or the embedded model beside it"),
+        ("--quick --trained a=nowhere:focus", "nowhere: expected the folder of a model"),
         ("--model weights/tiny --image nowhere.png --methods random", "nowhere.png"),
     ],
 )
@@ -113,17 +121,28 @@ def test_memory_of_a_call_does_not_depend_on_the_call_before() -> None:
 
 @pytest.mark.parametrize("of_one_s_own", [False, True])
 def test_quick_run(of_one_s_own: bool, tmp_path: Path) -> None:
-    """On the embedded model; on another one, which has no selector."""
+    """On the embedded model; on another one, which has no selector, beside two that are trained."""
     file = tmp_path / "compare.json"
     command = [sys.executable, "-m", "experiments.compare", "--quick", "--out", str(file)]
     if of_one_s_own:
         folder = shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("selector.safetensors"))
         command += ["--model", str(folder), "--count", "16"]
+        routed = minifocus.load(TINY, "none")
+        routed.begin_sampler("avg-llava")
+        routed.save(tmp_path / "a:b")
+        command += ["--trained", f"same={TINY}", "--trained", f"routed={tmp_path / 'a:b'}:avg-llava"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     record = json.loads(file.read_text(encoding="utf-8"))
     results = {one["method"]: one for one in record["results"]}
-    assert set(results) == {"none", "focus", "fastv", "random"}
+    assert set(results) == {"none", "focus", "fastv", "random", *(("same", "routed") if of_one_s_own else ())}
+    if of_one_s_own:
+        same, routed = results.pop("same"), results.pop("routed")
+        for name in ("tokens", "gflops", "accuracy", "families"):
+            assert same[name] == results["none"][name]
+        assert same["trained"] == "none" and routed["trained"] == "avg-llava" and routed["budget"] < 1
+        assert routed["tokens"]["equivalent"] < 1 and routed["gflops"] != same["gflops"]
+        assert 0.2 < same["prefill_ratio"] < 5
     for name, one in results.items():
         budget = 1.0 if name == "none" else 0.39
         # Of focus it depends on the four scenes that a quick run asks about; of the others on their options alone.
