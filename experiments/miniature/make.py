@@ -9,6 +9,7 @@ A list of commands, each of which can be run by itself, goes on from its last ch
 4. ``full``    instruction tuning with all visual tokens (examples/train.py)
 5. ``focus``   instruction tuning with both samplers (examples/train.py), off now and then, so that the same weights
                answer without them
+6. ``router``  AVG-LLaVA's router (examples/train.py), by what these weights answer at each granularity
 
 Checkpoints and logs go to ``runs/tiny``; weights/tiny gets the model, weights/training the logs, curves and a record.
 The work is shared by processes of one thread each: one process of several threads is many times slower when something
@@ -36,12 +37,14 @@ from minifocus.training.plot_log import draw_curve
 from ..record import ROOT, environment
 
 BATCH = 12  # conversations per step
-STEPS = {"vision": 4000, "warmup": 1800, "full": 600, "focus": 650}
+STEPS = {"vision": 4000, "warmup": 1800, "full": 600, "focus": 650, "router": 400}
 SCENES = 14_000  # of the vision tower's pretraining
 # Eq. 10's weights, coarse to fine: most regions have text or nothing that is asked about, so the scale between may be used
 # less than even use would have it.
 SCALE_WEIGHTS = "0.6,1.6,0.8"
 SELECTOR_RATES = ("--lr-selector", "1e-5", "--lr-selector-bias", "3e-3")
+TOKEN_PRICE = "0.05"  # of the router; without one it chooses the finest granularity for nearly every question
+FEEDBACK = 600  # scenes that the router learns from
 
 
 def commands(runs: Path, steps: dict[str, int], scenes: int, validate: int) -> dict[str, list[str]]:
@@ -74,6 +77,12 @@ def commands(runs: Path, steps: dict[str, int], scenes: int, validate: int) -> d
             *("--sampler", "focus", "--scale-weights", SCALE_WEIGHTS, *SELECTOR_RATES),
             *("--sampler-dropout", "0.25", "--first-scene", "20000000"),
         ],
+        "router": [
+            *("examples/train.py", "--stage", "router", "--model", f"{runs}/focus/model", "--out", f"{runs}/router"),
+            *("--batch", str(BATCH), "--micro-batch", "6", "--steps", str(steps["router"]), "--max-turns", "4"),
+            *("--examples", str(min(FEEDBACK, scenes // BATCH * BATCH)), "--token-price", TOKEN_PRICE),
+            *("--first-scene", "40000000"),
+        ],
     }
 
 
@@ -96,7 +105,7 @@ def run_stages(
     processes: int = 2,
     scenes: int = SCENES,
     validate: int = 400,
-    until: str = "focus",
+    until: str = "router",
 ) -> dict[str, float]:
     """All stages up to `until`, each from where an earlier run left it; returns the seconds of all runs they took.
 
@@ -131,7 +140,7 @@ def main() -> None:
     steps = dict.fromkeys(STEPS, 2) if arguments.quick else STEPS
     with hold(arguments.output), hold(arguments.record):
         seconds = run_stages(runs, steps, arguments.processes, *((16, 8) if arguments.quick else (SCENES, 400)))
-        for file in (runs / "focus/model").iterdir():
+        for file in (*(runs / "focus/model").iterdir(), runs / "router/model/router.safetensors"):
             shutil.copyfile(file, arguments.output / file.name)
         for stage in STEPS:
             shutil.copyfile(runs / stage / "log.jsonl", arguments.record / f"{stage}.jsonl")

@@ -389,7 +389,7 @@ def paper_in_miniature() -> list[str]:
     tokens = {arm: mean(arm)[1] for arm in found["arms"]}
     control, both = ([100 * s["accuracy"] for s in found["arms"][arm].values()] for arm in ("control", "focus"))
     stages = json.loads(read("weights/training/record.json"))["seconds"]
-    first = sum(seconds for stage, seconds in stages.items() if stage != "focus")
+    first = sum(seconds for stage, seconds in stages.items() if stage not in ("focus", "router"))
     one_seed = found["arms"]["control"]["1"]["accuracy"]
     unsaid = 196 * math.sqrt(2 * one_seed * (1 - one_seed) / found["questions"])
     by_side = {side: mean(f"window-{side}")[0] for side in (1, 2, 8, 12)} | {4: exact["vision"]}
