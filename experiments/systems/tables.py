@@ -212,7 +212,6 @@ AVG_LLAVA = {
             ("(f) No ranking loss", "no-ranking"),
             ("(g) No cross-entropy", "no-choice"),
         )),
-        spread=True,
         notes="(b), a random granularity, is the mean of the five forced ones.",
     ),
     "Figure 5": Table(
