@@ -144,7 +144,10 @@ def model_of(arms: dict[str, Arm], name: str, seed: int, recipe: Recipe) -> Path
         *("--steps", str(steps), "--batch", str(recipe.batch), "--micro-batch", str(min(recipe.batch, 6))),
         *("--first-scene", str(50_000_000 + 1_000_000 * seed), *arm.training),
     ]
-    if "router" in arm.training:  # its micro-batches have to divide the examples, about which a model is asked once
+    if arm.training[:2] == (
+        "--stage",
+        "router",
+    ):  # its micro-batches have to divide the examples, about which a model is asked once
         command[command.index("--batch") + 1], command[command.index("--micro-batch") + 1] = "8", "4"
         command += ["--feedback", str(recipe.runs / f"feedback-{arm.start}-{seed}")]
     with _locks[out]:

@@ -17,8 +17,9 @@ from example_scripts import example
 import minifocus
 from examples.command_line import Refused
 from experiments.paper.tables import Figures
+from experiments.paper.arms import Recipe
 from experiments.record import ROOT
-from experiments.systems import choices
+from experiments.systems import arms, choices
 from experiments.systems import reproduce as reproduction
 from experiments.systems.arms import SYSTEMS
 from experiments.systems.tables import TABLES, Choosing
@@ -30,8 +31,8 @@ PAIRS = [(system, name) for system, arms in SYSTEMS.items() for name in arms]
 @pytest.mark.parametrize(("system", "name"), PAIRS)
 def test_every_arm_can_be_trained_and_asked(system: str, name: str) -> None:
     """By the programs' own parsers and checks; what it goes on from is an arm or a stage, and every row has an arm."""
-    arm, arms = SYSTEMS[system][name], SYSTEMS[system]
-    assert arm.start == "full" or arm.start in arms
+    arm, known = SYSTEMS[system][name], SYSTEMS[system]
+    assert arm.start == "full" or arm.start in known
     options, trainer, evaluator = example("train_options"), example("train"), example("evaluate")
     if arm.training:
         command = ["train.py", "--out", "somewhere", *arm.training]
@@ -45,8 +46,25 @@ def test_every_arm_can_be_trained_and_asked(system: str, name: str) -> None:
     with mock.patch.object(sys, "argv", ["evaluate.py", *arm.asked]):
         evaluator.check(evaluator.parse_arguments())
     for table in TABLES[system].values():
-        assert {row.arm for row in table.rows} <= arms.keys()
+        assert {row.arm for row in table.rows} <= known.keys()
         assert all(not row.paper or len(row.paper) == len(table.columns) for row in table.rows)
+
+
+@pytest.mark.parametrize(("system", "name"), PAIRS)
+def test_the_trainer_takes_every_arm_s_command(system: str, name: str, tmp_path: Path) -> None:
+    """As it is made, with what the recipe adds."""
+    options, trainer, seen = example("train_options"), example("train"), []
+
+    def check(command: list[str], out: Path) -> str:
+        with mock.patch.object(sys, "argv", command):
+            options.check(trainer.parse_arguments())
+        seen.append(command)
+        return ""
+
+    with mock.patch.object(arms, "run", check):
+        recipe = Recipe(tmp_path, {"full": ROOT / "weights/tiny"}, 200, 6, 0, 16, 1)
+        folder = arms.model_of(SYSTEMS[system], name, 2, recipe)
+    assert (str(folder).startswith(str(tmp_path)) and seen) or not SYSTEMS[system][name].training
 
 
 def test_claims_follow_from_the_figures() -> None:
@@ -80,8 +98,8 @@ def test_choices_are_judged_and_shown() -> None:
     }
     assert [claim.check(measured).holds for claim in table.claims] == [True, True, True, True, False, True, True, False]
     assert str(table.claims[3].check(measured)) == "**Here too (coarser in 35% of pairs, finer in 0.0%).**"
-    arms = {arm: {str(i): {"choices": one} for i, one in enumerate(own)} for arm, own in seeds.items()}
-    page = reproduction.markdown_of_choices(table, {"arms": arms})
+    record = {arm: {str(i): {"choices": one} for i, one in enumerate(own)} for arm, own in seeds.items()}
+    page = reproduction.markdown_of_choices(table, {"arms": record})
     assert (
         "| the router | 25 75 %: 90.0% | 25 75 %: 100.0% |" in page and "| at the least loss | 80.0% | 80.0% |" in page
     )
