@@ -16,8 +16,8 @@ from example_scripts import example
 
 import minifocus
 from examples.command_line import Refused
-from experiments.paper.tables import Figures
 from experiments.paper.arms import Recipe
+from experiments.paper.tables import Figures
 from experiments.record import ROOT
 from experiments.systems import arms, choices
 from experiments.systems import reproduce as reproduction
