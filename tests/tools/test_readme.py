@@ -585,6 +585,55 @@ def llava_stf() -> list[str]:
     ]
 
 
+def avg_llava() -> list[str]:
+    arms = record("avg-llava/results.json")["arms"]
+    of = {name: [one for _, one in sorted(own.items())] for name, own in arms.items()}
+    labels = {
+        "control": "LLaVA-NeXT (control)",
+        **{f"forced-{tokens}": f"forced to {tokens} tokens of a view's 64" for tokens in (4, 8, 16, 32, 64)},
+        "router": "the router chooses",
+        "price-0.03": "the router, `--token-price 0.03`",
+        "price-0.1": "the router, `--token-price 0.1`",
+    }
+
+    seeds = {name: [one["accuracy"] for one in own] for name, own in of.items()}
+
+    def mean(name: str, share: Callable[[Any], float]) -> float:
+        return 100 * fmean(share(one) for one in of[name])
+
+    chose = {name: [one["choices"] for one in of[name]] for name in ("router", "price-0.03", "price-0.1")}
+    tokens = {
+        name: {key: 100 * fmean(one[key]["all"] for one in own) for key in ("tokens", "tokens_at_least_loss")}
+        for name, own in chose.items()
+    }
+    pairs = {
+        name: [
+            100 * fmean(one["pairs"][way] / sum(one["pairs"].values()) for one in own) for way in ("coarser", "finer")
+        ]
+        for name, own in chose.items()
+    }
+    of_text = {
+        name: [100 * fmean(one["tokens"][family] for one in own) for family in ("read", "relate")]
+        for name, own in chose.items()
+    }
+    return [
+        *(
+            f"| {label} | {', '.join(f'{100 * accuracy:.1f}' for accuracy in seeds[name])} % | "
+            f"{mean(name, lambda one: one['tokens']['equivalent']):.1f} % |"
+            for name, label in labels.items()
+        ),
+        f"{tokens['router']['tokens']:.1f} % of the tokens, where the least loss is at "
+        f"{tokens['router']['tokens_at_least_loss']:.1f} %",
+        f"With a price of 0.03 it is {tokens['price-0.03']['tokens']:.1f} %, of 0.1 {tokens['price-0.1']['tokens']:.1f} %",
+        f"coarser for the easy question in {pairs['router'][0]:.0f} % of pairs without a price, in {pairs['price-0.03'][0]:.0f} "
+        f"and {pairs['price-0.1'][0]:.0f} % with one, and finer in {pairs['router'][1]:.1f}, {pairs['price-0.03'][1]:.1f} and "
+        f"{pairs['price-0.1'][1]:.1f} %",
+        f"small text gets {of_text['price-0.1'][0]:.0f} % of the tokens, a relation {of_text['price-0.1'][1]:.0f} %",
+        f"learns from the answers alone gives one granularity to all ({100 * of['answers'][0]['accuracy']:.1f} % at "
+        f"{100 * of['answers'][0]['tokens']['equivalent']:.1f} %)",
+    ]
+
+
 def three_seeds() -> list[str]:
     found = record("paper-harder-scenes/results.json")
     arms = {arm: list(found["arms"][arm].values()) for arm in ("control", "focus", "cosine")}
@@ -674,6 +723,7 @@ FIGURES: dict[str, list[Callable[[], Iterable[str]]]] = {
         gpu_rows,
         three_seeds,
         llava_stf,
+        avg_llava,
     ],
 }
 
