@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 import minifocus
 from experiments.miniature import make
+from experiments.timing import remark
 from minifocus import methods
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -303,6 +304,11 @@ def record(name: str) -> Any:
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
+def went(*parts: Any) -> list[str]:
+    """What a page has to say about the rounds of these parts of a record; nothing where they are older than the watch."""
+    return [sentence for sentence in [remark(*(part["rounds"] for part in parts if "rounds" in part))] if sentence]
+
+
 def accuracy_rows() -> list[str]:
     rows = []
     for scenes, by_sampler in record("accuracy.json")["results"].items():
@@ -485,6 +491,7 @@ def beside_transformers() -> list[str]:
         f"Loading takes {loading} of the time",
         f"without it, {unchecked:.2f}",
         f"only the one for loading with the check, at most {bar['at_most']}, is missed",
+        *went(found, load, cold),
     ]
 
 
@@ -518,7 +525,7 @@ def operator_rows() -> list[str]:
         memory = f"{extra['minifocus'] / 1e6:.3g} MB; {extra[plain] / 1e6:.3g} MB"
         row = f"| {name} | {1000 * case['seconds']['minifocus']:.2g} ms | {peers[plain]:.1f} | {copy} | {memory} |"
         rows.append(row.replace("|  |", "| |"))
-    return rows
+    return rows + went(*record("operators_cpu.json")["cases"])
 
 
 def gpu_rows() -> list[str]:
