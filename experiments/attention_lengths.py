@@ -2,7 +2,8 @@
 
     python -m experiments.attention_lengths
 
-Prints milliseconds a call. minifocus keeps away from cuDNN's (minifocus/attention_kernels.py). Exit status: 3 without a GPU.
+Prints milliseconds a call. Nothing is interleaved: what a length costs depends on which lengths came before. minifocus keeps
+away from cuDNN's (minifocus/attention_kernels.py). Exit status: 3 without a GPU.
 """
 
 from __future__ import annotations

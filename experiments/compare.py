@@ -20,7 +20,8 @@ and its tower's class token on the kinds and colours of things, not on what is w
 (experiments/miniature/vision.py), which methods that rank patches by that token's attention have to do with.
 
 Time is taken on single questions, every method in turn on each of them, so that a change in the machine's speed falls
-on all; figures are medians over questions. FLOPs are the tower's, the projector's and the decoder's, every layer in full
+on all; figures are medians over questions. A question on which a method had too little of the processors is asked of all again
+(clocks.py). FLOPs are the tower's, the projector's and the decoder's, every layer in full
 for the tokens that it gets, and AVG-LLaVA's router; what other methods compute to choose is not counted, but timed.
 Memory is the largest resident set above what it was before the question (with --device cuda, the peak of allocated memory
 above the weights').
@@ -63,10 +64,11 @@ from minifocus.evaluate import evaluate
 from minifocus.files.writing import replace
 from minifocus.inputs.open_image import open_image
 
+from .clocks import Spent, read
 from .flops import decoder_flops, router_flops, vision_flops
 from .memory import extra_memory
 from .record import ROOT, environment
-from .timing import interleaved
+from .timing import columns, interleaved, remark
 
 BUDGETS = (0.75, 0.5, 0.39, 0.25, 0.12)
 TOLERANCE = 0.005  # of a budget that is searched for, in shares of the uncompressed tokens
@@ -207,8 +209,8 @@ def measure(
     new_tokens: int,
     warm_up: bool = True,
     all_of_them: bool = False,
-) -> list[dict[str, Any]]:
-    """Time and memory of every setting for a batch of questions, and tokens and FLOPs of a question.
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Time and memory of every setting for a batch of questions, and tokens and FLOPs of a question; how the rounds went.
 
     `warm_up`: the first batch is asked once more before. `all_of_them`: no answer ends before it has `new_tokens` tokens.
     """
@@ -218,10 +220,13 @@ def measure(
         images, questions = map(list, zip(*rounds[number], strict=True))
         model = models.behind(setting)
         least = new_tokens if all_of_them else None
-        found, memory = extra_memory(
-            lambda: model.generate_batch(images, questions, max_new_tokens=new_tokens, min_new_tokens=least),
-            model.device.type == "cuda",
-        )
+
+        def ask() -> tuple[list[minifocus.Answer], Spent]:
+            begun = read()
+            answers = model.generate_batch(images, questions, max_new_tokens=new_tokens, min_new_tokens=least)
+            return answers, Spent.since(begun)
+
+        (found, spent), memory = extra_memory(ask, model.device.type == "cuda")
         decoded = max(map(decoding_steps, found))
         tiles = [model.num_tiles((image.height, image.width)) for image in images]
         flops = [
@@ -231,6 +236,7 @@ def measure(
             for one, count in zip(found, tiles, strict=True)
         ]
         return {
+            "spent": spent,
             "prefill": found[0].prefill_seconds,
             "decode": found[0].decode_seconds / decoded if decoded else math.nan,
             "memory": memory,
@@ -239,7 +245,8 @@ def measure(
         }
 
     answering = {number: partial(answer, setting) for number, setting in enumerate(settings)}
-    runs = list(interleaved(answering, len(batches), int(warm_up), title="question").values())
+    timed = interleaved(answering, lambda one: [one["spent"]], len(batches), int(warm_up), title="question")
+    runs = list(timed.results.values())
 
     def middle(values: list[float]) -> float | None:
         real = [value for value in values if value is not None and not math.isnan(value)]
@@ -264,9 +271,10 @@ def measure(
                 "prefill_ratio": ratios["prefill"],
                 "decode_ratio": ratios["decode"],
                 "memory_bytes": middle([one["memory"] for one in own]),
+                "whole_call": columns([one["spent"] for one in own]),
             }
         )
-    return results
+    return results, timed.note()
 
 
 _models: Models  # of a process that `accuracies` started
@@ -294,6 +302,12 @@ def accuracies(folder: Path, settings: list[Setting], count: int, jobs: int) -> 
             found.append(answers.result())
             print(f"{setting.name}: {found[-1]['accuracy']:.1%}", file=sys.stderr, flush=True)
     return [{name: one[name] for name in ("accuracy", "interval_95", "families", "tokens")} for one in found]
+
+
+def page(record: dict[str, Any]) -> str:
+    """Markdown: the table, and how the rounds went."""
+    went = remark(record["rounds"]) if "rounds" in record else ""
+    return table(record["results"]) + (f"\n{went}\n" if went else "")
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -451,7 +465,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def compare(arguments: argparse.Namespace, folder: Path | None) -> list[dict[str, Any]]:
+def compare(arguments: argparse.Namespace, folder: Path | None) -> dict[str, Any]:
     """The figures of every method and budget, on the model of `folder` or the embedded one, "none" first."""
     picture = open_image(arguments.image or ROOT / "examples/cards.png")
     models = Models.load(folder or TINY, arguments.trained, arguments.device, arguments.dtype)
@@ -466,12 +480,12 @@ def compare(arguments: argparse.Namespace, folder: Path | None) -> list[dict[str
         timed = tuning * arguments.timed
     settings = settings_of(models.own, arguments.methods, arguments.budgets, tuning, selector)
     settings += [Setting(one.name, equivalent(models.others[one.name], tuning), {}, one) for one in arguments.trained]
-    results = measure(models, settings, [[one] for one in timed], arguments.new_tokens)
+    results, rounds = measure(models, settings, [[one] for one in timed], arguments.new_tokens)
     if arguments.scenes:
         found = accuracies(folder or TINY, settings, arguments.count, arguments.jobs)
         for one, answers in zip(results, found, strict=True):
             one |= answers
-    return results
+    return {"rounds": rounds, "results": results}
 
 
 @command_line.guarded
@@ -480,14 +494,14 @@ def main() -> None:
     started = time.perf_counter()
     record = environment(Path(__file__), "torch", "numpy", "pillow")
     with tempfile.TemporaryDirectory() as scratch:
-        results = compare(arguments, random_model(Path(scratch)) if arguments.random else arguments.model)
-    print(table(results))
+        found = compare(arguments, random_model(Path(scratch)) if arguments.random else arguments.model)
+    print(page(found))
     if arguments.out:
-        record |= {"seconds": round(time.perf_counter() - started), "questions": arguments.count, "results": results}
+        record |= {"seconds": round(time.perf_counter() - started), "questions": arguments.count, **found}
         write_text(arguments.out, json.dumps(record, indent=1) + "\n")
-        write_text(arguments.out.with_suffix(".md"), table(results))
-        if "accuracy" in results[0]:
-            replace(arguments.out.with_suffix(".png"), lambda file: plot(results, file))
+        write_text(arguments.out.with_suffix(".md"), page(found))
+        if "accuracy" in found["results"][0]:
+            replace(arguments.out.with_suffix(".png"), lambda file: plot(found["results"], file))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ random 672×672 picture (five tiles, 2928 visual tokens) between 32 random text 
 
 Each side is one process that lives through all rounds. A round asks one after the other, so that only one computes at a
 time and a change in the machine's speed falls on all; figures are medians over rounds, ratios medians of each round's
-ratio. What is measured:
+ratio. A round in which a side had too little of the processors is run again (clocks.py). What is measured:
 
     prefill          seconds: vision tower, projector, embedding, decoder with its cache, logits of the last token
     decoder_prefill  seconds: the part of it from the decoder on
     decode           seconds per token: greedy steps with the cache
     load             seconds of the load call alone, in a fresh process after its imports, files in the page cache. Both
-                     sides map the weights into memory without reading them; minifocus then reads them all once, to
-                     refuse NaN and infinity, unless told check_finite=False ("none_unchecked"). What is not read at
+                     sides map the weights into memory without reading them; a thread of minifocus reads them all once,
+                     to refuse NaN and infinity, unless told check_finite=False ("none_unchecked"). What is not read at
                      loading is read during the first prefill ("first_prefill").
     memory           bytes: the process's largest resident set (VmHWM) over import, load, prefill and decoding. Mapped
                      weights count as far as they were read, although the page cache shares them. With `--device cuda`
@@ -48,7 +48,6 @@ import json
 import os
 import sys
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 from subprocess import PIPE
@@ -56,9 +55,10 @@ from typing import Any
 
 from examples.command_line import Refused, expect_file, expect_numbers, write_text
 
+from .clocks import Spent, read
 from .end_to_end_programs import FULL, QUICK, SAMPLERS, THEIRS, Settings, SideFailed, Worker
 from .record import ROOT, environment, relative
-from .timing import interleaved, ratio
+from .timing import Rounds, columns, interleaved, ratio, remark
 
 BARS = {"prefill": 1.03, "decode": 1.03, "load": 0.5, "cold_start": 0.5}  # ratios to transformers: at most
 HALF_BAR = 1.7  # the decoder's prefill rate with half the visual tokens, ÷ that with all: at least
@@ -85,15 +85,16 @@ print(processor.decode(ids, skip_special_tokens=True).strip())
 """
 
 
-def summary(seconds: dict[str, list[float]]) -> dict[str, Any]:
+def summary(spent: dict[str, list[Spent]]) -> dict[str, Any]:
     """Rounds of every side → its median, and the median of each round's ratio to transformers."""
+    seconds = {name: [one.wall for one in rounds] for name, rounds in spent.items()}
     return {
         name: {
-            "seconds": median(rounds),
-            "ratio_to_transformers": ratio(rounds, seconds[THEIRS]),
-            "rounds": rounds,
+            "seconds": median(seconds[name]),
+            "ratio_to_transformers": ratio(seconds[name], seconds[THEIRS]),
+            **columns(rounds),
         }
-        for name, rounds in seconds.items()
+        for name, rounds in spent.items()
     }
 
 
@@ -125,16 +126,17 @@ def measure_sides(settings: Settings, rounds: int) -> dict[str, Any]:
     first = {}
     for name, worker in workers.items():
         worker.ask("load")
-        first[name] = worker.ask("run")["seconds"]["prefill"]
+        first[name] = worker.ask("run")["spent"]["prefill"].wall
     asking = {name: lambda _, worker=worker: worker.ask("run") for name, worker in workers.items()}
-    results: dict[str, list[dict[str, Any]]] = interleaved(asking, rounds, title="round")
+    timed: Rounds[str, Any] = interleaved(asking, lambda run: run["spent"].values(), rounds, title="round")
+    results = timed.results
 
     tokens = {name: [run["tokens"] for run in results[name]] for name in (THEIRS, "none")}
     same = tokens[THEIRS] == tokens["none"]
     if not same and settings.dtype == "float32":  # in lower precision the likeliest token may differ by rounding
         raise SideFailed(f"the greedy tokens of transformers and minifocus differ: {tokens}")
     times = {
-        key: summary({name: [run["seconds"][key] for run in runs] for name, runs in results.items()})
+        key: summary({name: [run["spent"][key] for run in runs] for name, runs in results.items()})
         for key in ("prefill", "decoder_prefill", "decode")
     }
     sides: dict[str, Any] = {}
@@ -151,21 +153,23 @@ def measure_sides(settings: Settings, rounds: int) -> dict[str, Any]:
         }
         sides[name]["memory"]["ratio_to_transformers"] = sides[name]["memory"]["peak"] / sides[THEIRS]["memory"]["peak"]
         worker.close()
-    return {"same_greedy_tokens": same, "sides": sides}
+    return {"same_greedy_tokens": same, "rounds": timed.note(), "sides": sides}
 
 
 def measure_load(settings: Settings, rounds: int) -> dict[str, Any]:
     """Seconds of the load call alone, each time in a fresh process."""
     calls: dict[str, dict[str, Any]] = {THEIRS: {}, "none": {}, "none_unchecked": {"check_finite": False}}
 
-    def load(name: str) -> float:
+    def load(name: str) -> Spent:
         worker = Worker(settings, name.removesuffix("_unchecked"))
         worker.ask("threads")  # answered only after its imports, which are not timed
-        seconds = worker.ask("load", **calls[name])
+        spent = worker.ask("load", **calls[name])
         worker.close()
-        return seconds
+        return spent
 
-    return summary(interleaved({name: lambda _, name=name: load(name) for name in calls}, rounds, title="load"))
+    loading = {name: lambda _, name=name: load(name) for name in calls}
+    timed = interleaved(loading, lambda spent: [spent], rounds, title="load")
+    return summary(timed.results) | {"rounds": timed.note()}
 
 
 def measure_cold_start(folder: Path, picture: Path, rounds: int) -> dict[str, Any]:
@@ -177,22 +181,26 @@ def measure_cold_start(folder: Path, picture: Path, rounds: int) -> dict[str, An
     programs = {THEIRS: THEIRS_COLD, "none": OURS_COLD}
     answers: dict[str, str] = {}
 
-    def start(name: str) -> float:
+    def start(name: str) -> Spent:
         command = [sys.executable, "-c", programs[name], str(folder.resolve()), str(picture.resolve()), QUESTION, "32"]
-        started = time.perf_counter()
+        begun = read(children=True)
         done = command_line.call(command, cwd=ROOT, stdout=PIPE, stderr=PIPE)
-        seconds = time.perf_counter() - started
+        spent = Spent.since(begun)
         if done.returncode:
             raise SideFailed(f"cold start of {name}: status {done.returncode}\n{done.stderr}")
         answers[name] = done.stdout.strip()
-        return seconds
+        return spent
 
     starting = {name: lambda _, name=name: start(name) for name in programs}
-    seconds = interleaved(starting, rounds, title="cold start")
+    timed = interleaved(starting, lambda spent: [spent], rounds, title="cold start")
     same = answers[THEIRS] == answers["none"]
-    return summary(seconds) | {
-        "picture": relative(picture), "question": QUESTION, "answers": answers, "same_answer": same
-    }  # fmt: skip
+    return summary(timed.results) | {
+        "rounds": timed.note(),
+        "picture": relative(picture),
+        "question": QUESTION,
+        "answers": answers,
+        "same_answer": same,
+    }
 
 
 def judge(report: dict[str, Any]) -> dict[str, Any]:
@@ -234,6 +242,8 @@ def print_table(report: dict[str, Any]) -> None:
         print(f"cold_start  THE ANSWERS DIFFER: {report['cold_start']['answers']}")
     if not report["same_greedy_tokens"]:
         print("greedy tokens of transformers and none differ, as rounding in this dtype may make them")
+    parts = (report, report["load"], report["cold_start"])
+    print(remark(*(part["rounds"] for part in parts if "rounds" in part)))
     print(
         f"focus: prefill with native operators ÷ with plain PyTorch {report['focus_prefill_native_to_reference']:.3f}"
     )

@@ -10,12 +10,13 @@ import json
 import multiprocessing
 import os
 import resource
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from .clocks import Reading, Spent, read
 
 THEIRS = "transformers"
 SAMPLERS = ("none", "vision", "text", "focus", "focus_reference", "half")
@@ -132,35 +133,39 @@ class Side(ABC):
         pixels = torch.randn(1, 5, 3, *[size.vision["image_size"]] * 2, generator=generator)
         self.pixels = pixels.to(settings.device, self.dtype)
 
-    def load(self, **options: Any) -> float:
-        """Load the folder. → seconds of the call"""
-        started = self.now()
+    def load(self, **options: Any) -> Spent:
+        """Load the folder. → what the call took"""
+        begun = self.now()
         self.model = self._load(**options)
-        return self.now() - started
+        return self.since(begun)
 
     def run(self) -> dict[str, Any]:
-        """One prefill, then `new_tokens` greedy steps. → seconds of both, tokens, visual tokens per layer"""
+        """One prefill, then `new_tokens` greedy steps. → what they took, tokens, visual tokens per layer"""
+        large = self.settings.device == "cpu" and self.settings.size == FULL  # nearly all is products of large matrices
+        threads = self.threads() if large else 1
         with self.torch.inference_mode():
-            started = self.now()
-            logits, step, decoder_started, visual = self._prefill()
+            begun = self.now()
+            logits, step, decoder_begun, visual = self._prefill()
             token = logits.argmax(dim=-1)
-            prefilled = self.now()
-            tokens = [token]
+            spent = {"prefill": self.since(begun, threads), "decoder_prefill": self.since(decoder_begun, threads)}
+            tokens, begun = [token], self.now()
             for _ in range(self.settings.new_tokens):
                 token = step(token).argmax(dim=-1)
                 tokens.append(token)
-            ended = self.now()
-        seconds = {
-            "prefill": prefilled - started,
-            "decoder_prefill": prefilled - decoder_started,
-            "decode": (ended - prefilled) / self.settings.new_tokens,
-        }
-        return {"seconds": seconds, "tokens": self.torch.cat(tokens).tolist(), "visual": visual}
+            spent["decode"] = self.since(begun, calls=self.settings.new_tokens)  # whose products are small
+        return {"spent": spent, "tokens": self.torch.cat(tokens).tolist(), "visual": visual}
 
-    def now(self) -> float:
+    def now(self) -> Reading:
+        self._wait_for_gpu()
+        return read()
+
+    def since(self, begun: Reading, threads: int = 1, calls: int = 1) -> Spent:
+        self._wait_for_gpu()
+        return Spent.since(begun, threads, calls)
+
+    def _wait_for_gpu(self) -> None:
         if self.settings.device != "cpu":
             self.torch.cuda.synchronize()
-        return time.perf_counter()
 
     def memory(self) -> dict[str, int]:
         """Bytes: the largest resident set so far, and how today's divides into the process's own and mapped pages."""
@@ -183,7 +188,7 @@ class Side(ABC):
         """→ the model, on the device."""
 
     @abstractmethod
-    def _prefill(self) -> tuple[Any, Callable[[Any], Any], float, list[int]]:
+    def _prefill(self) -> tuple[Any, Callable[[Any], Any], Reading, list[int]]:
         """→ logits [1, V]; the function from a token [1] to the next logits; when the decoder began; visual tokens per
         layer."""
 
@@ -194,29 +199,32 @@ class Transformers(Side):
         from transformers import LlavaNextForConditionalGeneration
 
         self.model_class: Any = LlavaNextForConditionalGeneration
-        self.decoder_started = 0.0
+        self.decoder_begun: Reading | None = None
 
     def _load(self) -> Any:
         model = self.model_class.from_pretrained(self.settings.folder, dtype=self.dtype, attn_implementation="sdpa")
         model = model.to(self.settings.device)
 
         def note(*_: Any) -> None:
-            self.decoder_started = self.now()
+            if self.decoder_begun is None:  # a step of one token need not read the clocks
+                self.decoder_begun = self.now()
 
         model.model.language_model.layers[0].register_forward_pre_hook(note)
         return model
 
-    def _prefill(self) -> tuple[Any, Callable[[Any], Any], float, list[int]]:
+    def _prefill(self) -> tuple[Any, Callable[[Any], Any], Reading, list[int]]:
         model, sizes = self.model, self.torch.tensor([self.settings.size.picture])
+        self.decoder_begun = None
         out = model(input_ids=self.ids, pixel_values=self.pixels, image_sizes=sizes, use_cache=True, logits_to_keep=1)
-        decoder_started, cache = self.decoder_started, out.past_key_values
+        decoder_begun, cache = self.decoder_begun, out.past_key_values
+        assert decoder_begun is not None
 
         def step(token: Any) -> Any:
             out = model(input_ids=token[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
             return out.logits[:, -1]
 
         visual = [self.settings.size.visual_tokens] * self.settings.size.text["num_hidden_layers"]
-        return out.logits[:, -1], step, decoder_started, visual
+        return out.logits[:, -1], step, decoder_begun, visual
 
 
 class Minifocus(Side):
@@ -239,12 +247,12 @@ class Minifocus(Side):
             own.folder, self.sampler, own.device, own.dtype, check_finite=check_finite, **self.options
         )
 
-    def _prefill(self) -> tuple[Any, Callable[[Any], Any], float, list[int]]:
+    def _prefill(self) -> tuple[Any, Callable[[Any], Any], Reading, list[int]]:
         model = self.model
         pictures = model.encode_pictures([self.pixels[0]], [self.settings.size.picture], model.before_llm)
         rows, visual = model.embed(self.ids, pictures, before_llm=model.before_llm)
         del pictures
-        decoder_started = self.now()
+        decoder_begun = self.now()
         caches = [self.cache_class() for _ in range(model.config.text.num_hidden_layers)]
         prefill = model.prefill(rows, visual, caches)
         logits = model.language_model.lm_head(prefill.rows.hidden[:, -1])
@@ -255,7 +263,7 @@ class Minifocus(Side):
             positions = positions + 1
             return model.language_model.lm_head(model.language_model.model.decode(token, positions, caches))
 
-        return logits, step, decoder_started, prefill.visual[:, 0].tolist()
+        return logits, step, decoder_begun, prefill.visual[:, 0].tolist()
 
 
 def serve(connection: Any, settings: Settings, name: str) -> None:

@@ -13,7 +13,8 @@ Each case is one operator on random numbers, `minifocus` beside its peers:
                 Neither writes to new pages of memory: the C library hands out again what the last call gave back
 
 A round times one after the other, so that a change in the machine's speed falls on all; figures are medians over rounds,
-ratios medians of each round's ratio. On a GPU, events are recorded around each call. A gigabyte is written before it, which
+ratios medians of each round's ratio. On the CPU a round in which one had too little of the processors is run again (clocks.py).
+On a GPU, events are recorded around each call. A gigabyte is written before it, which
 empties the L2 cache and keeps the GPU busy until the host has sent all that the call consists of; "host" is how long the
 sending takes. "extra" is the largest growth of memory in use during one call, outputs included: resident
 pages on the CPU (Linux only), torch's allocations on a GPU. "GB/s" counts what must be read and written, once each.
@@ -46,9 +47,10 @@ from minifocus.ops import reference
 from minifocus.samplers.vision_guided import pools_for
 from minifocus.training.memory import keep_freed_memory
 
+from .clocks import Spent, read
 from .memory import extra_memory
 from .record import environment
-from .timing import interleaved, ratio
+from .timing import columns, interleaved, ratio, remark
 
 POOLS = pools_for(4, 3)
 FLAT = [side for pool in POOLS for side in pool]
@@ -216,25 +218,25 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 
 class Clock:
-    """Seconds of a call on a device."""
+    """What a call takes on a device."""
 
     def __init__(self, device: str):
         self.gpu = device == "cuda"
         self.flush = torch.empty(1 << 30, dtype=torch.uint8, device=device) if self.gpu else None
 
-    def seconds(self, run: Callable[[], object], calls: int) -> float:
+    def spent(self, run: Callable[[], object], calls: int) -> Spent:
         if self.flush is None:
-            start = time.perf_counter()
+            begun = read()
             for _ in range(calls):
                 run()
-            return (time.perf_counter() - start) / calls
+            return Spent.since(begun, calls=calls)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self.flush.zero_()
         start.record()
         run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return Spent(start.elapsed_time(end) / 1e3)
 
     def host_seconds(self, run: Callable[[], object]) -> float:
         """How long a call keeps the host of a GPU."""
@@ -259,12 +261,14 @@ def measure(case: Case, clock: Clock, rounds: int) -> dict[str, Any]:
             failed[name] = f"{type(error).__name__}: {error}"[:300]
             del case.runs[name]
     extra = {name: extra_memory(run, clock.gpu)[1] for name, run in case.runs.items()}
-    timed = {name: partial(clock.seconds, run, case.calls) for name, run in case.runs.items()}
-    times = interleaved({name: lambda _, call=call: call() for name, call in timed.items()}, rounds)
+    timed = {name: partial(clock.spent, run, case.calls) for name, run in case.runs.items()}
+    found = interleaved({name: lambda _, call=call: call() for name, call in timed.items()}, lambda one: [one], rounds)
+    times = {name: [one.wall for one in values] for name, values in found.results.items()}
+    spent = {name: columns(values) for name, values in found.results.items()}
     seconds = {name: median(values) for name, values in times.items()}
-    host = {
-        name: median(clock.host_seconds(run) for _ in range(rounds)) for name, run in case.runs.items() if clock.gpu
-    }
+    sending = {name: partial(clock.host_seconds, run) for name, run in case.runs.items() if clock.gpu}
+    sent = interleaved({name: lambda _, call=call: call() for name, call in sending.items()}, lambda _: [], rounds)
+    host = {name: median(values) for name, values in sent.results.items()}
     ratios = {name: ratio(values, times["minifocus"]) for name, values in times.items() if name != "minifocus"}
     figures: dict[str, float | None] = {**ratios, "microseconds": seconds["minifocus"] * 1e6}
     if extra["minifocus"] is not None and extra.get("reference"):
@@ -279,6 +283,7 @@ def measure(case: Case, clock: Clock, rounds: int) -> dict[str, Any]:
         "sizes": case.sizes,
         "failed": failed,
         "seconds": seconds,
+        **({} if clock.gpu else {"rounds": found.note(), "spent": spent}),
         **({"host_seconds": host} if clock.gpu else {}),
         "peer ÷ minifocus": ratios,
         "gb_per_second": case.bytes / seconds["minifocus"] / 1e9,
@@ -306,6 +311,8 @@ def print_case(result: dict[str, Any]) -> None:
         print(f"    {'not measured' if size is None else f'{size / 1e6:.1f} MB':>12} extra for {name}")
     for name, bar in result["bars"].items():
         print(f"    bar {name}: {bar}")
+    if "rounds" in result:
+        print(f"    {remark(result['rounds'])}")
 
 
 @command_line.guarded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT, CPUINFO = Path(__file__).resolve().parent.parent, Path("/proc/cpuinfo")
+MATRIX_FLAGS = re.compile(r"avx2|avx512f|avx512_(bf16|fp16|vnni)|avx_vnni|amx_")  # of x86, as Linux names them
 
 
 def git(*arguments: str) -> str | None:
@@ -43,9 +45,7 @@ def environment(script: Path, *packages: str) -> dict[str, Any]:
             return None
 
     copy_of = os.environ.get("MINIFOCUS_COMMIT")
-    changes, cpuinfo = git("status", "--porcelain"), Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    changes = git("status", "--porcelain")
     return {
         "command": shlex.join(["python", *invoked(script), *sys.argv[1:]]),
         "commit": copy_of or git("rev-parse", "--verify", "--quiet", "HEAD"),
@@ -55,7 +55,19 @@ def environment(script: Path, *packages: str) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: installed(name) for name in (*packages, "minifocus")},
         },
-        "machine": {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count()},
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The processor, what of it products of matrices can use, and how many processes it had to run over the last minute."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    fields = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    return {
+        "cpu": fields.get("model name") or platform.machine(),
+        "cores": os.cpu_count(),
+        "flags": [flag for flag in fields.get("flags", "").split() if MATRIX_FLAGS.match(flag)],
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
 
 

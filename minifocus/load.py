@@ -23,7 +23,7 @@ from .inputs.prompt import Template
 from .inputs.tokenizer import Tokenizer
 from .loading.config import DTYPES, Config, load_config
 from .loading.model_folder import LEARNED, Origin, finish_save, replacing, stamps
-from .loading.weights import Progress, check_storable, load_model, save_model, shapes_of, without_values
+from .loading.weights import Progress, check_storable, open_weights, save_model, shapes_of, without_values
 from .methods import SamplerOptions
 from .model import LlavaNetwork
 from .samplers.hooks import Samplers
@@ -209,7 +209,7 @@ def load(
     sampler       "focus" (both of FocusLLaVA's), "vision", "text", "none", or one of the field's training-free methods
                   (`minifocus.methods.names()`); `options` are the sampler's own, such as gamma, layer, selector, ratio
     dtype         "float32", "bfloat16", "float16" or the torch dtype; None: the checkpoint's
-    check_finite  refuse weights with NaN or infinity (one pass over them)
+    check_finite  refuse weights with NaN or infinity (one pass over them, by a thread while the rest is made)
     progress      called with (bytes read, bytes in all)
 
     A folder without a tokenizer loads; only text asks for it. generation_config.json is followed but for sampling, beams and
@@ -228,13 +228,11 @@ def load(
     origin = Origin.read(folder)
     config = load_config(folder)
     method = methods.build(sampler, config, folder, options)
-    processor = Processor.from_folder(folder, config)
-    model = load_model(
-        lambda: Llava(config, processor, origin), config, folder, target, resolved_dtype, check_finite, progress
-    )
+    with open_weights(folder, config, target, resolved_dtype, check_finite, progress) as make:
+        processor = Processor.from_folder(folder, config)
+        model = cast(Llava, make(lambda: Llava(config, processor, origin)))
     if stamps(folder) != origin.stamps:
         raise CheckpointError(f"{folder}: its files were changed while they were read: load it again")
-    model = cast(Llava, model)
     model._use(method)
     return model
 

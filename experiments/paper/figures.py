@@ -55,7 +55,7 @@ def score_and_speed_by_layer(recipe: Recipe, file: Path) -> dict[str, Any]:
         points = {str(layer): found for layer, found in enumerate(pool.map(answers, range(depth)))}
     models = {str(layer): load("text", recipe, layer=layer) for layer in reversed(range(depth))}
     for layer, found in time_models(models, 12 if recipe.count > 100 else 1).items():
-        points[layer] |= {"samples_per_second": found["samples_per_second"]}
+        points[layer] |= {key: found[key] for key in ("samples_per_second", "rounds")}
     pyplot = plots()
     figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
     accuracy = np.array([points[str(i)]["accuracy"] for i in range(depth)])

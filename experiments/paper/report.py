@@ -10,6 +10,7 @@ from typing import Any
 from minifocus.cards import FAMILIES
 
 from ..record import ROOT
+from ..timing import remark
 from .figures import FIGURES
 from .tables import PAPER_COLUMNS, TABLES, Figures, Measured, Table
 
@@ -79,6 +80,8 @@ def write_page(record: dict[str, Any], file: Path) -> None:
         measured = {row.arm: one for row in table.rows if (one := figures_of(row.arm, record, seeds)) is not None}
         parts.append(f"## Table {number}. {table.title}\n")
         parts.append(markdown(table, measured, record))
+        if table.timed:
+            parts += watched(record["speed"])
         if missing := [row.label for row in table.rows if row.arm not in measured and not row.extra]:
             parts.append(f"Not run here: {'; '.join(missing)}.")
         for claim in () if missing else table.claims:
@@ -91,6 +94,12 @@ def write_page(record: dict[str, Any], file: Path) -> None:
                 f"## Figure {number}. {figure.title}\n\n{figure.words}\n\n![{figure.title}]({drawn['file']})\n"
             )
     file.write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
+
+
+def watched(speed: dict[str, Any]) -> list[str]:
+    """How the rounds went, which are the same for all; nothing of a record that is older than the watch."""
+    notes = [one["rounds"] for one in speed.values() if "rounds" in one]
+    return [f"Times: {remark(notes[0])}\n"] if notes else []
 
 
 def markdown(table: Table, measured: Measured, record: dict[str, Any]) -> str:

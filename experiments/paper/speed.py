@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from functools import lru_cache, partial
 from itertools import islice
 from statistics import fmean, median
@@ -13,8 +12,9 @@ import minifocus
 from examples.sampler_options import read_options
 from minifocus import cards
 
+from ..clocks import Spent, read
 from ..flops import decoder_flops, vision_flops
-from ..timing import interleaved, ratio
+from ..timing import columns, interleaved, ratio
 from .arms import ARMS, SEEDS, Recipe, model_of
 
 BATCH = 16  # as evaluate.py answers them
@@ -39,6 +39,8 @@ def time_models(models: dict[str, minifocus.Llava], rounds: int) -> dict[str, di
     samples_per_second  of the batches, by their median time; `alone`: of single questions
     times_as_fast       the median over rounds of the first model's time ÷ this one's; `alone`: likewise
     gflops              mean over questions
+    rounds              how many there were, and how many were disturbed or run again: the same for all models
+    batches, alone      what each round's took, by the clocks
     """
 
     asked = cards.questions("test", (rounds + 1) * BATCH, FIRST_SCENE, dense=True)
@@ -47,33 +49,37 @@ def time_models(models: dict[str, minifocus.Llava], rounds: int) -> dict[str, di
     def questions_of(number: int) -> tuple[Any, ...]:
         return tuple(zip(*islice(asked, BATCH), strict=True))
 
-    def answer(model: minifocus.Llava, number: int) -> tuple[float, float, float]:
+    def answer(model: minifocus.Llava, number: int) -> tuple[Spent, Spent, float]:
         images, questions, _, _ = questions_of(number)
-        begun = time.perf_counter()
+        begun = read()
         answers = model.generate_batch(images, questions, max_new_tokens=16)
-        between = time.perf_counter()
+        batch, begun = Spent.since(begun), read()
         model.generate(images[number % BATCH], questions[number % BATCH], max_new_tokens=16)
-        ended = time.perf_counter()
+        alone = Spent.since(begun)
         tiles = [model.num_tiles((image.height, image.width)) for image in images]
         flops = fmean(
             decoder_flops(model.config, one.layer_tokens) + vision_flops(model.config, count)
             for one, count in zip(answers, tiles, strict=True)
         )
-        return between - begun, ended - between, flops
+        return batch, alone, flops
 
     answering = {name: partial(answer, model) for name, model in models.items()}
-    rounds_of = {name: list(zip(*own, strict=True)) for name, own in interleaved(answering, rounds, warm_up=1).items()}
-    first_batches, first_alone, _ = next(iter(rounds_of.values()))
-    return {
-        name: {
+    timed = interleaved(answering, lambda one: one[:2], rounds, warm_up=1)
+    figures, first = {}, next(iter(timed.results.values()))
+    first_batches, first_alone = ([one[way].wall for one in first] for way in (0, 1))
+    for name, own in timed.results.items():
+        batches, alone = ([one[way].wall for one in own] for way in (0, 1))
+        figures[name] = {
             "samples_per_second": BATCH / median(batches),
             "times_as_fast": ratio(first_batches, batches),
             "samples_per_second_alone": 1 / median(alone),
             "times_as_fast_alone": ratio(first_alone, alone),
-            "gflops": fmean(flops) / 1e9,
+            "gflops": fmean(one[2] for one in own) / 1e9,
+            "rounds": timed.note(),
+            "batches": columns([one[0] for one in own]),
+            "alone": columns([one[1] for one in own]),
         }
-        for name, (batches, alone, flops) in rounds_of.items()
-    }
+    return figures
 
 
 def measure_speed(names: list[str], recipe: Recipe) -> dict[str, Any]:

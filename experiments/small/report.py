@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..record import ROOT
+from ..timing import remark
 from .importance_maps import TOP
 from .selector_inputs import NORMS
 
@@ -35,7 +36,7 @@ One question about a photograph, another one in each round: {alone_rounds}. `non
 A batch of {batch_size} questions about pieces of photographs, each of {batch_tokens:.0f} visual tokens: {batch_rounds}. `none`
 reads them in {batch_prefill:.1f} s{batch_decode}{left_out}
 
-{batch}"""
+{batch}{watched}"""
 
 IMPORTANCE = """## Importance (Eq. 8) by layer (Figure 5)
 
@@ -74,6 +75,12 @@ def over(rounds: int) -> str:
     return "one round" if rounds == 1 else f"medians over {rounds} rounds"
 
 
+def watched(found: dict[str, Any]) -> str:
+    """How the rounds went; nothing in a record that is older than the watch."""
+    went = remark(*(found[key] for key in ("alone_watched", "batch_watched") if key in found))
+    return f"\n{went}\n" if went else ""
+
+
 def speed_table(results: list[dict[str, Any]], rounds: int) -> str:
     """Without the time of a token where there are few rounds: a few seconds that other programs may have had."""
     rows, decoded = [], rounds >= FEWEST
@@ -109,6 +116,7 @@ def speed(found: dict[str, Any]) -> str:
         else ". So few rounds say nothing of a token's time, a few seconds in which the machine had other work: it is left out.",
         left_out=f"\nNot asked in a batch, for the time that it takes: {', '.join(missing)}." if missing else "",
         batch=speed_table(found["batch"], batch_rounds),
+        watched=watched(found),
     )
 
 

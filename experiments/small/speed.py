@@ -24,6 +24,8 @@ def time_methods(
     alone    figures of `none` and of `methods` for one question, which is another photograph's in every round
     batch    of `none` and those of `batched` that are in `methods`, for `batch` pieces of photographs at once
 
+    alone_watched, batch_watched  how many rounds were disturbed and run again (timing.py)
+
     `rounds` are of the one and of the other. Options are searched for on the first photograph. "focus" and "vision" have the
     stand-in for a trained selector, which the folder lacks. `small`: pieces instead of whole photographs, few new tokens.
     """
@@ -34,11 +36,16 @@ def time_methods(
     models = Models(model, {})
     # The search has warmed all up.
     together = [one for one in settings if one.method == "none" or one.method in batched]
+    alone_figures, alone_watched = measure(models, settings, alone, new_tokens, warm_up=False, all_of_them=True)
+    batches = [pieces(batch)] * rounds[1]
+    batch_figures, batch_watched = measure(models, together, batches, new_tokens, warm_up=False, all_of_them=True)
     return {
         "budget": BUDGET,
         "rounds": list(rounds),
         "batch_size": batch,
         "new_tokens": new_tokens,
-        "alone": measure(models, settings, alone, new_tokens, warm_up=False, all_of_them=True),
-        "batch": measure(models, together, [pieces(batch)] * rounds[1], new_tokens, warm_up=False, all_of_them=True),
+        "alone": alone_figures,
+        "alone_watched": alone_watched,
+        "batch": batch_figures,
+        "batch_watched": batch_watched,
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..arguments import brief, shown
 from ..errors import CheckpointError, InputError
 from ..files.reading import open_safetensors, present, read_json, regular
 from .config import Config, describe_parts
+from .finite import checking, is_finite
 from .json_fields import JsonFields
 from .model_folder import CONFIG
 
@@ -167,19 +169,31 @@ def _listing(names: list[str], limit: int = 20) -> str:
     return ", ".join(map(brief, names[:limit])) + more
 
 
-def read_tensors(
+def map_tensors(
+    found: dict[str, StoredTensor], device: torch.device, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """Those tensors that are on `device` and in `dtype` as they are stored: mapped into memory, and not read yet."""
+    as_it_is = {name for name, one in STORED_DTYPES.items() if one == dtype and device.type == "cpu"}
+    own = {name: tensor for name, tensor in found.items() if tensor.dtype in as_it_is}
+    mapped: dict[str, torch.Tensor] = {}
+    for file in sorted({tensor.file for tensor in own.values()}):
+        with open_safetensors(file) as stored:
+            mapped |= {n: stored.get_tensor(tensor.key) for n, tensor in own.items() if tensor.file == file}
+    return mapped
+
+
+def convert_tensors(
     found: dict[str, StoredTensor],
     device: torch.device,
     dtype: torch.dtype,
     check_finite: bool,
-    progress: Progress | None,
+    read: Callable[[int], None],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each name and tensor, on `device` and in `dtype`. With `check_finite`, NaN and infinity are refused.
+    """Each name and tensor, on `device` and in `dtype`; `read` is told its bytes.
 
-    So are matrices, kernels and embeddings that float16 is too narrow for (`_vanishes`).
+    Matrices, kernels and embeddings that float16 is too narrow for (`_vanishes`) are refused. So are NaN and infinity, with
+    `check_finite`.
     """
-    total = sum(_num_bytes(tensor) for tensor in found.values())
-    done = 0
     for file in sorted({tensor.file for tensor in found.values()}):
         with open_safetensors(file) as stored:
             for name, tensor in found.items():
@@ -191,12 +205,14 @@ def read_tensors(
                     raise CheckpointError(
                         f"{file}: {brief(tensor.key)}: its values are too small for {dtype}: expected dtype bfloat16 or float32"
                     )
-                if check_finite and not _finite(value):
-                    raise CheckpointError(f"{file}: {brief(tensor.key)}: holds NaN or infinite values (as {dtype})")
-                done += _num_bytes(tensor)
-                if progress is not None:
-                    progress(done, total)
+                if check_finite and not is_finite(value):
+                    raise _not_finite(tensor, dtype)
+                read(_num_bytes(tensor))
                 yield name, value
+
+
+def _not_finite(tensor: StoredTensor, dtype: torch.dtype | None) -> CheckpointError:
+    return CheckpointError(f"{tensor.file}: {brief(tensor.key)}: holds NaN or infinite values (as {dtype})")
 
 
 def _num_bytes(tensor: StoredTensor) -> int:
@@ -204,16 +220,6 @@ def _num_bytes(tensor: StoredTensor) -> int:
     for side in tensor.shape:
         count *= side
     return count * (4 if tensor.dtype == "F32" else 2)
-
-
-def _finite(value: torch.Tensor) -> bool:
-    """Whether all values are finite. A sum is only finite if all its terms are, and summing is the fastest pass over memory.
-
-    A sum that is not finite may have overflowed, so the values themselves are then checked. It sums in parts, because on the
-    CPU a sum in float32 begins with a copy in float32, which for 128,000 embeddings takes 2 GB.
-    """
-    parts = value.flatten().split(2**22)
-    return all(bool(part.sum(dtype=torch.float32).isfinite()) or bool(part.isfinite().all()) for part in parts)
 
 
 def _vanishes(whole: torch.Tensor, half: torch.Tensor) -> bool:
@@ -232,7 +238,10 @@ def _vanishes(whole: torch.Tensor, half: torch.Tensor) -> bool:
 
 
 def _magnitude(value: torch.Tensor) -> float:
-    """The sum of all absolute values. In parts, as in `_finite`."""
+    """The sum of all absolute values.
+
+    In parts, because on the CPU a sum in float32 begins with a copy in float32, which for 128,000 embeddings takes 2 GB.
+    """
     parts = value.flatten().split(2**22)
     return sum(float(torch.linalg.vector_norm(part, 1, dtype=torch.float32)) for part in parts)
 
@@ -261,45 +270,75 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def load_model(
-    build: Callable[[], nn.Module],
-    config: Config,
+@contextmanager
+def open_weights(
     folder: Path,
+    config: Config,
     device: torch.device,
     dtype: torch.dtype | None,
     check_finite: bool = True,
     progress: Progress | None = None,
-) -> nn.Module:
-    """The model that `build` makes (on the meta device), with the folder's weights.
+) -> Iterator[Callable[[Callable[[], nn.Module]], nn.Module]]:
+    """Gives a function that makes a model by the one that it is given (on the meta device), with the folder's weights.
 
-    `dtype` None takes config.json's, or else that of the stored embeddings. Raises CheckpointError with every mismatch in
-    one message; nothing half-loaded is ever returned.
+    `dtype` None takes config.json's, or else that of the stored embeddings. From here to the model's end a thread checks
+    the weights that stay as they are stored. Raises CheckpointError with every mismatch in one message; nothing half-loaded
+    or unchecked is ever returned.
     """
     found = read_headers(folder)
     check_layer_counts(found, config, folder)
-    model = without_values(build)
+    if dtype is None:
+        dtype = config.dtype or (STORED_DTYPES.get(found[EMBEDDINGS].dtype) if EMBEDDINGS in found else None)
+    mapped = map_tensors(found, device, dtype)
+    total, done = sum(_num_bytes(tensor) for tensor in found.values()), 0
+
+    def read(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+
+    with checking(mapped.values() if check_finite else ()) as all_finite:
+
+        def make(build: Callable[[], nn.Module]) -> nn.Module:
+            model = without_values(build)
+            _check_fit(found, model, config, folder)
+            assert dtype is not None  # the embeddings are there, and in a dtype that is known
+            rest = {name: tensor for name, tensor in found.items() if name not in mapped}
+            state = mapped | dict(convert_tensors(rest, device, dtype, check_finite, read))
+            _fill(model, state, config.tie_word_embeddings)
+            if not all_finite(read):
+                changed = CheckpointError(f"{folder}: its files were changed while they were read: load it again")
+                raise next((_not_finite(found[n], dtype) for n, v in mapped.items() if not is_finite(v)), changed)
+            if not check_finite:
+                read(total - done)
+            if config.tie_word_embeddings and not _same_values(state[HEAD], state[EMBEDDINGS]):
+                raise CheckpointError(
+                    f"{folder / 'config.json'}: tie_word_embeddings is true, but {found[HEAD].key} differs from the embeddings"
+                )
+            return model.eval()
+
+        yield make
+
+
+def _check_fit(found: dict[str, StoredTensor], model: nn.Module, config: Config, folder: Path) -> None:
     expected = shapes_of(model)
-    tied = config.tie_word_embeddings
-    if tied and HEAD not in found:
+    if config.tie_word_embeddings and HEAD not in found:
         del expected[HEAD]
     check_names_and_shapes(found, expected, folder)
 
-    dtype = dtype or config.dtype or STORED_DTYPES[found[EMBEDDINGS].dtype]
-    state = dict(read_tensors(found, device, dtype, check_finite, progress))
+
+def _fill(model: nn.Module, state: dict[str, torch.Tensor], tied: bool) -> None:
+    """Put `state` in the place of the model's values, without a copy. `tied`: its head is its embeddings."""
     if tied:
-        head = state.setdefault(HEAD, state[EMBEDDINGS])
-        if head is not state[EMBEDDINGS] and not torch.equal(head, state[EMBEDDINGS]):
-            raise CheckpointError(
-                f"{folder / 'config.json'}: tie_word_embeddings is true, but {found[HEAD].key} differs from the embeddings"
-            )
+        state.setdefault(HEAD, state[EMBEDDINGS])
     model.load_state_dict(state, strict=True, assign=True)
     if tied:
         model.get_submodule("language_model.lm_head").weight = model.get_parameter(EMBEDDINGS)
-    return model.eval()
 
 
 def check_storable(state: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
-    """Raise one InputError for tensors that cannot be written, or that `load_model` would not read again."""
+    """Raise one InputError for tensors that cannot be written, or that `load` would not read again."""
     problems = _mismatches({n: tuple(v.shape) for n, v in state.items()}, expected)
     dtypes = (*STORED_DTYPES.values(), torch.float64)
     unstored = [
@@ -329,7 +368,7 @@ def save_model(
     dtype, float64 as float32 where that loses nothing; config.json names the embeddings'. It says of the projector what `config`
     does. A tied head is left out; one that
     is tied no more is written, and config.json says so. More than `shard_bytes` become several files with an index. Raises
-    CheckpointError for a companion that could not be read, InputError for values that `load_model` would refuse, OSError
+    CheckpointError for a companion that could not be read, InputError for values that `load` would refuse, OSError
     and SafetensorError where `folder` cannot be written.
     """
     for name, content in companions.items():
@@ -370,7 +409,7 @@ def save_model(
         tensors = {name: _stored(name, state[name]) for name in shard}
         if check_finite:
             for name, value in tensors.items():
-                if not _finite(value.to(dtype)):
+                if not is_finite(value.to(dtype)):
                     raise InputError(
                         f"{name}: holds NaN or infinite values (as {dtype}), which `load` refuses: expected finite ones, or "
                         "check_finite=False"
@@ -385,7 +424,7 @@ def _write_json(file: Path, fields: dict[str, Any]) -> None:
 
 
 def _narrow(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a tensor is stored in: float32 for float64, which `load_model` does not read."""
+    """The dtype that a tensor is stored in: float32 for float64, which `load` does not read."""
     return torch.float32 if dtype == torch.float64 else dtype
 
 

@@ -488,12 +488,12 @@ def test_config_values(folder: Path, changes: dict[str, Any], parts: list[str]) 
 
 @pytest.mark.parametrize("place", [0, 2**22 - 1, 2**22, -1])
 def test_values_are_looked_for_in_every_part_of_a_large_tensor(place: int) -> None:
-    from minifocus.loading.weights import _finite
+    from minifocus.loading.finite import is_finite
 
     large = torch.full((2, 2**21 + 3), 60000.0, dtype=torch.float16)
-    assert _finite(large)  # though a sum of as many is too large for its type
+    assert is_finite(large)  # though a sum of as many is too large for its type
     large.view(-1)[place] = torch.inf
-    assert not _finite(large)
+    assert not is_finite(large)
 
 
 def test_the_original_repository_s_folder_is_named_as_such(folder: Path) -> None:

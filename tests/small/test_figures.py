@@ -18,6 +18,7 @@ from experiments.small import figures, importance_maps, report
 from experiments.small.photographs import pieces
 from experiments.small.selector_inputs import NORMS, selector_inputs, statistics
 from experiments.small.speed import ordered_methods
+from experiments.timing import remark
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,7 +127,10 @@ def test_quick_run(tmp_path: Path) -> None:
         assert found["random"]["tokens"]["equivalent"] == pytest.approx(record["speed"]["budget"], abs=0.01)
         for one in results:
             assert one["decode_seconds_per_token"] > 0 and 0 < one["gflops"] <= none["gflops"]
+            assert min(one["whole_call"]["processor"]) > 0
             assert one["prefill_ratio"] == pytest.approx(one["prefill_seconds"] / none["prefill_seconds"])
+    notes = [record["speed"][way] for way in ("alone_watched", "batch_watched")]
+    assert [note["rounds"] for note in notes] == [1, 1] and remark(*notes) in (tmp_path / "README.md").read_text()
     layers = record["importance"]["layers"]
     assert len(layers) == 30
     for one in layers:

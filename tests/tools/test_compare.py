@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minifocus
 from experiments import compare, flops, memory
+from experiments.timing import remark
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "weights/tiny"
@@ -151,5 +152,9 @@ def test_quick_run(of_one_s_own: bool, tmp_path: Path) -> None:
         assert 0 < one["gflops"] <= results["none"]["gflops"]
         assert one["prefill_seconds"] > 0 and one["decode_seconds_per_token"] > 0
         assert 0 <= one["accuracy"] <= 1 and set(one["families"]) <= {"read", "perceive", "reason", "relate"}
+        assert {len(one["whole_call"][clock]) for clock in ("rounds", "processor", "waiting")} == {2}
+        assert min(one["whole_call"]["rounds"]) > 0 and min(one["whole_call"]["processor"]) > 0
     assert file.with_suffix(".png").stat().st_size > 10_000
-    assert file.with_suffix(".md").read_text(encoding="utf-8") == compare.table(record["results"])
+    page = file.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == compare.page(record) and page.startswith(compare.table(record["results"]))
+    assert page.rstrip().splitlines()[-1] == remark(record["rounds"]) and record["rounds"]["rounds"] == 2

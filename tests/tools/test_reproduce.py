@@ -7,12 +7,14 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
 import json
 import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,9 +26,12 @@ from experiments import record as record_of
 from experiments.paper import arms as trained
 from experiments.paper import report as page
 from experiments.paper import reproduce as reproduction
+from experiments.paper import speed
 from experiments.paper.arms import ARMS, CommandFailed, once, run
 from experiments.paper.figures import FIGURES, SAME
 from experiments.paper.tables import TABLES, Figures
+from experiments.timing import remark
+from minifocus import cards
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("read", "perceive", "reason", "relate")
@@ -139,9 +144,9 @@ def test_a_table_compares_the_seeds_that_all_its_arms_have() -> None:
 
 def test_a_table_s_markdown() -> None:
     arms = {"control": {"1": answers(0.94), "2": answers(0.96)}, "vision": {"1": answers(0.9)}}
-    speed = {"samples_per_second": 20.0, "times_as_fast": 1.0, "gflops": 3.25}
-    speed |= {"samples_per_second_alone": 9.5, "times_as_fast_alone": 1.0}
-    record = {"arms": arms, "speed": {"control": speed}}
+    control = {"samples_per_second": 20.0, "times_as_fast": 1.0, "gflops": 3.25}
+    control |= {"samples_per_second_alone": 9.5, "times_as_fast_alone": 1.0}
+    record = {"arms": arms, "speed": {"control": control}}
     table = TABLES[2]
     short = type(table)(table.title, table.rows[:2], (), table.spread, table.timed)
     measured = {row.arm: page.figures_of(row.arm, record, ["1", "2"]) for row in short.rows}
@@ -153,6 +158,42 @@ def test_a_table_s_markdown() -> None:
     assert lines[2].endswith("| 100% | 2.85 | 65.5 | 1562 | 76.4 | 61.7 |")
     assert lines[3].startswith("| vision-guided sampler* (one seed) | 90.0% | 90.0% |")
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_models_are_timed_in_turn_on_the_same_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Any]] = []
+    picture = SimpleNamespace(height=1, width=1)
+    monkeypatch.setattr(speed, "vision_flops", lambda *_: 1e9)
+    monkeypatch.setattr(speed, "decoder_flops", lambda *_: 2e9)
+    monkeypatch.setattr(cards, "questions", lambda *_, **__: ((picture, str(n), "", "") for n in itertools.count()))
+
+    class Model:
+        def __init__(self, name: str):
+            self.name, self.config = name, None
+
+        def num_tiles(self, size: tuple[int, int]) -> int:
+            return 3
+
+        def generate_batch(self, images: Any, questions: Any, max_new_tokens: int) -> list[SimpleNamespace]:
+            asked.append((self.name, tuple(questions)))
+            return [SimpleNamespace(layer_tokens=[7])] * len(questions)
+
+        def generate(self, image: Any, question: str, max_new_tokens: int) -> None:
+            asked.append((self.name, question))
+
+    found = speed.time_models({name: Model(name) for name in ("control", "focus")}, 2)
+    rounds = [asked[begin : begin + 4] for begin in range(0, len(asked), 4)]
+    note = found["control"]["rounds"]
+    assert len(rounds) == 1 + note["rounds"] + note["repeated"] and note["rounds"] == 2  # one to warm up
+    for one in rounds:
+        (first, batch), (second, single) = one[:2]
+        assert [*one[2:]] == [("focus", batch), ("focus", single)] and first == second == "control"
+        assert len(batch) == 16 and single in batch
+    assert len({one[0] for one in rounds}) == 3
+    assert found["focus"]["rounds"] == note and found["control"]["times_as_fast"] == 1
+    assert found["focus"]["gflops"] == 3
+    assert len(found["focus"]["batches"]["processor"]) == len(found["focus"]["alone"]["rounds"]) == 2
+    assert page.watched(found) == [f"Times: {remark(note)}\n"] and page.watched({"control": {"gflops": 3}}) == []
 
 
 def test_a_table_without_all_of_its_arms_claims_nothing(tmp_path: Path) -> None:
