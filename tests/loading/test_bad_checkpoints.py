@@ -486,14 +486,19 @@ def test_config_values(folder: Path, changes: dict[str, Any], parts: list[str]) 
     refused(folder, "config.json", *parts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("place", [0, 2**22 - 1, 2**22, -1])
-def test_values_are_looked_for_in_every_part_of_a_large_tensor(place: int) -> None:
+def test_values_are_looked_for_in_every_part_of_a_large_tensor(place: int, dtype: torch.dtype) -> None:
     from minifocus.loading.finite import is_finite
 
-    large = torch.full((2, 2**21 + 3), 60000.0, dtype=torch.float16)
+    large = torch.full((2, 2**21 + 3), torch.finfo(dtype).max, dtype=dtype)
     assert is_finite(large)  # though a sum of as many is too large for its type
-    large.view(-1)[place] = torch.inf
-    assert not is_finite(large)
+    for value in (torch.inf, -torch.inf, torch.nan):
+        large.view(-1)[place] = value
+        assert not is_finite(large)
+        large.view(-1)[place - 3] = -torch.inf  # one takes the other away
+        assert not is_finite(large)
+        large.fill_(0.01)
 
 
 def test_the_original_repository_s_folder_is_named_as_such(folder: Path) -> None:

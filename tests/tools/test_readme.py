@@ -24,11 +24,20 @@ from safetensors.torch import load_file
 import minifocus
 from experiments.miniature import make
 from experiments.timing import remark
+from experiments.true_size import report
+from experiments.true_size.folder import num_bytes
+from experiments.true_size.models import MODELS
 from minifocus import methods
+from minifocus.inputs.model_inputs import num_visual_tokens
+from minifocus.loading.config import read_config
+from minifocus.loading.json_fields import JsonFields
+from minifocus.loading.weights import shapes_of, without_values
+from minifocus.model import LlavaNetwork
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments/results"
-DOCS = ("training", "methods", "results", "operators", "checkpoints", "notes")
+DOCS = ("training", "methods", "results", "operators", "checkpoints", "scale", "notes")
+TRUE_SIZES = sorted(file.parent.name for file in RESULTS.glob("true-size/*/results.json"))
 PAGES = [
     "README.md",
     *(f"docs/{name}.md" for name in DOCS),
@@ -40,6 +49,7 @@ PAGES = [
     "experiments/results/paper/README.md",
     "experiments/results/paper-650-steps/README.md",
     "experiments/results/small/README.md",
+    *(f"experiments/results/true-size/{name}/README.md" for name in TRUE_SIZES),
 ]
 WRITTEN = [page for page in PAGES if not page.startswith("experiments/")]  # by hand
 
@@ -517,6 +527,27 @@ def real_parts() -> list[str]:
     ]
 
 
+def true_sizes() -> list[str]:
+    """Sizes that follow from the shapes."""
+    found = []
+    for name, model in MODELS.items():
+        config = read_config(JsonFields(model.config(), "config.json"), ROOT)
+        shapes = shapes_of(without_values(lambda config=config: LlavaNetwork(config)))  # type: ignore[misc]
+        cache = 2 * 2 * config.text.num_hidden_layers * config.text.num_key_value_heads * config.text.head_dim
+        visual = num_visual_tokens(config, (672, 672))
+        found.append(
+            f"| `llava-hf/{name}-hf` | {sum(map(num_bytes, shapes.values())) / 1e9:.1f} GB | {cache / 1e6:.2f} MB | "
+            f"{visual * cache / 1e9:.2f} GB |"
+        )
+    return [*found, f"all {visual} visual tokens"]
+
+
+def true_size_rows() -> list[str]:
+    """Of every record that there is, the table as its own page has it."""
+    found = (report.table(report.HEADS, report.rows(record(f"true-size/{name}/results.json"))) for name in TRUE_SIZES)
+    return list(dict.fromkeys(line for table in found for line in table.splitlines()))
+
+
 def operator_rows() -> list[str]:
     rows = []
     for case in record("operators_cpu.json")["cases"]:
@@ -719,6 +750,7 @@ FIGURES: dict[str, list[Callable[[], Iterable[str]]]] = {
     "docs/methods.md": [method_figures],
     "docs/notes.md": [tried],
     "docs/operators.md": [mutants_recorded],
+    "docs/scale.md": [true_sizes, true_size_rows],
     "docs/results.md": [
         accuracy_rows,
         parameters,
@@ -762,7 +794,10 @@ def test_the_stages_of_the_embedded_model() -> None:
     assert {int(batch) for stage, _, batch in stages if stage in ("full", "focus")} == {make.BATCH}
 
 
-@pytest.mark.parametrize("folder", ["paper", "paper-650-steps", "paper-harder-scenes", "small"])
+@pytest.mark.parametrize(
+    "folder",
+    ["paper", "paper-650-steps", "paper-harder-scenes", "small", *(f"true-size/{name}" for name in TRUE_SIZES)],
+)
 def test_generated_pages_name_their_record_s_command(folder: str) -> None:
     """A program may have moved since. The command stays the one that was run at the commit that stands beside it."""
     found = record(f"{folder}/results.json")
