@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--template", choices=list(TEMPLATES), help="default: the model's")
     add_sampler_options(parser)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: the checkpoint's")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16, int8 or int4; default: the checkpoint's")
     parser.add_argument("--max-new-tokens", type=int, help="default: what generation_config.json says, or else 256")
     parser.add_argument(
         "--min-new-tokens", type=int, help="default of this and the next two: what generation_config.json says"

@@ -23,9 +23,19 @@ from .inputs.prompt import Template
 from .inputs.tokenizer import Tokenizer
 from .loading.config import DTYPES, Config, load_config
 from .loading.model_folder import LEARNED, Origin, finish_save, replacing, stamps
-from .loading.weights import Progress, check_storable, open_weights, save_model, shapes_of, without_values
+from .loading.weights import (
+    Progress,
+    check_storable,
+    open_weights,
+    quantized_dtypes,
+    save_model,
+    shapes_of,
+    without_values,
+)
 from .methods import SamplerOptions
 from .model import LlavaNetwork
+from .quantized import NAMES as QUANTIZED
+from .quantized import exchange
 from .samplers.hooks import Samplers
 from .samplers.learned_file import save_learned
 from .stream import Stream
@@ -163,6 +173,8 @@ class Llava(LlavaNetwork):
     def _use(self, method: Samplers) -> None:
         self.before_llm = None if method.before is None else method.before.to(self.device).eval()
         self.inside_llm = method.inside
+        if self.before_llm is not None and self.config.quantized:
+            self.before_llm.requires_grad_(False)  # as all the rest: quantised weights hand on no gradient
 
     def save(self, folder: str | PathLike[str], *, check_finite: bool = True) -> None:
         """Write the model as `load` takes it: weights, what a sampler has learned, and the other files as they were when it came.
@@ -179,7 +191,9 @@ class Llava(LlavaNetwork):
         if not self.origin.companions:
             raise InputError("model: expected one that was loaded from a folder, whose config.json it is saved with")
         state = {name: value for name, value in self.state_dict().items() if not name.startswith("before_llm.")}
-        check_storable(state, shapes_of(without_values(lambda: LlavaNetwork(self.config))))
+        expected = without_values(lambda: LlavaNetwork(self.config))
+        layers = exchange(expected, self.config.quantized, self.config.tie_word_embeddings)
+        check_storable(state, shapes_of(expected), quantized_dtypes(layers))
         try:
             with replacing(target) as fresh:
                 save_model(state, self.origin.companions, fresh, self.config, check_finite)
@@ -208,7 +222,9 @@ def load(
 
     sampler       "focus" (both of FocusLLaVA's), "vision", "text", "none", or one of the field's training-free methods
                   (`minifocus.methods.names()`); `options` are the sampler's own, such as gamma, layer, selector, ratio
-    dtype         "float32", "bfloat16", "float16" or the torch dtype; None: the checkpoint's
+    dtype         "float32", "bfloat16", "float16" or the torch dtype; None: the checkpoint's. "int8" or "int4": the decoder's
+                  weights in so few bits, everything else in bfloat16 (docs/checkpoints.md). A folder whose weights are that
+                  already takes no other
     check_finite  refuse weights with NaN or infinity (one pass over them, by a thread while the rest is made)
     progress      called with (bytes read, bytes in all)
 
@@ -219,22 +235,42 @@ def load(
     folder = arguments.path("folder", folder)
     if kind(folder) != FOLDER:
         raise CheckpointError(f"{named(folder)}: expected the folder of a model, found {kind(folder)}")
-    resolved_dtype = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(resolved_dtype, torch.dtype) and resolved_dtype in DTYPES.values()):
-        raise InputError(f"dtype: expected one of {', '.join(DTYPES)}, got {arguments.shown(dtype)}")
+    resolved_dtype, quantized = _dtype(dtype)
     check_finite = arguments.flag("check_finite", check_finite)
     target = usable_device(device)
     finish_save(folder)
     origin = Origin.read(folder)
     config = load_config(folder)
+    if config.quantized and dtype not in (None, config.quantized):
+        raise InputError(
+            f"dtype: {named(folder)} holds weights in {config.quantized}: expected {config.quantized!r} or None, got "
+            f"{arguments.shown(dtype)}. Other dtypes, and training, take the model that it was made of"
+        )
+    quantize = config.quantized is None and quantized is not None
+    if quantize:
+        config = replace(config, quantized=quantized)
+    if config.quantized:
+        resolved_dtype = torch.bfloat16
     method = methods.build(sampler, config, folder, options)
-    with open_weights(folder, config, target, resolved_dtype, check_finite, progress) as make:
+    with open_weights(folder, config, target, resolved_dtype, check_finite, progress, quantize) as make:
         processor = Processor.from_folder(folder, config)
         model = cast(Llava, make(lambda: Llava(config, processor, origin)))
     if stamps(folder) != origin.stamps:
         raise CheckpointError(f"{folder}: its files were changed while they were read: load it again")
     model._use(method)
     return model
+
+
+def _dtype(given: str | torch.dtype | None) -> tuple[torch.dtype | None, str | None]:
+    """The dtype of that name, or None for the checkpoint's; and what the decoder's weights are to be quantised to, or None."""
+    if given is None:
+        return None, None
+    if isinstance(given, str) and given in QUANTIZED:
+        return torch.bfloat16, given
+    dtype = DTYPES.get(given) if isinstance(given, str) else given
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES.values():
+        raise InputError(f"dtype: expected one of {', '.join((*DTYPES, *QUANTIZED))}, got {arguments.shown(given)}")
+    return dtype, None
 
 
 def usable_device(name: str | torch.device) -> torch.device:

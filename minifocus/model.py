@@ -57,11 +57,11 @@ class LlavaNetwork(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.language_model.lm_head.weight.device
+        return self.language_model.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.language_model.lm_head.weight.dtype
+        return self.language_model.model.norm.weight.dtype
 
     # ---- pictures → feature maps → visual tokens ----
 

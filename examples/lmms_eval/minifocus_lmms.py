@@ -55,7 +55,7 @@ class Minifocus(lmms):
     pretrained  folder of the checkpoint in Hugging Face's layout
     sampler     "focus", "vision", "text" or "none"; `options` are its own: gamma, layer, keep, selector, ...
     device      where to run; by default what accelerate finds. Under `accelerate launch` each process has its own
-    dtype       "float32", "bfloat16" or "float16"; by default the checkpoint's
+    dtype       "float32", "bfloat16", "float16", "int8" or "int4"; by default the checkpoint's
     template    of minifocus.inputs.prompt.TEMPLATES; by default the folder's own chat template
     batch_size  questions at once, where generation is greedy; sampling takes one at a time
 

@@ -1,1 +1,1 @@
-"""Files on the disk: how they are read (`reading`), written whole or not at all (`writing`), and locked (`locks`)."""
+"""Files on the disk: read (`reading`), written whole or not at all (`writing`) or to be mapped (`aligned`), locked (`locks`)."""

@@ -18,6 +18,7 @@ from ..activations import ACTIVATIONS
 from ..errors import CheckpointError, InputError
 from ..files.reading import named
 from ..projectors import Ends, Grid, MLPOptions, ProjectorOptions, describe, options_of
+from ..quantized import NAMES as QUANTIZED
 from .generation_config import GenerationConfig, read_generation_config
 from .json_fields import LARGEST_SIZE, JsonFields
 
@@ -114,6 +115,7 @@ class Config:
     grid_pinpoints: tuple[tuple[int, int], ...]
     dtype: torch.dtype | None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    quantized: str | None = None  # "int8" or "int4": what the decoder's weights are (see `minifocus.quantized`)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -276,8 +278,13 @@ def _read_projector(top: JsonFields, keep_cls: bool, ends: Ends) -> ProjectorOpt
 
 
 def describe_parts(members: dict[str, Any], config: Config) -> bool:
-    """Make config.json's `members` say what `config` does of the projector and its layers; whether that changed anything."""
+    """Make config.json's `members` say what `config` does of the projector, its layers and quantised weights.
+
+    Returns whether that changed anything.
+    """
     top, changed = JsonFields(members, "config.json"), False
+    if _read_quantized(top) != config.quantized:
+        members["quantization"], changed = config.quantized and {"weights": config.quantized}, True
     if _read_feature_layers(top, config.vision) != config.feature_layers:
         members["vision_feature_layer"], changed = list(config.feature_layers), True
     if _stated_projector(top) == config.projector:
@@ -303,6 +310,14 @@ def _read_pinpoints(top: JsonFields, tile: int) -> tuple[tuple[int, int], ...]:
 def _read_dtype(top: JsonFields) -> torch.dtype | None:
     key = "dtype" if top.given("dtype") else "torch_dtype"
     return DTYPES[top.choice(key, "", tuple(DTYPES))] if top.given(key) else None
+
+
+def _read_quantized(top: JsonFields) -> str | None:
+    section = top.section("quantization")
+    if not section.members:
+        return None
+    top.check("quantization", set(section.members) == {"weights"}, "an object with the key weights alone")
+    return section.choice("weights", "", QUANTIZED)
 
 
 def load_config(folder: Path) -> Config:
@@ -362,4 +377,5 @@ def read_config(top: JsonFields, folder: Path) -> Config:
         grid_pinpoints=_read_pinpoints(top, vision.image_size) if model_type == "llava_next" else (),
         dtype=_read_dtype(top),
         generation=generation,
+        quantized=_read_quantized(top),
     )

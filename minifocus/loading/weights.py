@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..arguments import brief, shown
 from ..errors import CheckpointError, InputError
+from ..files.aligned import write_aligned
 from ..files.reading import open_safetensors, present, read_json, regular
+from ..quantized import QuantizedLinear, aligned, exchange
 from .config import Config, describe_parts
 from .finite import checking, is_finite
 from .json_fields import JsonFields
@@ -44,6 +46,7 @@ RENAMES = [
 IGNORED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")  # buffers that older versions of transformers saved
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_QUANTIZED_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "BF16": torch.bfloat16}
 
 Progress = Callable[[int, int], None]
 
@@ -136,12 +139,29 @@ def check_layer_counts(found: dict[str, StoredTensor], config: Config, folder: P
             )
 
 
-def check_names_and_shapes(found: dict[str, StoredTensor], expected: dict[str, tuple[int, ...]], folder: Path) -> None:
-    """Raise one error that lists all missing and unexpected tensors, and those of a wrong shape or dtype."""
+def check_names_and_shapes(
+    found: dict[str, StoredTensor],
+    expected: dict[str, tuple[int, ...]],
+    folder: Path,
+    quantized: Mapping[str, torch.dtype] | None = None,
+) -> None:
+    """Raise one error that lists all missing and unexpected tensors, and those of a wrong shape or dtype.
+
+    `quantized` are the dtypes of a quantised model's own tensors, which have to be of no other.
+    """
     problems = _mismatches({found[n].key if n not in expected else n: found[n].shape for n in found}, expected)
-    mistyped = [f"{n} ({v.dtype})" for n, v in sorted(found.items()) if n in expected and v.dtype not in STORED_DTYPES]
+    exact = quantized or {}
+    others = {n: v for n, v in sorted(found.items()) if n in expected and n not in exact}
+    mistyped = [f"{n} ({v.dtype})" for n, v in others.items() if v.dtype not in STORED_DTYPES]
     if mistyped:
         problems.append(f"not of dtype {', '.join(STORED_DTYPES)} (quantised?): {_listing(mistyped)}")
+    mistyped = [
+        f"{n}: expected {str(dtype).removeprefix('torch.')}, found {found[n].dtype}"
+        for n, dtype in sorted(exact.items())
+        if n in found and _QUANTIZED_DTYPES.get(found[n].dtype) != dtype
+    ]
+    if mistyped:
+        problems.append(f"wrong dtype: {_listing(mistyped)}")
     if problems:
         raise CheckpointError(f"{folder}: the weights do not fit config.json\n  " + "\n  ".join(problems))
 
@@ -188,27 +208,56 @@ def convert_tensors(
     dtype: torch.dtype,
     check_finite: bool,
     read: Callable[[int], None],
+    quantized: Mapping[str, torch.dtype],
+    quantize: Mapping[str, QuantizedLinear],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Each name and tensor, on `device` and in `dtype`; `read` is told its bytes.
 
     Matrices, kernels and embeddings that float16 is too narrow for (`_vanishes`) are refused. So are NaN and infinity, with
-    `check_finite`.
+    `check_finite`. Tensors that `quantized` names are taken as they are. Weights that `quantize` names are read one by one, and
+    come as what their layer holds instead.
     """
     for file in sorted({tensor.file for tensor in found.values()}):
         with open_safetensors(file) as stored:
             for name, tensor in found.items():
                 if tensor.file != file:
                     continue
-                whole = stored.get_tensor(tensor.key)
-                value = whole.to(device=device, dtype=dtype)
-                if dtype == torch.float16 and whole.dtype != dtype and _vanishes(whole, value):
-                    raise CheckpointError(
-                        f"{file}: {brief(tensor.key)}: its values are too small for {dtype}: expected dtype bfloat16 or float32"
-                    )
-                if check_finite and not is_finite(value):
-                    raise _not_finite(tensor, dtype)
+                if name in quantize:
+                    parts = _quantized(tensor, quantize[name])
+                elif name in quantized:
+                    parts = {"": aligned(stored.get_tensor(tensor.key))}
+                else:
+                    parts = {"": _converted(stored.get_tensor(tensor.key), tensor, device, dtype, check_finite)}
                 read(_num_bytes(tensor))
-                yield name, value
+                for suffix, value in parts.items():
+                    yield name + suffix, value.to(device)
+
+
+def _converted(
+    whole: torch.Tensor, stored: StoredTensor, device: torch.device, dtype: torch.dtype, check_finite: bool
+) -> torch.Tensor:
+    value = whole.to(device=device, dtype=dtype)
+    if dtype == torch.float16 and whole.dtype != dtype and _vanishes(whole, value):
+        raise CheckpointError(
+            f"{stored.file}: {brief(stored.key)}: its values are too small for {dtype}: expected dtype bfloat16 or float32"
+        )
+    if check_finite and not is_finite(value):
+        raise _not_finite(stored, dtype)
+    return value
+
+
+def _quantized(stored: StoredTensor, layer: QuantizedLinear) -> dict[str, torch.Tensor]:
+    """What the layer holds in place of a floating-point weight, by what follows the weight's name.
+
+    The file is opened anew: what is read of it stays in memory for as long as anything else out of the same opening.
+    """
+    with open_safetensors(stored.file) as file:
+        weight, scale = layer.quantize(file.get_tensor(stored.key))
+    if not layer.sound(scale):
+        raise CheckpointError(
+            f"{stored.file}: {brief(stored.key)}: holds NaN or infinite values, or such as bfloat16 cannot hold"
+        )
+    return {"": weight, "_scale": scale}
 
 
 def _not_finite(tensor: StoredTensor, dtype: torch.dtype | None) -> CheckpointError:
@@ -219,7 +268,7 @@ def _num_bytes(tensor: StoredTensor) -> int:
     count = 1
     for side in tensor.shape:
         count *= side
-    return count * (4 if tensor.dtype == "F32" else 2)
+    return count * {"F32": 4, "I8": 1, "U8": 1}.get(tensor.dtype, 2)
 
 
 def _vanishes(whole: torch.Tensor, half: torch.Tensor) -> bool:
@@ -278,18 +327,22 @@ def open_weights(
     dtype: torch.dtype | None,
     check_finite: bool = True,
     progress: Progress | None = None,
+    quantize: bool = False,
 ) -> Iterator[Callable[[Callable[[], nn.Module]], nn.Module]]:
     """Gives a function that makes a model by the one that it is given (on the meta device), with the folder's weights.
 
-    `dtype` None takes config.json's, or else that of the stored embeddings. From here to the model's end a thread checks
-    the weights that stay as they are stored. Raises CheckpointError with every mismatch in one message; nothing half-loaded
-    or unchecked is ever returned.
+    `dtype` None takes config.json's, or else that of the stored embeddings. Where `config.quantized` says so, the decoder's
+    weights are quantised: those of the folder already are, or have to be (`quantize`). From here to the model's end a thread
+    checks the weights that stay as they are stored. Raises CheckpointError with every mismatch in one message; nothing
+    half-loaded or unchecked is ever returned.
     """
     found = read_headers(folder)
     check_layer_counts(found, config, folder)
     if dtype is None:
         dtype = config.dtype or (STORED_DTYPES.get(found[EMBEDDINGS].dtype) if EMBEDDINGS in found else None)
-    mapped = map_tensors(found, device, dtype)
+    decoder = ("language_model.model.layers.", HEAD)  # what may be quantised, and is not checked as it is
+    plain = {n: one for n, one in found.items() if not (config.quantized and n.startswith(decoder))}
+    mapped = map_tensors(plain, device, dtype)
     total, done = sum(_num_bytes(tensor) for tensor in found.values()), 0
 
     def read(num_bytes: int) -> None:
@@ -302,10 +355,18 @@ def open_weights(
 
         def make(build: Callable[[], nn.Module]) -> nn.Module:
             model = without_values(build)
-            _check_fit(found, model, config, folder)
+            layers = _check_fit(found, model, config, folder, quantize)
             assert dtype is not None  # the embeddings are there, and in a dtype that is known
             rest = {name: tensor for name, tensor in found.items() if name not in mapped}
-            state = mapped | dict(convert_tensors(rest, device, dtype, check_finite, read))
+            new = {f"{name}.weight": layer for name, layer in layers.items()} if quantize else {}
+            state = mapped | dict(
+                convert_tensors(rest, device, dtype, check_finite, read, quantized_dtypes(layers), new)
+            )
+            for name, layer in layers.items() if check_finite else ():
+                if not layer.sound(state[f"{name}.weight_scale"]):
+                    raise CheckpointError(
+                        f"{folder}: {name}.weight_scale: expected finite scales above 0 and finite zeros"
+                    )
             _fill(model, state, config.tie_word_embeddings)
             if not all_finite(read):
                 changed = CheckpointError(f"{folder}: its files were changed while they were read: load it again")
@@ -316,16 +377,25 @@ def open_weights(
                 raise CheckpointError(
                     f"{folder / 'config.json'}: tie_word_embeddings is true, but {found[HEAD].key} differs from the embeddings"
                 )
+            if layers:
+                model.requires_grad_(False)
             return model.eval()
 
         yield make
 
 
-def _check_fit(found: dict[str, StoredTensor], model: nn.Module, config: Config, folder: Path) -> None:
+def _check_fit(
+    found: dict[str, StoredTensor], model: nn.Module, config: Config, folder: Path, quantize: bool
+) -> dict[str, QuantizedLinear]:
+    """Compare what is stored with the model, whose layers become those of `config.quantized`; these, by name."""
     expected = shapes_of(model)
+    layers = exchange(model, config.quantized, config.tie_word_embeddings)
+    if layers and not quantize:
+        expected = shapes_of(model)
     if config.tie_word_embeddings and HEAD not in found:
         del expected[HEAD]
-    check_names_and_shapes(found, expected, folder)
+    check_names_and_shapes(found, expected, folder, None if quantize else quantized_dtypes(layers))
+    return layers
 
 
 def _fill(model: nn.Module, state: dict[str, torch.Tensor], tied: bool) -> None:
@@ -337,17 +407,29 @@ def _fill(model: nn.Module, state: dict[str, torch.Tensor], tied: bool) -> None:
         model.get_submodule("language_model.lm_head").weight = model.get_parameter(EMBEDDINGS)
 
 
-def check_storable(state: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+def quantized_dtypes(layers: Mapping[str, QuantizedLinear]) -> dict[str, torch.dtype]:
+    """The dtypes of what quantised layers hold beside their bias, by the tensors' names in the model."""
+    return {f"{name}.{key}": value.dtype for name, layer in layers.items() for key, value in layer.named_buffers()}
+
+
+def check_storable(
+    state: dict[str, torch.Tensor],
+    expected: dict[str, tuple[int, ...]],
+    quantized: Mapping[str, torch.dtype] | None = None,
+) -> None:
     """Raise one InputError for tensors that cannot be written, or that `load` would not read again."""
     problems = _mismatches({n: tuple(v.shape) for n, v in state.items()}, expected)
-    dtypes = (*STORED_DTYPES.values(), torch.float64)
+    dtypes, exact = (*STORED_DTYPES.values(), torch.float64), quantized or {}
     unstored = [
         f"{name} ({value.dtype}, {value.layout}, on {value.device})"
         for name, value in state.items()
-        if value.dtype not in dtypes or value.layout != torch.strided or value.is_meta
+        if value.dtype not in ((exact[name],) if name in exact else dtypes)
+        or value.layout != torch.strided
+        or value.is_meta
     ]
     if unstored:
-        problems.append(f"not dense values of dtype {', '.join(STORED_DTYPES)}: {_listing(unstored)}")
+        stored = ", ".join(STORED_DTYPES) + (" (quantised weights: as they were loaded)" if exact else "")
+        problems.append(f"not dense values of dtype {stored}: {_listing(unstored)}")
     if problems:
         raise InputError(
             "the model does not fit its config.json, so that no folder would load\n  " + "\n  ".join(problems)
@@ -409,12 +491,13 @@ def save_model(
         tensors = {name: _stored(name, state[name]) for name in shard}
         if check_finite:
             for name, value in tensors.items():
-                if not is_finite(value.to(dtype)):
+                if value.is_floating_point() and not is_finite(value.to(dtype)):
                     raise InputError(
                         f"{name}: holds NaN or infinite values (as {dtype}), which `load` refuses: expected finite ones, or "
                         "check_finite=False"
                     )
-        save_file(_apart(tensors), folder / file, metadata={"format": "pt"})
+        write = write_aligned if config.quantized else save_file
+        write(_apart(tensors), folder / file, metadata={"format": "pt"})
     for file in files:
         (folder / file).chmod((folder / CONFIG).stat().st_mode)  # the library makes files that only the user may read
 

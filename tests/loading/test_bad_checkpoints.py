@@ -552,7 +552,7 @@ def test_older_rope_scaling_wins_over_rope_parameters(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(dtype="float99"), "dtype: expected one of float32, bfloat16, float16, got 'float99'"),
+        (dict(dtype="float99"), "dtype: expected one of float32, bfloat16, float16, int8, int4, got 'float99'"),
         (dict(dtype=torch.int8), "dtype: expected one of"),
         (dict(device="abacus"), "device: 'abacus' is not usable here"),
         (dict(device="cuda:99"), "device: 'cuda:99' is not usable here"),

@@ -163,7 +163,7 @@ def test_make_targets_exist() -> None:
 
 def asks_for_a_model(words: list[str]) -> bool:
     """Whether a command is given a model of the reader's own."""
-    return "--model" in words or "examples/convert.py" in words
+    return "--model" in words or "examples/convert.py" in words or "examples/quantize.py" in words
 
 
 def test_commands_on_the_embedded_model(tmp_path: Path) -> None:
