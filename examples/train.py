@@ -3,10 +3,11 @@
 python examples/train.py --out runs/try --steps 200                        # the embedded model, on pictures drawn for it
 python examples/train.py --stage align --data blip_558k.json --images DIR --model DIR --fresh projector --out runs/align
 python examples/train.py --data llava_665k.json --images DIR --model runs/align/model --out runs/focus
+python examples/train.py … --lora-rank 64 --gradient-checkpointing         # the decoder by LoRA, for one GPU of 24 GB
 torchrun --nproc-per-node 8 examples/train.py …                            # the same run, shared by eight processes
 
 Started again with the same arguments, a run goes on from its last checkpoint. It leaves OUT/model (a Hugging Face folder
-with the selector's file), OUT/log.jsonl and OUT/curve.png.
+with the selector's file; with LoRA, OUT/adapter in its place), OUT/log.jsonl and OUT/curve.png.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from train_options import (
     KEEP_FEATURES,
     add_options,
     check,
+    lora_of,
     names,
     new_projector_of,
     numbers,
@@ -45,11 +47,13 @@ from minifocus.evaluate import evaluate, longest_answer
 from minifocus.files.reading import FILE, FOLDER, NOTHING, kind
 from minifocus.inputs.conversations import asked_alone, read_conversations
 from minifocus.load import usable_device
+from minifocus.training.adapter_file import WHOLE, merged_model, save_adapter
 from minifocus.training.examples import Batches, Source
 from minifocus.training.feedback import Feedback
 from minifocus.training.granularities import GranularityObjective, granular
 from minifocus.training.log import LOG
 from minifocus.training.loop import fit
+from minifocus.training.lora import LoRA, add_lora, widen
 from minifocus.training.memory import keep_freed_memory
 from minifocus.training.model_digest import digest_of_model
 from minifocus.training.objective import AnswerObjective, Objective
@@ -69,6 +73,7 @@ MAY_CHANGE = {
         "feedback",
         "keep_features",
         "images_anywhere",
+        "lora_merge",
         "save_every",
         "log_every",
         "validate",
@@ -89,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_out(out: Path) -> None:
     """Refuse at the beginning a folder in which the model or the curve could not be written at the end."""
-    for name, fits in (("model", (FOLDER, NOTHING)), ("curve.png", (FILE, NOTHING))):
+    for name, fits in (("model", (FOLDER, NOTHING)), ("adapter", (FOLDER, NOTHING)), ("curve.png", (FILE, NOTHING))):
         found = kind(out / name)
         if found not in fits and not (out / name).is_symlink():
             raise minifocus.InputError(f"--out: {out / name}: expected {fits[0]} or nothing, found {found}")
@@ -179,6 +184,8 @@ def train(arguments: argparse.Namespace) -> None:
 
     presets, read = (MINIATURE, miniature) if arguments.data is None else (LLAVA, conversations)
     preset = presets[arguments.stage]
+    if arguments.lora_rank is not None and arguments.lr_llm is None:
+        arguments.lr_llm = preset.lr_lora
     for name in FILLED:
         if getattr(arguments, name) is None:
             setattr(arguments, name, getattr(preset, name))
@@ -191,6 +198,9 @@ def train(arguments: argparse.Namespace) -> None:
         raise minifocus.InputError("--fresh: router trains the router alone: expected no new projector")
     rates["selector_bias"] = 0.0 if "selector" in frozen else arguments.lr_selector_bias
     projector = new_projector_of(arguments, fresh, rates["projector"] > 0)
+    lora = lora_of(arguments, projector is not None or "projector" in fresh, rates["llm"] > 0)
+    if lora is not None:  # PEFT's files have no place for the newline
+        rates |= {"lora": rates["llm"], "llm": 0.0, "newline": 0.0}
     objective = objective_of(arguments)
     data = read(arguments)
     settings = settings_of(arguments, preset, len(data.source), device)
@@ -206,6 +216,7 @@ def train(arguments: argparse.Namespace) -> None:
         # Both are part of a run's identity, which has always held their values and not None.
         arguments.alpha = objective.alpha
         arguments.selector_bias = 1.0 if arguments.selector_bias is None else arguments.selector_bias
+        narrow = lora is not None and settings.bf16
         model = load_to_train(
             arguments.model,
             arguments.sampler,
@@ -216,7 +227,12 @@ def train(arguments: argparse.Namespace) -> None:
             arguments.selector_bias,
             arguments.seed,
             projector,
+            torch.bfloat16 if narrow else torch.float32,
         )
+        if lora is not None:
+            add_lora(model, lora, arguments.seed)
+        if narrow:
+            widen(model, {name for name, _ in model.named_parameters() if learning_rate(name, rates, model)})
         model.language_model.model.recompute = arguments.gradient_checkpointing
         if arguments.template:
             model.template = arguments.template
@@ -259,8 +275,8 @@ def train(arguments: argparse.Namespace) -> None:
             title=arguments.stage,
         )
         if process.rank == 0:
-            leave_results(model, out)
-            print(f"{settings.steps} steps in {seconds:.0f} s; the model is in {out / 'model'}")
+            left = leave_results(arguments, model, lora, {part for part in WHOLE if rates[part]}, out)
+            print(f"{settings.steps} steps in {seconds:.0f} s; the {left} is in {out / left}")
     process.leave()
 
 
@@ -286,13 +302,24 @@ def task_of(
     return AnswerObjective(model, objective, arguments.seed)
 
 
-def leave_results(model: minifocus.Llava, out: Path) -> None:
-    """Leave the trained model and the picture of its run in `out`."""
-    model.save(out / "model")
+def leave_results(
+    arguments: argparse.Namespace, model: minifocus.Llava, lora: LoRA | None, whole: set[str], out: Path
+) -> str:
+    """Leave the trained model, or its adapter, and the picture of its run in `out`; the name of the folder there.
+
+    whole  the parts beside LoRA that are trained
+    """
+    if lora is None:
+        model.save(out / "model")
+    else:
+        save_adapter(model, lora, arguments.model, whole, out / "adapter")
+    if arguments.lora_merge:
+        merged_model(Path(arguments.model), out / "adapter").save(out / "model")
     try:
         draw_curve(out / LOG, out / "curve.png")
     except ImportError:
         print(f"{out / 'curve.png'} is not drawn: it needs matplotlib", file=sys.stderr)
+    return "adapter" if lora is not None and not arguments.lora_merge else "model"
 
 
 @command_line.guarded

@@ -15,13 +15,14 @@ def check_memory(task: nn.Module, device: torch.device, bf16: bool) -> None:
     if device.type != "cuda":
         return
     trained = sum(p.numel() * p.element_size() for p in task.parameters() if p.requires_grad)
-    copies = 2 * sum(p.numel() for p in task.parameters()) if bf16 else 0  # autocast's, kept for the backward pass
+    wide = (p for p in task.parameters() if p.dtype != torch.bfloat16)
+    copies = 2 * sum(p.numel() for p in wide) if bf16 else 0  # autocast's, kept for the backward pass
     needed, (free, _) = 3 * trained + copies, torch.cuda.mem_get_info(device)  # a gradient and two moments
     if needed > free:
         raise InputError(
             f"device: expected at least {needed / 1e9:.1f} GB free beside the weights for gradients, AdamW's moments and "
             f"bfloat16 copies, activations not counted, got {free / 1e9:.1f} GB on {device}: processes share the examples, "
-            "not these. Freeze the largest part"
+            "not these. Freeze the largest part, or have it learn with LoRA"
         )
 
 
