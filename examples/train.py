@@ -4,7 +4,8 @@ python examples/train.py --out runs/try --steps 200                        # the
 python examples/train.py --stage align --data blip_558k.json --images DIR --model DIR --fresh projector --out runs/align
 python examples/train.py --data llava_665k.json --images DIR --model runs/align/model --out runs/focus
 python examples/train.py … --lora-rank 64 --gradient-checkpointing         # the decoder by LoRA, for one GPU of 24 GB
-torchrun --nproc-per-node 8 examples/train.py …                            # the same run, shared by eight processes
+torchrun --nproc-per-node 8 examples/train.py …                            # the same run, its examples shared by eight processes
+torchrun --nproc-per-node 8 examples/train.py … --shard                    # each of which holds an eighth of the model, too
 
 Started again with the same arguments, a run goes on from its last checkpoint. It leaves OUT/model (a Hugging Face folder
 with the selector's file; with LoRA, OUT/adapter in its place), OUT/log.jsonl and OUT/curve.png.
@@ -22,6 +23,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -47,6 +49,8 @@ from minifocus.evaluate import evaluate, longest_answer
 from minifocus.files.reading import FILE, FOLDER, NOTHING, kind
 from minifocus.inputs.conversations import asked_alone, read_conversations
 from minifocus.load import usable_device
+from minifocus.loading.config import Config
+from minifocus.samplers.hooks import Samplers
 from minifocus.training.adapter_file import WHOLE, merged_model, save_adapter
 from minifocus.training.examples import Batches, Source
 from minifocus.training.feedback import Feedback
@@ -58,12 +62,13 @@ from minifocus.training.memory import keep_freed_memory
 from minifocus.training.model_digest import digest_of_model
 from minifocus.training.objective import AnswerObjective, Objective
 from minifocus.training.optimizers import make_optimizers
-from minifocus.training.parts import FRESH, PARTS, learning_rate, load_to_train
+from minifocus.training.parts import FRESH, PARTS, learning_rate, load_to_train, new_projector
 from minifocus.training.plot_log import draw_curve
 from minifocus.training.presets import LLAVA, Preset
 from minifocus.training.processes import Process
 from minifocus.training.router import RouterObjective
 from minifocus.training.settings import Settings
+from minifocus.training.shard import ShardedObjective, gathered_rest, sampler_to_save, save_shared, shard, skeleton
 
 # Arguments that may change when a run is resumed: where its files are (the model and the data are known by their content), and
 # what affects neither the weights nor the order of the examples.
@@ -75,6 +80,7 @@ MAY_CHANGE = {
         "images_anywhere",
         "lora_merge",
         "save_every",
+        "shard",
         "log_every",
         "validate",
         "validate_every",
@@ -206,7 +212,7 @@ def train(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments, preset, len(data.source), device)
 
     out = Path(arguments.out)
-    process = Process.join(device)
+    process = Process.join(device, even_alone=arguments.shard)
     with process.alone(out):
         check_out(out)
         options = options_of_sampler(arguments, fresh)
@@ -217,22 +223,31 @@ def train(arguments: argparse.Namespace) -> None:
         arguments.alpha = objective.alpha
         arguments.selector_bias = 1.0 if arguments.selector_bias is None else arguments.selector_bias
         narrow = lora is not None and settings.bf16
-        model = load_to_train(
-            arguments.model,
-            arguments.sampler,
-            device,
-            options,
-            fresh,
-            new is not None,
-            arguments.selector_bias,
-            arguments.seed,
-            projector,
-            torch.bfloat16 if narrow else torch.float32,
-        )
+
+        def rate(name: str) -> float:
+            return learning_rate(name, rates, model)
+
+        if arguments.shard:
+            model = skeleton(Path(arguments.model), sampler_of(arguments, options, new is not None))
+            if "projector" in fresh:
+                new_projector(model, arguments.seed)
+        else:
+            model = load_to_train(
+                arguments.model,
+                arguments.sampler,
+                device,
+                options,
+                fresh,
+                new is not None,
+                arguments.selector_bias,
+                arguments.seed,
+                projector,
+                torch.bfloat16 if narrow else torch.float32,
+            )
         if lora is not None:
-            add_lora(model, lora, arguments.seed)
-        if narrow:
-            widen(model, {name for name, _ in model.named_parameters() if learning_rate(name, rates, model)})
+            add_lora(model, lora, arguments.seed, device)
+        if narrow and not arguments.shard:
+            widen(model, {name for name, _ in model.named_parameters() if rate(name)})
         model.language_model.model.recompute = arguments.gradient_checkpointing
         if arguments.template:
             model.template = arguments.template
@@ -250,7 +265,9 @@ def train(arguments: argparse.Namespace) -> None:
         )
         of_data = {"model": digest_of_model(Path(arguments.model)), **data.identity}
         task = task_of(arguments, model, objective, {**of_data, "bf16": settings.bf16})
-        optimizers = make_optimizers(task, partial(learning_rate, rates=rates, model=model), settings)
+        if isinstance(task, ShardedObjective):
+            shard(task, device, lambda name: rate(name) > 0, narrow)
+        optimizers = make_optimizers(task, rate, settings)
         identity = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
         identity |= of_data
         if not arguments.lr_router:
@@ -258,7 +275,8 @@ def train(arguments: argparse.Namespace) -> None:
 
         def validate() -> dict[str, Any]:
             asked, count, longest = data.asked(model)
-            result = evaluate(model, asked, 16, count, max_new_tokens=longest, families=cards.FAMILIES)
+            with gathered_rest(task) if isinstance(task, ShardedObjective) else nullcontext():
+                result = evaluate(model, asked, 16, count, max_new_tokens=longest, families=cards.FAMILIES)
             return {name: result[name] for name in ("accuracy", "families", "tokens")}
 
         seconds = fit(
@@ -274,8 +292,9 @@ def train(arguments: argparse.Namespace) -> None:
             validate_every=arguments.validate_every,
             title=arguments.stage,
         )
+        if process.rank == 0 or arguments.shard:
+            left = leave_results(arguments, task, lora, {part for part in WHOLE if rates[part]}, out)
         if process.rank == 0:
-            left = leave_results(arguments, model, lora, {part for part in WHOLE if rates[part]}, out)
             print(f"{settings.steps} steps in {seconds:.0f} s; the {left} is in {out / left}")
     process.leave()
 
@@ -299,27 +318,40 @@ def task_of(
         return RouterObjective(
             model, ranking_of(arguments), feedback, arguments.seed, independent, round(keep * 2**30) if again else 0
         )
-    return AnswerObjective(model, objective, arguments.seed)
+    kind_of = ShardedObjective if arguments.shard else AnswerObjective
+    return kind_of(model, objective, arguments.seed)
 
 
-def leave_results(
-    arguments: argparse.Namespace, model: minifocus.Llava, lora: LoRA | None, whole: set[str], out: Path
-) -> str:
+def sampler_of(arguments: argparse.Namespace, options: dict[str, Any], new: bool) -> Callable[[Config], Samplers]:
+    """What makes the sampler of --sampler, given a model's config: a new one, or as the model's folder has it."""
+    if new:
+        return lambda config: minifocus.methods.begin(arguments.sampler, config, options, arguments.selector_bias)
+    return lambda config: minifocus.methods.build(arguments.sampler, config, Path(arguments.model), options)
+
+
+def leave_results(arguments: argparse.Namespace, task: Any, lora: LoRA | None, whole: set[str], out: Path) -> str:
     """Leave the trained model, or its adapter, and the picture of its run in `out`; the name of the folder there.
 
     whole  the parts beside LoRA that are trained
+
+    Processes that each hold a share of the model all take part, and the first writes.
     """
-    if lora is None:
-        model.save(out / "model")
+    left = "adapter" if lora is not None and not arguments.lora_merge else "model"
+    if lora is not None:
+        save_adapter(task.model, sampler_to_save(task), lora, arguments.model, whole, out / "adapter")
+    elif arguments.shard:
+        save_shared(task, out / "model")
     else:
-        save_adapter(model, lora, arguments.model, whole, out / "adapter")
+        task.model.save(out / "model")
+    if Process.current().rank:
+        return left
     if arguments.lora_merge:
         merged_model(Path(arguments.model), out / "adapter").save(out / "model")
     try:
         draw_curve(out / LOG, out / "curve.png")
     except ImportError:
         print(f"{out / 'curve.png'} is not drawn: it needs matplotlib", file=sys.stderr)
-    return "adapter" if lora is not None and not arguments.lora_merge else "model"
+    return left
 
 
 @command_line.guarded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--beta2", type=float, default=0.98)
     steps.add_argument("--max-grad-norm", type=float, default=1.0)
     steps.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    steps.add_argument(
+        "--shard", action="store_true", help="under torchrun: each process holds a share of the model, too, by FSDP2"
+    )
     steps.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
     steps.add_argument("--device", help="default: cuda where there is one, else cpu")
     steps.add_argument("--seed", type=int, default=0)
@@ -185,6 +189,13 @@ def check(arguments: argparse.Namespace) -> None:
         held_out = arguments.validation_data
         expect(not arguments.validate or held_out, arguments, "validate", "--validation-data beside it")
         expect(arguments.validate or not held_out, arguments, "validation_data", "--validate beside it")
+
+    if arguments.shard:
+        expect("WORLD_SIZE" in os.environ, arguments, "shard", "to be started by torchrun")
+        expect(arguments.stage in ("align", "instruct"), arguments, "shard", "--stage align or instruct beside it")
+        expect(arguments.projector is None, arguments, "shard", "no --projector beside it")
+        samplers = (None, "none", "focus", "vision", "text")  # others read layers that are not gathered
+        expect(arguments.sampler in samplers, arguments, "sampler", "none, focus, vision or text beside --shard")
 
     stage = arguments.stage
     if stage != "router":

@@ -23,8 +23,10 @@ from ..loading.json_fields import JsonFields
 from ..loading.model_folder import LEARNED
 from ..loading.weights import STORED_DTYPES, canonical_name
 from ..model import LlavaNetwork
+from ..samplers.hooks import BeforeLLM
 from ..samplers.learned_file import save_learned
 from .lora import LoRA
+from .processes import Process, whole
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # PEFT's names begin with this, and go on with those of transformers 5 in memory.
@@ -43,13 +45,16 @@ _OTHERWISE = {"bias": "none", "init_lora_weights": True}
 _FOLLOWED = ("peft_type", "r", "lora_alpha", "use_rslora")
 
 
-def save_adapter(model: LlavaNetwork, options: LoRA, base: str, parts: Collection[str], folder: Path) -> None:
-    """Write the adapter of a model that has LoRA (`lora.add_lora`).
+def save_adapter(
+    model: LlavaNetwork, sampler: BeforeLLM | None, options: LoRA, base: str, parts: Collection[str], folder: Path
+) -> None:
+    """Write the adapter of a model that has LoRA (`lora.add_lora`), and what its sampler has learned.
 
     base   the folder of the model that it is for, as adapter_config.json names it
     parts  those of WHOLE that are trained, and so are stored as they now are
 
-    Raises InputError for values that are not finite, and where the folder cannot be written.
+    Of a sharded model all processes take part, and the first writes. Raises InputError for values that are not finite, and where
+    the folder cannot be written.
     """
     modules = [WHOLE[part] for part in WHOLE if part in parts]
     tensors = {}
@@ -58,7 +63,9 @@ def save_adapter(model: LlavaNetwork, options: LoRA, base: str, parts: Collectio
             tensors[_PREFIX + _LAYERS_THERE + name.removeprefix(_LAYERS)] = value
         elif name.partition(".")[0] in modules:
             tensors[f"{_PREFIX}model.{name}"] = value
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    tensors = {name: whole(value.detach()).cpu().contiguous() for name, value in tensors.items()}
+    if Process.current().rank:
+        return
     for name, value in tensors.items():
         if not bool(value.isfinite().all()):
             raise InputError(f"{name}: expected finite values, got others")
@@ -76,7 +83,7 @@ def save_adapter(model: LlavaNetwork, options: LoRA, base: str, parts: Collectio
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_learned(model.before_llm, folder)
+        save_learned(sampler, folder)
     except OSError as error:
         raise InputError(f"{named(folder)}: cannot be written: {error.strerror}") from error
     replace(folder / TENSORS, lambda file: file.write_bytes(serialise(tensors, {"format": "pt"})))
@@ -107,7 +114,7 @@ def merge_adapter(model: LlavaNetwork, folder: Path) -> None:
             raise CheckpointError(f"{file}: {brief(key)}: expected finite values, got others")
         return value.float()
 
-    whole: dict[str, torch.Tensor] = {}
+    parts: dict[str, torch.Tensor] = {}
     products: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for key in found:
         beginning, of_product, end = key.partition(".lora_")
@@ -118,14 +125,14 @@ def merge_adapter(model: LlavaNetwork, folder: Path) -> None:
                 f"{file}: {brief(key)}: expected tensors that the model has a place for, got this one"
             )
         if not of_product:
-            whole[name] = take(key, *there.shape)
+            parts[name] = take(key, *there.shape)
         elif there.dim() == 2:
             rows, columns = there.shape
             b, a = take(f"{beginning}.lora_B.weight", rows, rank), take(f"{beginning}.lora_A.weight", rank, columns)
             products[name] = b, a
         else:
             raise CheckpointError(f"{file}: {brief(key)}: expected one for a matrix, got one for {tuple(there.shape)}")
-    for name, value in whole.items():
+    for name, value in parts.items():
         own[name].copy_(value)
     for name, (b, a) in products.items():
         own[name].copy_(own[name].float() + scale * (b.to(model.device) @ a.to(model.device)))

@@ -47,11 +47,10 @@ class LoRALinear(nn.Linear):
     W and b keep their names. A [r, in] and B [out, r] are float32, and have PEFT's names.
     """
 
-    def __init__(self, linear: nn.Linear, options: LoRA):
+    def __init__(self, linear: nn.Linear, options: LoRA, device: torch.device):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.dropout, self.scale = options.dropout, options.alpha / options.rank
-        device = linear.weight.device
         self.lora_A = nn.Linear(linear.in_features, options.rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(options.rank, linear.out_features, bias=False, device=device, dtype=torch.float32)
         nn.init.zeros_(self.lora_B.weight)
@@ -63,8 +62,11 @@ class LoRALinear(nn.Linear):
         return y + (self.lora_B(self.lora_A(read)) * self.scale).to(y.dtype)
 
 
-def add_lora(model: LlavaNetwork, options: LoRA, seed: int) -> None:
-    """Put a LoRALinear in the place of each target. A's random values follow from the seed. Raises InputError."""
+def add_lora(model: LlavaNetwork, options: LoRA, seed: int, device: torch.device) -> None:
+    """Put a LoRALinear in the place of each target, its products on `device`. A's random values follow from the seed.
+
+    Raises InputError.
+    """
     narrowest = min(model.config.text.hidden_size, model.config.text.intermediate_size)
     whole("rank", options.rank, 1, narrowest)
     torch.manual_seed(seed)
@@ -72,7 +74,7 @@ def add_lora(model: LlavaNetwork, options: LoRA, seed: int) -> None:
         for part in (layer.self_attn, layer.mlp):
             for name, linear in list(part.named_children()):
                 if name in options.targets and isinstance(linear, nn.Linear):
-                    setattr(part, name, LoRALinear(linear, options))
+                    setattr(part, name, LoRALinear(linear, options, device))
 
 
 def widen(model: Llava, trained: Collection[str]) -> None:

@@ -75,7 +75,7 @@ def test_what_a_run_leaves(run: Path) -> None:
 def test_merged_is_what_was_trained(run: Path) -> None:
     """The trained network, its products beside its matrices, gives the merged folder's logits."""
     trained = minifocus.load(TINY, "none")
-    add_lora(trained, LoRA(4, 6, 0.5, ("q_proj", "down_proj")), 0)
+    add_lora(trained, LoRA(4, 6, 0.5, ("q_proj", "down_proj")), 0, torch.device("cpu"))
     ids = torch.randint(3, 500, (2, 12), generator=torch.Generator().manual_seed(0))
     assert torch.equal(trained(ids), minifocus.load(TINY, "none")(ids))  # B begins at 0, and no dropout acts on answers
     state = torch.load(run / "checkpoint.pt", weights_only=True)["parameters"]
@@ -197,7 +197,7 @@ def test_rank_stabilised_scale(run: Path, tmp_path: Path) -> None:
 
 def test_dropout_is_of_what_the_products_read() -> None:
     linear = torch.nn.Linear(64, 8).eval()
-    lora = LoRALinear(linear, LoRA(2, 4.0, 0.25))
+    lora = LoRALinear(linear, LoRA(2, 4.0, 0.25), torch.device("cpu"))
     torch.nn.init.normal_(lora.lora_B.weight)
     x = torch.randn(5, 64)
     assert not lora.training  # in the mode of what it replaces
