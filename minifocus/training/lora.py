@@ -11,8 +11,9 @@ from torch import nn
 
 from ..arguments import number, settle, shown, whole
 from ..errors import InputError
+from ..files.reading import open_safetensors
 from ..load import Llava
-from ..loading.weights import read_headers, read_tensors
+from ..loading.weights import read_headers
 from ..model import LlavaNetwork
 from .settings import MOST
 
@@ -77,8 +78,10 @@ def add_lora(model: LlavaNetwork, options: LoRA, seed: int, device: torch.device
                     setattr(part, name, LoRALinear(linear, options, device))
 
 
+@torch.no_grad()
 def widen(model: Llava, trained: Collection[str]) -> None:
     """Of a model that was loaded in bfloat16, have the parameters that are `trained`, by name, in float32, as they are stored."""
-    found = {name: tensor for name, tensor in read_headers(model.folder).items() if name in trained}
-    for name, value in read_tensors(found, model.device, torch.float32, check_finite=False, progress=None):
-        model.get_parameter(name).data = value
+    for name, stored in read_headers(model.folder).items():
+        if name in trained:
+            with open_safetensors(stored.file) as file:
+                model.get_parameter(name).data = file.get_tensor(stored.key).to(model.device, torch.float32)

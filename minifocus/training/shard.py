@@ -35,7 +35,6 @@ from ..loading.weights import (
     check_layer_counts,
     check_names_and_shapes,
     read_headers,
-    read_tensors,
     save_model,
     shapes_of,
     without_values,
@@ -67,8 +66,11 @@ def skeleton(folder: Path, sampler: Callable[[Config], Samplers]) -> Llava:
     check_layer_counts(found, config, folder)
     model = cast(Llava, without_values(lambda: Llava(config, processor, origin)))
     check_names_and_shapes(found, shapes_of(model), folder)
-    small = {name: tensor for name, tensor in found.items() if name.startswith(SMALL)}
-    values = dict(read_tensors(small, torch.device("cpu"), torch.float32, check_finite=True, progress=None))
+    values = {}
+    for name, stored in found.items():
+        if name.startswith(SMALL):
+            with open_safetensors(stored.file) as file:
+                values[name] = file.get_tensor(stored.key).float()
     model.load_state_dict(values, strict=False, assign=True)
     method = sampler(config)
     model.before_llm, model.inside_llm = method.before, method.inside
@@ -119,7 +121,7 @@ def shard(task: ShardedObjective, device: torch.device, trained: Callable[[str],
 def _read_rows(task: ShardedObjective, values: dict[str, torch.Tensor], process: Process) -> None:
     """Fill each parameter's own rows from `values`, or else from the folder."""
     origin = cast(Llava, task.model).origin
-    found = read_headers(origin.folder)
+    found = {f"model.{name}": stored for name, stored in read_headers(origin.folder).items()}
     for name, parameter in task.named_parameters():
         own = cast(DTensor, parameter).to_local()
         size = parameter.shape[0]
@@ -128,13 +130,11 @@ def _read_rows(task: ShardedObjective, values: dict[str, torch.Tensor], process:
         if name in values:
             own.copy_(values[name][rows])
         elif len(own):
-            stored = found[name.removeprefix("model.")]
-            with open_safetensors(stored.file) as file:
-                own.copy_(file.get_slice(stored.key)[rows])
-            if not bool(own.isfinite().all()):
-                raise CheckpointError(
-                    f"{stored.file}: {brief(stored.key)}: holds NaN or infinite values (as {own.dtype})"
-                )
+            with open_safetensors(found[name].file) as file:
+                own.copy_(file.get_slice(found[name].key)[rows])
+        if name in found and not bool(own.isfinite().all()):
+            where = f"{found[name].file}: {brief(found[name].key)}"
+            raise CheckpointError(f"{where}: holds NaN or infinite values (as {own.dtype})")
     if stamps(origin.folder) != origin.stamps:
         raise CheckpointError(f"{origin.folder}: its files were changed while they were read: load it again")
 
