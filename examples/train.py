@@ -3,7 +3,7 @@
 python examples/train.py --out runs/try --steps 200                        # the embedded model, on pictures drawn for it
 python examples/train.py --stage align --data blip_558k.json --images DIR --model DIR --fresh projector --out runs/align
 python examples/train.py --data llava_665k.json --images DIR --model runs/align/model --out runs/focus
-python examples/train.py … --lora-rank 64 --gradient-checkpointing         # the decoder by LoRA, for one GPU of 24 GB
+python examples/train.py … --lora-rank 64 --freeze vision                  # the decoder by LoRA, for one GPU of 24 GB
 torchrun --nproc-per-node 8 examples/train.py …                            # the same run, its examples shared by eight processes
 torchrun --nproc-per-node 8 examples/train.py … --shard                    # each of which holds an eighth of the model, too
 
