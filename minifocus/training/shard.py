@@ -2,8 +2,8 @@
 
 Each decoder layer and each block of the tower is a group whose matrices are gathered when it is run and given up afterwards.
 The others (embeddings, head, norms, projector, sampler) are gathered once for a forward and its backward pass, as they are used
-outside of their modules' own `forward`. No process ever holds the whole: each reads its own rows of the folder's tensors, and a
-trained model is written one tensor after another.
+outside of their modules' own `forward`. Each process reads its own rows of the folder's tensors, and a trained model is gathered
+and written one file after another.
 
 All processes have to gather the same groups in the same order, or they would wait for each other for ever. Where their examples
 differ, `ShardedObjective` and `_GatheringSampler` see to that.
