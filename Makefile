@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check test_lmms_eval install lint weights small clean
+.PHONY: demo test check test_lmms_eval test_peft install lint weights small clean
 
 # The README's picture is `make demo FIGURE=examples/answer.png`.
 FIGURE ?= runs/answer.png
@@ -64,6 +64,18 @@ test_lmms_eval: .venv/lmms-eval/installed
 	$(LMMS) -m pip install --quiet --constraint constraints.txt matplotlib scikit-image font-caladea font-fredoka-one \
 		font-hanken-grotesk font-lato font-manrope font-source-sans-pro font-source-serif-pro
 	$(LMMS) -m pip uninstall --quiet --yes torchvision timm
+	touch $@
+
+# So has peft, which reads what training with LoRA leaves: it brings accelerate.
+PEFT := .venv/peft/bin/python
+test_peft: .venv/peft/installed
+	$(PEFT) -m pytest tests/training/test_lora.py
+
+.venv/peft/installed: constraints.txt
+	$(PYTHON) -m venv .venv/peft
+	$(PEFT) -m pip install --quiet --constraint constraints.txt torch
+	$(PEFT) -m pip install --quiet --constraint constraints.txt --editable '.[train]' transformers peft==0.21.2 \
+		pytest pytest-timeout hypothesis
 	touch $@
 
 clean:

@@ -3,10 +3,12 @@
 python examples/train.py --out runs/try --steps 200                        # the embedded model, on pictures drawn for it
 python examples/train.py --stage align --data blip_558k.json --images DIR --model DIR --fresh projector --out runs/align
 python examples/train.py --data llava_665k.json --images DIR --model runs/align/model --out runs/focus
-torchrun --nproc-per-node 8 examples/train.py …                            # the same run, shared by eight processes
+python examples/train.py … --lora-rank 64 --freeze vision                  # the decoder by LoRA, for one GPU of 24 GB
+torchrun --nproc-per-node 8 examples/train.py …                            # the same run, its examples shared by eight processes
+torchrun --nproc-per-node 8 examples/train.py … --shard                    # each of which holds an eighth of the model, too
 
 Started again with the same arguments, a run goes on from its last checkpoint. It leaves OUT/model (a Hugging Face folder
-with the selector's file), OUT/log.jsonl and OUT/curve.png.
+with the selector's file; with LoRA, OUT/adapter in its place), OUT/log.jsonl and OUT/curve.png.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,6 +34,7 @@ from train_options import (
     KEEP_FEATURES,
     add_options,
     check,
+    lora_of,
     names,
     new_projector_of,
     numbers,
@@ -45,21 +49,26 @@ from minifocus.evaluate import evaluate, longest_answer
 from minifocus.files.reading import FILE, FOLDER, NOTHING, kind
 from minifocus.inputs.conversations import asked_alone, read_conversations
 from minifocus.load import usable_device
+from minifocus.loading.config import Config
+from minifocus.samplers.hooks import Samplers
+from minifocus.training.adapter_file import WHOLE, merged_model, save_adapter
 from minifocus.training.examples import Batches, Source
 from minifocus.training.feedback import Feedback
 from minifocus.training.granularities import GranularityObjective, granular
 from minifocus.training.log import LOG
 from minifocus.training.loop import fit
+from minifocus.training.lora import LoRA, add_lora, widen
 from minifocus.training.memory import keep_freed_memory
 from minifocus.training.model_digest import digest_of_model
 from minifocus.training.objective import AnswerObjective, Objective
 from minifocus.training.optimizers import make_optimizers
-from minifocus.training.parts import FRESH, PARTS, learning_rate, load_to_train
+from minifocus.training.parts import FRESH, PARTS, learning_rate, load_to_train, new_projector
 from minifocus.training.plot_log import draw_curve
 from minifocus.training.presets import LLAVA, Preset
 from minifocus.training.processes import Process
 from minifocus.training.router import RouterObjective
 from minifocus.training.settings import Settings
+from minifocus.training.shard import ShardedObjective, gathered_rest, sampler_to_save, save_shared, shard, skeleton
 
 # Arguments that may change when a run is resumed: where its files are (the model and the data are known by their content), and
 # what affects neither the weights nor the order of the examples.
@@ -69,7 +78,9 @@ MAY_CHANGE = {
         "feedback",
         "keep_features",
         "images_anywhere",
+        "lora_merge",
         "save_every",
+        "shard",
         "log_every",
         "validate",
         "validate_every",
@@ -89,7 +100,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_out(out: Path) -> None:
     """Refuse at the beginning a folder in which the model or the curve could not be written at the end."""
-    for name, fits in (("model", (FOLDER, NOTHING)), ("curve.png", (FILE, NOTHING))):
+    for name, fits in (("model", (FOLDER, NOTHING)), ("adapter", (FOLDER, NOTHING)), ("curve.png", (FILE, NOTHING))):
         found = kind(out / name)
         if found not in fits and not (out / name).is_symlink():
             raise minifocus.InputError(f"--out: {out / name}: expected {fits[0]} or nothing, found {found}")
@@ -179,6 +190,8 @@ def train(arguments: argparse.Namespace) -> None:
 
     presets, read = (MINIATURE, miniature) if arguments.data is None else (LLAVA, conversations)
     preset = presets[arguments.stage]
+    if arguments.lora_rank is not None and arguments.lr_llm is None:
+        arguments.lr_llm = preset.lr_lora
     for name in FILLED:
         if getattr(arguments, name) is None:
             setattr(arguments, name, getattr(preset, name))
@@ -191,12 +204,15 @@ def train(arguments: argparse.Namespace) -> None:
         raise minifocus.InputError("--fresh: router trains the router alone: expected no new projector")
     rates["selector_bias"] = 0.0 if "selector" in frozen else arguments.lr_selector_bias
     projector = new_projector_of(arguments, fresh, rates["projector"] > 0)
+    lora = lora_of(arguments, projector is not None or "projector" in fresh, rates["llm"] > 0)
+    if lora is not None:  # PEFT's files have no place for the newline
+        rates |= {"lora": rates["llm"], "llm": 0.0, "newline": 0.0}
     objective = objective_of(arguments)
     data = read(arguments)
     settings = settings_of(arguments, preset, len(data.source), device)
 
     out = Path(arguments.out)
-    process = Process.join(device)
+    process = Process.join(device, even_alone=arguments.shard)
     with process.alone(out):
         check_out(out)
         options = options_of_sampler(arguments, fresh)
@@ -206,17 +222,32 @@ def train(arguments: argparse.Namespace) -> None:
         # Both are part of a run's identity, which has always held their values and not None.
         arguments.alpha = objective.alpha
         arguments.selector_bias = 1.0 if arguments.selector_bias is None else arguments.selector_bias
-        model = load_to_train(
-            arguments.model,
-            arguments.sampler,
-            device,
-            options,
-            fresh,
-            new is not None,
-            arguments.selector_bias,
-            arguments.seed,
-            projector,
-        )
+        narrow = lora is not None and settings.bf16
+
+        def rate(name: str) -> float:
+            return learning_rate(name, rates, model)
+
+        if arguments.shard:
+            model = skeleton(Path(arguments.model), sampler_of(arguments, options, new is not None))
+            if "projector" in fresh:
+                new_projector(model, arguments.seed)
+        else:
+            model = load_to_train(
+                arguments.model,
+                arguments.sampler,
+                device,
+                options,
+                fresh,
+                new is not None,
+                arguments.selector_bias,
+                arguments.seed,
+                projector,
+                torch.bfloat16 if narrow else torch.float32,
+            )
+        if lora is not None:
+            add_lora(model, lora, arguments.seed, device)
+        if narrow and not arguments.shard:
+            widen(model, {name for name, _ in model.named_parameters() if rate(name)})
         model.language_model.model.recompute = arguments.gradient_checkpointing
         if arguments.template:
             model.template = arguments.template
@@ -234,7 +265,9 @@ def train(arguments: argparse.Namespace) -> None:
         )
         of_data = {"model": digest_of_model(Path(arguments.model)), **data.identity}
         task = task_of(arguments, model, objective, {**of_data, "bf16": settings.bf16})
-        optimizers = make_optimizers(task, partial(learning_rate, rates=rates, model=model), settings)
+        if isinstance(task, ShardedObjective):
+            shard(task, device, lambda name: rate(name) > 0, narrow)
+        optimizers = make_optimizers(task, rate, settings)
         identity = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
         identity |= of_data
         if not arguments.lr_router:
@@ -242,7 +275,8 @@ def train(arguments: argparse.Namespace) -> None:
 
         def validate() -> dict[str, Any]:
             asked, count, longest = data.asked(model)
-            result = evaluate(model, asked, 16, count, max_new_tokens=longest, families=cards.FAMILIES)
+            with gathered_rest(task) if isinstance(task, ShardedObjective) else nullcontext():
+                result = evaluate(model, asked, 16, count, max_new_tokens=longest, families=cards.FAMILIES)
             return {name: result[name] for name in ("accuracy", "families", "tokens")}
 
         seconds = fit(
@@ -258,9 +292,10 @@ def train(arguments: argparse.Namespace) -> None:
             validate_every=arguments.validate_every,
             title=arguments.stage,
         )
+        if process.rank == 0 or arguments.shard:
+            left = leave_results(arguments, task, lora, {part for part in WHOLE if rates[part]}, out)
         if process.rank == 0:
-            leave_results(model, out)
-            print(f"{settings.steps} steps in {seconds:.0f} s; the model is in {out / 'model'}")
+            print(f"{settings.steps} steps in {seconds:.0f} s; the {left} is in {out / left}")
     process.leave()
 
 
@@ -283,16 +318,40 @@ def task_of(
         return RouterObjective(
             model, ranking_of(arguments), feedback, arguments.seed, independent, round(keep * 2**30) if again else 0
         )
-    return AnswerObjective(model, objective, arguments.seed)
+    kind_of = ShardedObjective if arguments.shard else AnswerObjective
+    return kind_of(model, objective, arguments.seed)
 
 
-def leave_results(model: minifocus.Llava, out: Path) -> None:
-    """Leave the trained model and the picture of its run in `out`."""
-    model.save(out / "model")
+def sampler_of(arguments: argparse.Namespace, options: dict[str, Any], new: bool) -> Callable[[Config], Samplers]:
+    """What makes the sampler of --sampler, given a model's config: a new one, or as the model's folder has it."""
+    if new:
+        return lambda config: minifocus.methods.begin(arguments.sampler, config, options, arguments.selector_bias)
+    return lambda config: minifocus.methods.build(arguments.sampler, config, Path(arguments.model), options)
+
+
+def leave_results(arguments: argparse.Namespace, task: Any, lora: LoRA | None, whole: set[str], out: Path) -> str:
+    """Leave the trained model, or its adapter, and the picture of its run in `out`; the name of the folder there.
+
+    whole  the parts beside LoRA that are trained
+
+    Processes that each hold a share of the model all take part, and the first writes.
+    """
+    left = "adapter" if lora is not None and not arguments.lora_merge else "model"
+    if lora is not None:
+        save_adapter(task.model, sampler_to_save(task), lora, arguments.model, whole, out / "adapter")
+    elif arguments.shard:
+        save_shared(task, out / "model")
+    else:
+        task.model.save(out / "model")
+    if Process.current().rank:
+        return left
+    if arguments.lora_merge:
+        merged_model(Path(arguments.model), out / "adapter").save(out / "model")
     try:
         draw_curve(out / LOG, out / "curve.png")
     except ImportError:
         print(f"{out / 'curve.png'} is not drawn: it needs matplotlib", file=sys.stderr)
+    return left
 
 
 @command_line.guarded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import minifocus
 from minifocus.arguments import shown
 from minifocus.inputs.prompt import TEMPLATES
 from minifocus.projectors import PROJECTORS
+from minifocus.training.lora import TARGETS, LoRA
 from minifocus.training.new_projector import NewProjector
 from minifocus.training.objective import Objective
 from minifocus.training.parts import FRESH, PARTS
@@ -94,6 +96,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--sampler-dropout", type=float, default=0.0, help="a sample's chance to go without a sampler"
     )
 
+    lora = parser.add_argument_group("LoRA")
+    lora.add_argument(
+        "--lora-rank", type=int, help="leave the language model's weights as they are, and learn products of this rank"
+    )
+    lora.add_argument(
+        "--lora-alpha", type=float, help="the products are taken times alpha / rank; default: twice the rank"
+    )
+    lora.add_argument("--lora-dropout", type=float, help="of what the products read (0.05)")
+    lora.add_argument("--lora-targets", help=f"matrices that get one, with commas; default: {','.join(TARGETS)}")
+    lora.add_argument("--lora-merge", action="store_true", help="leave a merged model in OUT/model, too")
+
     router = parser.add_argument_group("AVG-LLaVA's router (--stage router)")
     router.add_argument("--examples", type=int, help="train on the first so many examples again and again")
     router.add_argument(
@@ -133,6 +146,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--beta2", type=float, default=0.98)
     steps.add_argument("--max-grad-norm", type=float, default=1.0)
     steps.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    steps.add_argument(
+        "--shard", action="store_true", help="under torchrun: each process holds a share of the model, too, by FSDP2"
+    )
     steps.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on a GPU only")
     steps.add_argument("--device", help="default: cuda where there is one, else cpu")
     steps.add_argument("--seed", type=int, default=0)
@@ -174,6 +190,13 @@ def check(arguments: argparse.Namespace) -> None:
         expect(not arguments.validate or held_out, arguments, "validate", "--validation-data beside it")
         expect(arguments.validate or not held_out, arguments, "validation_data", "--validate beside it")
 
+    if arguments.shard:
+        expect("WORLD_SIZE" in os.environ, arguments, "shard", "to be started by torchrun")
+        expect(arguments.stage in ("align", "instruct"), arguments, "shard", "--stage align or instruct beside it")
+        expect(arguments.projector is None, arguments, "shard", "no --projector beside it")
+        samplers = (None, "none", "focus", "vision", "text")  # others read layers that are not gathered
+        expect(arguments.sampler in samplers, arguments, "sampler", "none, focus, vision or text beside --shard")
+
     stage = arguments.stage
     if stage != "router":
         for name in ("examples", "feedback", "keep_features", *RANKING):
@@ -194,6 +217,23 @@ def check(arguments: argparse.Namespace) -> None:
             arguments.sampler in (None, "avg-llava"), arguments, "sampler", f"avg-llava, as --stage {stage} trains it"
         )
         expect(not arguments.sampler_dropout, arguments, "sampler_dropout", f"none with --stage {stage}")
+
+
+def lora_of(arguments: argparse.Namespace, projector: bool, trained: bool) -> LoRA | None:
+    """What --lora-… ask for. `projector`: a new one begins; `trained`: the language model has a learning rate."""
+    if arguments.lora_rank is None:
+        for name in ("lora_alpha", "lora_dropout", "lora_targets", "lora_merge"):
+            expect(not getattr(arguments, name), arguments, name, "--lora-rank beside it")
+        return None
+    expect(not projector, arguments, "lora_rank", "no new projector beside it: it is trained first, by --stage align")
+    expect(trained, arguments, "lora_rank", "a learning rate for what it adds to the language model, --lr-llm")
+    targets = TARGETS if arguments.lora_targets is None else names(arguments.lora_targets, "lora-targets", TARGETS)
+    alpha = 2.0 * arguments.lora_rank if arguments.lora_alpha is None else arguments.lora_alpha
+    dropout = 0.05 if arguments.lora_dropout is None else arguments.lora_dropout
+    try:
+        return LoRA(arguments.lora_rank, alpha, dropout, tuple(name for name in TARGETS if name in targets))
+    except minifocus.InputError as error:
+        raise minifocus.InputError(f"--lora-{error}") from error
 
 
 def names(text: str, flag: str, known: tuple[str, ...]) -> set[str]:

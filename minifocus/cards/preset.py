@@ -13,6 +13,7 @@ _INSTRUCT = Preset(
     lr_selector=1e-5,
     lr_selector_bias=3e-3,
     lr_llm=1e-3,
+    lr_lora=1e-3,
     lr_vision=0.0,
     batch=16,
     micro_batch=4,
@@ -24,7 +25,7 @@ _INSTRUCT = Preset(
     steps=500,
 )
 MINIATURE = {
-    "align": replace(_INSTRUCT, lr_projector=2e-3, lr_selector=0.0, lr_selector_bias=0.0, lr_llm=0.0),
+    "align": replace(_INSTRUCT, lr_projector=2e-3, lr_selector=0.0, lr_selector_bias=0.0, lr_llm=0.0, lr_lora=0.0),
     "granularities": replace(_INSTRUCT, lr_projector=5e-4, lr_selector=0.0, lr_selector_bias=0.0, lr_llm=5e-4),
     "router": Preset(
         batch=8, micro_batch=4, lr_router=1e-3, turns="independent", max_turns=12, shuffle=False, steps=400

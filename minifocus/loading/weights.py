@@ -512,7 +512,9 @@ def _narrow(dtype: torch.dtype) -> torch.dtype:
 
 
 def _stored(name: str, value: torch.Tensor) -> torch.Tensor:
-    """A tensor as it is stored: contiguous, on the CPU, in the dtype of `_narrow`."""
+    """A tensor as it is stored: contiguous, on the CPU, in the dtype of `_narrow`. One that processes share is gathered."""
+    if hasattr(value, "full_tensor"):  # a DTensor, whose class takes a while to import
+        value = value.full_tensor()
     stored = value.detach().to("cpu", _narrow(value.dtype)).contiguous()
     if stored.dtype != value.dtype and not _same_values(stored.to(value.dtype), value.detach().cpu()):
         raise InputError(

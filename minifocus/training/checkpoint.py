@@ -69,13 +69,7 @@ def resume(
         raise InputError(
             f"{file}: not a checkpoint of a run: expected one with an identity, got {type(state).__name__}"
         )
-    differing = [
-        f"{name}: {shown(state['identity'].get(name))} there, {shown(identity.get(name))} here"
-        for name in sorted({*state["identity"], *identity})
-        if state["identity"].get(name) != identity.get(name)
-    ]
-    if differing:
-        raise InputError(f"{file}: of another run; name another folder or delete this one. {'; '.join(differing)}")
+    same_run(file, state["identity"], identity)
     try:
         steps, seconds, averages = state["steps"], state["seconds"], state.get("averages", {})
         whole("steps", steps, 0)
@@ -95,3 +89,14 @@ def resume(
             f"{file}: not a checkpoint of this run: {type(error).__name__}: {shown(str(error))}"
         ) from error
     return steps, seconds, averages
+
+
+def same_run(file: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose run's identity is another, with InputError."""
+    differing = [
+        f"{name}: {shown(there.get(name))} there, {shown(here.get(name))} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise InputError(f"{file}: of another run; name another folder or delete this one. {'; '.join(differing)}")

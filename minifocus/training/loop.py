@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ from .log import LOG, Log
 from .memory import check_memory
 from .processes import Process
 from .settings import Settings
+from .sharded_checkpoint import refuse_other, resume_shards, save_shards
 
 
 class MicroBatches(Protocol):
@@ -65,9 +68,15 @@ def fit(
     for name in ("save_every", "log_every"):
         identity.pop(name)
     trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
+    sharded = isinstance(task, FSDPModule)
     check_memory(task, device, settings.bf16)
     with process.alone(folder):
-        first, seconds, averages = resume(folder / CHECKPOINT, trained, optimizers, identity)
+        refuse_other(folder, sharded)
+        first, seconds, averages = (
+            resume_shards(folder, trained, optimizers, identity)
+            if sharded
+            else resume(folder / CHECKPOINT, trained, optimizers, identity)
+        )
         begins = process.gather(first)
         if len(set(begins)) > 1:
             raise InputError(
@@ -83,7 +92,7 @@ def fit(
 
         process.first(begin_log)
         wrapped: nn.Module = task
-        if process.count > 1:
+        if process.count > 1 and not sharded:
             # Text alone does not use the tower. Gradients as views of the buckets that are sent take no memory of their own.
             wrapped = DistributedDataParallel(task, find_unused_parameters=True, gradient_as_bucket_view=True)
         # Without autocast's cache: what the text-guided sampler casts without a gradient, the layer after it needs with one.
@@ -98,14 +107,18 @@ def fit(
         begun = time.perf_counter() - seconds
 
         def save() -> None:
-            save_checkpoint(
-                folder / CHECKPOINT, trained, optimizers, identity, done, time.perf_counter() - begun, averages
-            )
+            state = trained, optimizers, identity, done, time.perf_counter() - begun, averages
+            if sharded:
+                save_shards(folder, *state)
+            else:
+                process.first(lambda: save_checkpoint(folder / CHECKPOINT, *state))
 
         def report() -> None:
-            if log is not None and validate is not None:
+            if validate is not None:
                 task.eval()
-                log.write(step=done, **validate())
+                found = validate()
+                if log is not None:
+                    log.write(step=done, **found)
 
         hidden = None if process.rank == 0 else True
         with tqdm(total=settings.steps, initial=first, desc=title, disable=hidden) as bar:
@@ -120,13 +133,14 @@ def fit(
                 figures: list[dict[str, float]] = []
                 for number, batch in enumerate(own):
                     last = number == accumulated - 1
-                    with nullcontext() if last or process.count == 1 else wrapped.no_sync():  # type: ignore[operator]
+                    with nullcontext() if last or wrapped is task else wrapped.no_sync():  # type: ignore[operator]
                         with amp:
                             loss, parts = wrapped(batch, targets, per_step)
                         with no_plans():  # for layers that are run again (gradient checkpointing)
                             (loss * process.count).backward()  # the processes' gradients are averaged, not added
                     figures.append(parts)
                 norm = nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
+                norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                 if not math.isfinite(float(norm)):
                     raise InputError(
                         f"step {step + 1}: the gradient is not finite. A new run with lower learning rates may get past this; "
@@ -148,9 +162,9 @@ def fit(
                     if done % settings.log_every == 0 or done == settings.steps:
                         log.write(step=done, seconds=round(time.perf_counter() - begun, 1), lr=factor, **averages)
                 if validate is not None and validate_every and (done % validate_every == 0 or done == settings.steps):
-                    process.first(report)
+                    report() if sharded else process.first(report)
                 if done % settings.save_every == 0 or done == settings.steps:
-                    process.first(save)
+                    save()
         return time.perf_counter() - begun
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 COEFFICIENTS = (
     3.4445,
@@ -44,10 +45,11 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             momentum = group["momentum"]
-            alike: dict[torch.Size, list[torch.Tensor]] = {}
-            for parameter in group["params"]:
-                alike.setdefault(parameter.shape, []).append(parameter)
-            for shape, every in alike.items():
+            alike: dict[tuple[torch.Size, int], list[torch.Tensor]] = {}
+            for number, parameter in enumerate(group["params"]):
+                # Those of which a process has a share are whole for the while of their step, one at a time.
+                alike.setdefault((parameter.shape, number * isinstance(parameter, DTensor)), []).append(parameter)
+            for (shape, _), every in alike.items():
                 parameters = [parameter for parameter in every if parameter.grad is not None]
                 if not parameters:
                     continue
@@ -58,6 +60,19 @@ class Muon(torch.optim.Optimizer):
                     average = self.state[parameter].setdefault("average", torch.zeros_like(parameter))
                     average.lerp_(gradient, 1 - momentum)
                     updates.append(gradient.lerp(average, momentum))
-                step = orthogonalise(torch.stack(updates)) * (-0.2 * group["lr"] * max(shape) ** 0.5)
+                step = orthogonalise(torch.stack([_whole(update) for update in updates])) * (
+                    -0.2 * group["lr"] * max(shape) ** 0.5
+                )
                 for parameter, update in zip(parameters, step, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(_share(update, parameter))
+
+
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _share(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Of a matrix that every process has whole, its share, where it has but a share of the parameter."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

@@ -12,8 +12,9 @@ from ..errors import InputError
 from .muon import Muon
 from .settings import Settings
 
-# Embeddings and heads, whose rows stand for themselves, and what samplers learn: no matrices between hidden states.
-_NOT_FOR_MUON = ("embed", "lm_head", "heads.", "before_llm.")
+# Embeddings and heads, whose rows stand for themselves, what samplers learn, and halves of LoRA's products: no matrices between
+# hidden states.
+_NOT_FOR_MUON = ("embed", "lm_head", "heads.", "before_llm.", ".lora_")
 
 
 def make_optimizers(

@@ -27,20 +27,22 @@ def load_to_train(
     selector_bias: float = 1.0,
     seed: int = 0,
     projector: NewProjector | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Llava:
-    """Load a model in float32, with the sampler that it is to be trained behind and that sampler's `options`.
+    """Load a model with the sampler that it is to be trained behind and that sampler's `options`.
 
     fresh          parts of the model itself that begin anew: "projector". Random values follow from `seed`
     new_sampler    whether what the sampler learns begins anew
     selector_bias  how far a new selector leans to the finest scale (see `selector_file.new_selector`)
     projector      one that takes the place of the model's own; a new sampler is then for its grid
+    dtype          of the weights; what a sampler has learned is float32
 
     Raises CheckpointError for a bad folder and InputError for a bad option.
     """
     if projector is None and not new_sampler:
-        model = load(folder, sampler, device, "float32", **options)
+        model = load(folder, sampler, device, dtype, **options)
     else:
-        model = load(folder, "none", device, "float32")
+        model = load(folder, "none", device, dtype)
         if projector is not None:
             replace_projector(model, projector, seed)
         if new_sampler:
@@ -70,8 +72,15 @@ def new_projector(model: LlavaNetwork, seed: int) -> None:
 
 
 def learning_rate(name: str, rates: dict[str, float], model: LlavaNetwork) -> float:
-    """The learning rate of the parameter `name`. It is 0 where no loss reaches: behind the layers whose features are read."""
+    """The learning rate of the parameter `name`. It is 0 where no loss reaches: behind the layers whose features are read.
+
+    `rates` has one for each of PARTS, and may have one for LoRA's products, "lora", and for LLaVA-NeXT's newline, "newline".
+    """
     name = name.removeprefix("model.")
+    if ".lora_" in name:
+        return rates["lora"]
+    if name == "image_newline" and "newline" in rates:
+        return rates["newline"]
     if name.startswith("vision_tower."):
         block = name.removeprefix("vision_tower.encoder.layers.").split(".")[0]
         unused = "post_layernorm" in name or (block.isdigit() and int(block) >= max(model.config.feature_layers))

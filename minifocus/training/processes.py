@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from ..errors import InputError
 from ..files.locks import hold
@@ -25,9 +26,9 @@ class Process:
     count: int
 
     @staticmethod
-    def join(device: torch.device) -> Process:
-        """Join the process group, if there are other processes."""
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    def join(device: torch.device, even_alone: bool = False) -> Process:
+        """Join the process group, if there are other processes. `even_alone`: torchrun may have started this one only."""
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1 - even_alone and not dist.is_initialized():
             # Imported with a group there, as DistributedDataParallel would, it keeps that group's threads alive beyond
             # `leave`, and now and then Python aborts at its end.
             import torch._dynamo  # noqa: F401
@@ -76,5 +77,10 @@ class Process:
             yield
 
     def leave(self) -> None:
-        if self.count > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of which each process has a share, gathered on the CPU, by all of them at once; any other as it is."""
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
