@@ -1,7 +1,7 @@
 """The tables of LLaVA-STF's or AVG-LLaVA's paper in miniature, from the stages of `make weights`, on two cores.
 
 python -m experiments.systems.reproduce llava-stf             # 40 minutes; stopped, it goes on where it was
-python -m experiments.systems.reproduce avg-llava --table 3   # one table, or "Figure 5"; may be repeated
+python -m experiments.systems.reproduce avg-llava --table 3   # or "Figure 5"; may be repeated
 python -m experiments.systems.reproduce llava-stf --quick     # every arm for two steps and few questions, to try it out
 
 The arms (arms.py) begin from the first three stages of `make weights`, which are made first where RUNS does not have them.
@@ -125,7 +125,7 @@ def page_of(system: str, record: dict[str, Any]) -> str:
     ]
     for number in record["tables"]:
         table = TABLES[system][number]
-        title = number if table.choices else f"Table {number}"
+        title = number if number.startswith("Figure") else f"Table {number}"
         body = markdown_of_choices(table, record) if table.choices else markdown(table, record)
         parts.append(f"## {title}. {table.title}\n\n{body}")
         measured = {row.arm: figures_of(seeds_of(table, record["arms"][row.arm])) for row in table.rows}

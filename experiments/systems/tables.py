@@ -236,8 +236,8 @@ AVG_LLAVA = {
         "an easy one: whether a thing is there, how many there are, or the colour of a shape.",
         choices=True,
     ),
-    "7": Table(
-        "Filtered words",
+    "Figure 7": Table(
+        "How many words the router reads",
         (),
         (*(Row(f"{k} words", f"words-{k}") for k in (4, 8, 16)), Row("32 words", "router")),
     ),

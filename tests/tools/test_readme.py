@@ -667,7 +667,8 @@ def avg_llava() -> list[str]:
         f"coarser for the easy question in {pairs['router'][0]:.0f} % of pairs without a price, in {pairs['price-0.03'][0]:.0f} "
         f"and {pairs['price-0.1'][0]:.0f} % with one, and finer in {pairs['router'][1]:.1f}, {pairs['price-0.03'][1]:.1f} and "
         f"{pairs['price-0.1'][1]:.1f} %",
-        f"small text gets {of_text['price-0.1'][0]:.0f} % of the tokens, a relation {of_text['price-0.1'][1]:.0f} %",
+        f"With a price of 0.1, small text gets {of_text['price-0.1'][0]:.0f} % of the tokens, "
+        f"a relation {of_text['price-0.1'][1]:.0f} %",
         f"learns from the answers alone gives one granularity to all ({100 * of['answers'][0]['accuracy']:.1f} % at "
         f"{100 * of['answers'][0]['tokens']['equivalent']:.1f} %)",
     ]
