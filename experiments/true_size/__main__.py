@@ -47,8 +47,8 @@ from minifocus.inputs.open_image import open_image
 from minifocus.loading.config import load_config
 from minifocus.loading.weights import read_headers
 
+from ..clocks import Spent
 from ..record import ROOT, environment
-from ..timing import interleaved
 from .folder import TINY, made_folder
 from .models import MODELS, QUICK, Model
 from .question import STATUS, add_arguments
@@ -193,11 +193,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 for side in sides
                 for sampler in arguments.samplers
             }
-            answers = interleaved(runs, arguments.rounds, title="round")
+            answers: dict[tuple[int, str], list[dict[str, Any]]] = {name: [] for name in runs}
+            for number in range(arguments.rounds):  # interleaved, and not run again: a round takes minutes
+                for name, run in runs.items():
+                    answers[name].append(run(number))
         unfinished.file.unlink()
     questions = [{"side": side, "sampler": sampler, "rounds": own} for (side, sampler), own in answers.items()]
     asked = {"dtype": arguments.dtype, "device": arguments.device, "new_tokens": arguments.new_tokens}
-    return record | {"model": model, **asked, "questions": questions}
+    disturbed = sum(any(map(was_disturbed, of_round)) for of_round in zip(*answers.values(), strict=True))
+    watched = {"rounds": arguments.rounds, "disturbed": disturbed, "repeated": 0}
+    return record | {"model": model, **asked, "questions": questions, "watched": watched}
+
+
+def was_disturbed(answer: dict[str, Any]) -> bool:
+    """Whether other work had the processors while the prompt was read."""
+    first = answer["seconds"]["first_token"]
+    return Spent(first["wall"], first["processor"], threads=answer["threads"]).disturbed
 
 
 @command_line.guarded

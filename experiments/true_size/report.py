@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from ..timing import ratio
+from ..timing import ratio, remark
 
 MOST_ANONYMOUS = 2_000_000_000  # bytes beside weights that are mapped as they are: the bar
 MAPPED = (None, "bfloat16")  # --dtype with which they are
@@ -114,7 +114,8 @@ def tables(record: dict[str, Any]) -> str:
     loads = [run["seconds"]["load"] for one in record["questions"] for run in one["rounds"]]
     wall, processor = (median(load[clock] for load in loads) for clock in ("wall", "processor"))
     loading = (
-        f"\nLoading took {wall:.1f} s ({processor:.1f} of the processors), the median of {len(loads)} processes.\n"
+        f"\nLoading took {wall:.1f} s ({processor:.1f} of the processors), the median of {len(loads)} processes. "
+        f"{remark(record['watched'])}\n"
     )
     return table(HEADS + (["GPU memory"] if on_gpu else []), rows(record)) + loading + bar(record)
 

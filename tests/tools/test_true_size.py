@@ -146,7 +146,14 @@ def test_a_stopped_run_goes_on(
         if len(asked) == 3:
             raise KeyboardInterrupt
         asked.append((sampler, side))
-        return {"number": len(asked)}
+        return found(len(asked))
+
+    def found(number: int, processor: float = 1.0) -> dict[str, Any]:
+        return {"number": number, "seconds": {"first_token": {"wall": 1.0, "processor": processor}}, "threads": 1}
+
+    def answer_again(_: Path, sampler: str, side: int, __: Any) -> dict[str, Any]:
+        asked.append((sampler, side))
+        return found(9, 0.1 if len(asked) == 1 else 1.0)  # other work had the processors
 
     monkeypatch.setattr(program, "ask", answer)
     words = ("--quick", "--sides", "56,112", "--rounds", "2", "--runs", str(tmp_path))
@@ -160,12 +167,13 @@ def test_a_stopped_run_goes_on(
         program.measure(arguments_of(*words))
 
     first, asked[:] = asked[:], []
-    monkeypatch.setattr(program, "ask", lambda _, sampler, side, __: asked.append((sampler, side)) or {"number": 9})
+    monkeypatch.setattr(program, "ask", answer_again)
     record = program.measure(arguments_of(*words))
     assert "goes on after 3 questions" in capsys.readouterr().err
     assert first == [("none", 56), ("focus", 56), ("none", 112)] and asked == [("focus", 112), *first, ("focus", 112)]
     numbers = [[one["number"] for one in question["rounds"]] for question in record["questions"]]
     assert numbers == [[1, 9], [2, 9], [3, 9], [9, 9]] and not list(tmp_path.iterdir())
+    assert record["watched"] == {"rounds": 2, "disturbed": 1, "repeated": 0}
     (tmp_path / "unfinished-quick-own.json").write_text("{", encoding="utf-8")
     with pytest.raises(Refused, match="unfinished-quick-own.json: expected an unfinished run"):
         program.measure(arguments_of(*words))

@@ -509,6 +509,7 @@ def test_a_router_is_trained_in_float32(folder: Path, tmp_path: Path) -> None:
 
 ROUTER = ["--stage", "router", "--examples", 4, "--batch", 2, "--micro-batch", 1, "--max-turns", 2, "--warmup", 0]
 ROUTER += ["--log-every", 1, "--save-every", 2, "--device", "cpu"]
+GOES_ON, ROUTER = ROUTER, [*ROUTER, "--fresh", "router"]  # the embedded model has one
 LEVELS = ["--stage", "granularities", "--batch", 2, "--micro-batch", 1, "--max-turns", 2, "--warmup", 0]
 LEVELS += ["--log-every", 1, "--save-every", 1, "--device", "cpu"]
 
@@ -547,13 +548,14 @@ def test_stage_4_lowers_its_loss(routed: Path, tmp_path: Path) -> None:
         held.append(make(*given))
         return held[-1]
 
-    for folder in (TINY, routed / "model"):
+    for folder, fresh in ((TINY, ["--fresh", "router"]), (routed / "model", [])):
         with (
             mock.patch.object(trainer, "fit", return_value=0.0),
             mock.patch.object(trainer, "leave_results"),
             mock.patch.object(trainer, "task_of", side_effect=kept),
         ):
-            done = train("--out", tmp_path, *ROUTER, "--model", folder, "--feedback", tmp_path / folder.name)
+            feedback = ["--feedback", tmp_path / folder.name]
+            done = train("--out", tmp_path, *GOES_ON, *fresh, "--model", folder, *feedback)
         assert done.code == 0, done.err
     losses = []
     for task in held:
@@ -730,7 +732,7 @@ BAD: list[tuple[list[Any], str]] = [
     (["--stage", "router", "--keep-features", 1], "--keep-features: expected --examples beside it, got 1.0"),
     (["--stage", "router", "--examples", 4, "--keep-features", -1], "--keep-features: expected a number of at least 0"),
     (["--stage", "router", "--lr-llm", 1e-3], "--stage: router trains the router alone: expected no other learning rate"),
-    (["--stage", "router", "--freeze", "router"], "--lr-router: a new router has to be trained: expected a rate above"),
+    (["--stage", "router", "--fresh", "router", "--freeze", "router"], "--lr-router: a new router has to be trained: exp"),
     (["--stage", "router", "--lr-router", -1], "--lr-router: expected a number of at least 0, got -1.0"),
     (["--stage", "router", "--projector", "stf"], "--projector: expected none, as --stage router trains the router alone"),
     (["--stage", "router", "--fresh", "projector"], "--fresh: router trains the router alone: expected no new projector"),
@@ -745,7 +747,7 @@ BAD: list[tuple[list[Any], str]] = [
     (["--stage", "granularities", "--sampler-dropout", 0.5], "--sampler-dropout: expected none with --stage granularities"),
     (["--stage", "granularities", "--option", "granularity=5"], "granularity: expected one of "),
     (["--stage", "granularities", "--option", "ratio=0.5"], "ratio: not an option of sampler 'avg-llava'"),
-    (["--sampler", "avg-llava"], "--lr-router: a new router has to be trained: expected a rate above 0, got 0"),
+    (["--sampler", "avg-llava", "--fresh", "router"], "--lr-router: a new router has to be trained: expected a rate above 0"),
 ]  # fmt: skip
 
 
