@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from checkpoints import TILE, add_tokenizer, build, make_inputs, noise, save
 
 import minifocus
+from minifocus import figure
 from minifocus.avg_llava.router import HEADS, Router, filter_text
 from minifocus.avg_llava.sampler import AVGLLaVA
 from minifocus.figure import draw_answers
@@ -331,7 +332,14 @@ def test_answers_name_the_granularity(model: minifocus.Llava) -> None:
             drawn = draw_answers(
                 [pictures[0]], [(prompts[0], answers[0]), (prompts[0], cropped)], model.image_processor
             )
-            assert 2 * 400 < drawn.width < 3 * 400  # the scales for each question
+            assert 2 * 400 < drawn.width < 3 * 400  # the scales for each question, and nothing beside them
+            seen = pictures[0].crop(model.image_processor.seen((pictures[0].height, pictures[0].width)))  # type: ignore[union-attr]
+            for place, answer in enumerate((answers[0], cropped)):
+                panel = figure._draw_scales(figure._fit(seen), answer.pictures[0])
+                left = figure.MARGIN + place * (panel.width + figure.MARGIN)
+                top = drawn.height - panel.height - figure.MARGIN
+                shown = drawn.crop((left, top, left + panel.width, top + panel.height))
+                assert shown.tobytes() == panel.tobytes()
         assert counts == sorted(set(counts)) and counts[-1] == batch[0].tokens.full
         model.set_sampler("avg-llava", granularity="finest")
         finest = model.generate_batch(pictures, prompts, **options)
