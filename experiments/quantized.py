@@ -44,9 +44,10 @@ from minifocus.evaluate import wilson
 from minifocus.llama import LayerCache
 from minifocus.quantized import NAMES
 
+from .clocks import Spent, read
 from .end_to_end_programs import QUICK, Settings, Size, Worker
 from .record import ROOT, environment
-from .timing import interleaved, ratio
+from .timing import columns, interleaved, ratio
 
 KINDS = ("bfloat16", *NAMES)
 BARS = {"decode": {"int8": 0.55, "int4": 0.35}, "prefill": {"int8": 1.15, "int4": 1.15}}  # ratios to bfloat16: at most
@@ -89,20 +90,20 @@ class Sides:
         self.ids = torch.randint(4, vocabulary, (1, 4096), generator=generator)  # after the placeholder's id
 
     @torch.inference_mode()
-    def run(self, kind: str, length: int, tokens: int) -> dict[str, float]:
-        """Read a prompt of `length` tokens, then `tokens` more one by one. → seconds of the prompt, and of a token"""
+    def run(self, kind: str, length: int, tokens: int) -> dict[str, Spent]:
+        """Read a prompt of `length` tokens, then `tokens` more one by one. → what the prompt took, and a token of these"""
         model = self.models[kind]
         decoder, head = model.language_model.model, model.language_model.lm_head
         rows, visual = model.embed(self.ids[:, :length], [])
         caches = [LayerCache() for _ in range(model.config.text.num_hidden_layers)]
-        begun = time.perf_counter()
+        begun = read()
         head(model.prefill(rows, visual, caches, last=1).rows.hidden[:, -1])
-        read = time.perf_counter()
+        prefill, begun = Spent.since(begun, torch.get_num_threads()), read()
         for place in range(length, length + tokens):
             head(decoder.decode(self.ids[:, place], torch.tensor([place]), caches))
-        return {"prefill": read - begun, "decode": (time.perf_counter() - read) / max(tokens, 1)}
+        return {"prefill": prefill} | ({"decode": Spent.since(begun, calls=tokens)} if tokens else {})
 
-    def times(self, lengths: list[int], tokens: int, rounds: int) -> dict[str, Any]:
+    def times(self, lengths: list[int], tokens: int, rounds: int) -> tuple[dict[str, Any], dict[str, int]]:
         runs = {
             (kind, length): lambda _, kind=kind, length=length: self.run(
                 kind, length, tokens if length == lengths[-1] else 0
@@ -110,19 +111,22 @@ class Sides:
             for length in lengths
             for kind in self.models
         }
-        found = interleaved(runs, rounds, warm_up=1, title="round")
-        seconds = {
+        timed = interleaved(runs, lambda one: one.values(), rounds, warm_up=1, title="round")
+        found = timed.results
+        spent = {
             f"prefill_{length}": {kind: [one["prefill"] for one in found[kind, length]] for kind in self.models}
             for length in lengths
         }
-        seconds["decode"] = {kind: [one["decode"] for one in found[kind, lengths[-1]]] for kind in self.models}
-        return {
-            what: {
-                kind: {"ratio_to_bfloat16": ratio(of, by_kind["bfloat16"]), "rounds": of}
-                for kind, of in by_kind.items()
-            }
-            for what, by_kind in seconds.items()
+        spent["decode"] = {kind: [one["decode"] for one in found[kind, lengths[-1]]] for kind in self.models}
+
+        def to_bfloat16(of: list[Spent], by_kind: dict[str, list[Spent]]) -> float:
+            return ratio([one.wall for one in of], [one.wall for one in by_kind["bfloat16"]])
+
+        times = {
+            what: {kind: {"ratio_to_bfloat16": to_bfloat16(of, by_kind), **columns(of)} for kind, of in by_kind.items()}
+            for what, by_kind in spent.items()
         }
+        return times, timed.note()
 
 
 def logit_errors(folders: dict[str, Path], ids: torch.Tensor) -> dict[str, Any]:
@@ -221,7 +225,7 @@ def run(arguments: Any) -> dict[str, Any]:
         }
         sides = Sides(folders, size.text["vocab_size"])
         report["parameters"] = sum(value.numel() for value in sides.models["bfloat16"].language_model.parameters())
-        report["times"] = sides.times(lengths, arguments.tokens, arguments.rounds)
+        report["times"], report["rounds"] = sides.times(lengths, arguments.tokens, arguments.rounds)
         report["logits"] = {"random": logit_errors(folders, sides.ids[:, :320])}
         del sides
     if arguments.decoder is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -166,3 +167,18 @@ def test_a_record_names_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert found["flags"] == ["avx2", "avx512f", "avx512_bf16", "amx_tile"]
     monkeypatch.setattr(record, "CPUINFO", tmp_path / "none")
     assert record.machine()["flags"] == [] and record.machine()["cpu"]
+
+
+def test_quick_run_of_quantized_weights(tmp_path: Path) -> None:
+    """Decode's times are of the longest prompt alone; every kind of weights is compared with bfloat16."""
+    file = tmp_path / "quantized.json"
+    command = [sys.executable, "-m", "experiments.quantized", "--quick", "--rounds", "2", "--out", str(file)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    record = json.loads(file.read_text())
+    assert record["rounds"]["rounds"] == 2
+    assert set(record["times"]) == {"prefill_32", "prefill_200", "decode"}
+    for kinds in record["times"].values():
+        assert set(kinds) == {"bfloat16", "int8", "int4"}
+        assert all(len(one["rounds"]) == 2 and min(one["rounds"]) > 0 for one in kinds.values())
+        assert kinds["bfloat16"]["ratio_to_bfloat16"] == 1
+    assert {"prefill int4", "decode int8", "answers int8"} <= set(record["bars"])
