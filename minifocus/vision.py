@@ -28,7 +28,7 @@ class Embeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # [N, grid², C]
-        cls = self.class_embedding.expand(len(patches), 1, -1)
+        cls = self.class_embedding.expand(patches.shape[0], 1, -1)  # len() would export one number of tiles
         return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
 
 

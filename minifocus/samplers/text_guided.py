@@ -78,8 +78,8 @@ class TextGuidedSampler:
         if not visual:
             return None
         q_places, k_places = torch.cat(text), torch.cat(visual)
-        scores = self.score(layer, rows, q_places, k_places, cu_text, cu_visual)
-        offsets = torch.tensor(cu_visual, device=scores.device)
+        cu_words, offsets = (torch.tensor(cu, device=q_places.device) for cu in (cu_text, cu_visual))
+        scores = self.score(layer, rows, q_places, k_places, cu_words, offsets)
         index_kept, _ = select_top_p(scores, offsets, self.options.gamma, self.options.keep)
 
         kept = (rows.valid & ((rows.picture < 0) | rows.newline)).flatten()
@@ -94,13 +94,13 @@ class TextGuidedSampler:
         rows: Rows,
         words: torch.Tensor,
         tokens: torch.Tensor,
-        cu_words: list[int],
-        cu_tokens: list[int],
+        cu_words: torch.Tensor,
+        cu_tokens: torch.Tensor,
     ) -> torch.Tensor:
         """Eq. 6 to 8 before `layer`: the importance of each of `tokens` [N], float32.
 
         `words` [T] and `tokens` are flat places in [B × S]; item i pairs words cu_words[i] … cu_words[i + 1] - 1 with
-        tokens cu_tokens[i] … cu_tokens[i + 1] - 1. A place may occur in several items.
+        tokens cu_tokens[i] … cu_tokens[i + 1] - 1, all int64. A place may occur in several items.
         """
         attention, hidden = layer.self_attn, rows.hidden.flatten(0, 1)
         q = attention.split_heads(attention.q_proj(layer.input_layernorm(hidden[words]))[None])
@@ -116,7 +116,7 @@ class TextGuidedSampler:
         return importance(
             q[0].transpose(0, 1),
             k[0].transpose(0, 1),
-            torch.tensor(cu_words, device=hidden.device),
-            torch.tensor(cu_tokens, device=hidden.device),
+            cu_words,
+            cu_tokens,
             self.config.head_dim**-0.5,
         )
