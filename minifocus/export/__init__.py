@@ -1,0 +1,1 @@
+"""A model as a package for csrc/runtime, which answers without Python."""

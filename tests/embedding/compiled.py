@@ -1,0 +1,58 @@
+"""Parts of csrc/runtime compiled for a test, without torch: a shared library for ctypes, or a program."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNTIME = ROOT / "csrc/runtime"
+CACHE = ROOT / "build/embedding"
+COMMON = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-fPIC", "-ffp-contract=off"]
+SANITIZED = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+def compiler() -> str:
+    path = shutil.which("g++")
+    if path is None:
+        pytest.skip("no g++ to compile csrc/runtime with")
+    return path
+
+
+def compiled(sources: Sequence[Path], libraries: Sequence[str] = (), flags: Sequence[str] = ("-O2", "-shared")) -> Path:
+    """The file that g++ makes of C++ sources and -l libraries, from the cache if nothing that goes into it has changed.
+
+    Fails the test, with g++'s message, where they do not compile.
+    """
+    digest = hashlib.sha256("\0".join([*COMMON, *flags, *libraries]).encode())
+    for file in [*sources, *sorted(RUNTIME.rglob("*.h")), ROOT / "csrc/cpu/simd.h"]:
+        digest.update(file.read_bytes())
+    target = CACHE / f"{sources[0].stem}-{digest.hexdigest()[:16]}.so"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / f"{sources[0].stem}.lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first one's build
+        if not target.exists():
+            for old in CACHE.glob(f"{sources[0].stem}-*"):
+                old.unlink()
+            objects = [target.with_suffix(f".{place}.o") for place in range(len(sources))]
+            commands = [
+                [*COMMON, *flags, "-c", source, "-o", file] for source, file in zip(sources, objects, strict=True)
+            ]
+            list(pool.map(_run, commands))
+            part = target.with_suffix(".part")
+            _run([*flags, *objects, *(f"-l{library}" for library in libraries), "-o", part])
+            part.replace(target)
+    return target
+
+
+def _run(arguments: Sequence[str | Path]) -> None:
+    done = subprocess.run([compiler(), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    if done.returncode:
+        pytest.fail(f"g++ {' '.join(map(str, arguments))}\n{done.stderr[-4000:]}")
