@@ -117,7 +117,7 @@ def damaged(content: bytes, draw: random.Random) -> bytes:
 def exif(draw: random.Random) -> bytes:
     """A TIFF directory with an orientation among a few entries, of any type, in the entry or behind, often damaged."""
     order, number = draw.choice("<>"), draw.randint(0, 9)
-    entries = draw.choice([1, 1, 2, 3])
+    entries = draw.choice([1, 1, 2, 3, 5])
     behind = 8 + 2 + 12 * entries + 4
     values = struct.pack(order + "IIiidfHHbbbb", number, 1, -number, -1, number, number, number, 0, number, 0, 0, 0)
     directory = struct.pack(order + "H", entries + draw.choice([0, 0, 0, 0, -1, 2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 import struct
@@ -10,7 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
-from encoded_pictures import chunk, damaged, png, png_data, random_jpeg, random_png
+from encoded_pictures import chunk, damaged, exif, png, png_data, random_jpeg, random_png
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -83,10 +84,41 @@ def test_every_level_of_deep_greys(runtime):
 @pytest.mark.parametrize("orientation", range(10))
 def test_pictures_are_upright(runtime, kind, orientation):
     noise = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    content = file_of(Image.fromarray(noise), kind, exif=exif)
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    content = file_of(Image.fromarray(noise), kind, exif=tags)
     assert runtime.decode(content).shape == ((7, 5, 3) if 5 <= orientation <= 8 else (5, 7, 3))
+    assert np.array_equal(runtime.decode(content), opened(content))
+
+
+@given(seed=SEEDS)
+def test_exif_of_every_kind(runtime, seed):
+    """Ten orientations as cameras, editors and accidents write them."""
+    draw = random.Random(seed)
+    pixels = chunk(b"IDAT", png_data(np.arange(6).reshape(2, 3, 1), 8))
+    for _ in range(10):
+        content = png(2, 3, 8, 0, chunk(b"eXIf", exif(draw)), pixels)
+        assert np.array_equal(runtime.decode(content), opened(content))
+
+
+TURN = (0x0112, 3, 1, 6)
+
+
+@pytest.mark.parametrize(("entries", "turned"), [
+    ([TURN, (0x0112, 3, 1, 3)], True),  # the first counts
+    ([(0x010F, 2, 1, 65), (0x010F, 4, 2, 1000), TURN], True),
+    ([(0x010F, 4, 2**20, 8), TURN], True),  # more than the file has
+    ([(0x010F, 4, 2, 1000), TURN], False),  # outside of the file: nothing behind it is read
+    ([(0x0112, 3, 0, 3), TURN], True),
+    ([(0x0112, 99, 1, 3), TURN], True),
+    ([(0x0112, 1, 1, 6), TURN], False),  # bytes are no number
+])  # fmt: skip
+def test_damaged_entries_of_exif(runtime, entries, turned):
+    """tag, type, count, and value or place, little-endian"""
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    tiff = chunk(b"eXIf", b"II*\0\x08\0\0\0" + directory)
+    content = png(2, 3, 8, 0, tiff, chunk(b"IDAT", png_data(np.arange(6).reshape(2, 3, 1), 8)))
+    assert runtime.decode(content).shape == ((3, 2, 3) if turned else (2, 3, 3))
     assert np.array_equal(runtime.decode(content), opened(content))
 
 
@@ -140,6 +172,13 @@ def test_every_cut_is_refused(runtime, options):
     assert refused >= len(content) - 2
 
 
+def endless_zeros(count: int) -> bytes:
+    """`count` MiB of zeros, deflated, without an end."""
+    deflate = zlib.compressobj(wbits=-15)
+    return b"\x78\x01" + count * (deflate.compress(bytes(2**20)) + deflate.flush(zlib.Z_FULL_FLUSH))
+
+
+@functools.cache
 def bad_files() -> dict[str, tuple[bytes, str]]:
     """name: (content, what its message says)"""
     webp, jpeg = file_of(noise(5, 6), "WEBP"), file_of(noise(50, 60), "JPEG", progressive=True)
@@ -159,6 +198,8 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "a short key": (png(2, 2, 8, 2, chunk(b"tRNS", b"\0\0\0"), nothing), "tRNS: expected 6 bytes, got 3"),
         "no palette": (png(2, 2, 8, 3, chunk(b"IDAT", grey)), "not a picture that can be read: "),
         "a chunk of 2 GB": (png(2, 2, 8, 0)[:33] + struct.pack(">I", 2**31 - 1) + b"tEXtabc", "not a picture that can be read: "),
+        "a thousand texts": (png(2, 2, 8, 0, *[chunk(b"tEXt", b"a\0b")] * 1000, nothing), "expected fewer than 998 chunks"),
+        "pixels beyond the last": (png(2, 2, 8, 0, chunk(b"IDAT", endless_zeros(200))), "far more pixels than"),
         "one scan of ten": (jpeg[:next_scan] + b"\xff\xd9", "scans of a progressive JPEG are missing"),
         "a thousand scans": (jpeg[:-2] + jpeg[jpeg.rindex(b"\xff\xc4") : -2] * 1000 + b"\xff\xd9", "more than 100 scans"),
     }  # fmt: skip

@@ -165,7 +165,7 @@ def test_manifests_that_no_exporter_writes(runtime, tmp_path, key):
     for wrong in [*WRONG_LINES[key], None]:
         changed = {**lines, key: wrong}
         manifest.write_text("".join(f"{name} {value}\n" for name, value in changed.items() if value is not None))
-        with pytest.raises(Refused, match=f"{key}: (expected|no such key)"):
+        with pytest.raises(Refused, match=f"manifest.txt: {key}: (expected|no such key)"):
             runtime.tiles(manifest, np.zeros((4, 4, 3), np.uint8))
 
 

@@ -16,8 +16,8 @@
 namespace minifocus {
 namespace {
 
-// Of a progressive file, each scan goes over the whole picture, however few bytes it has. Encoders write about ten.
-constexpr int kMostScans = 100;
+// How many scans a file may have. Each goes over the whole picture, however few bytes it has. Encoders write about ten.
+constexpr int64_t most_scans(int64_t pixels) { return std::clamp<int64_t>(20 * kMaxPixels / pixels, 20, 100); }
 
 class JpegDecoder {
  public:
@@ -47,8 +47,9 @@ class JpegDecoder {
 
     progress_.progress_monitor = [](j_common_ptr info) {
       auto* decoder = static_cast<JpegDecoder*>(info->client_data);
-      if (decoder->info_.input_scan_number <= kMostScans) return;
-      std::snprintf(decoder->message_, sizeof decoder->message_, "more than %d scans", kMostScans);
+      const int64_t most = most_scans(int64_t{decoder->info_.image_height} * decoder->info_.image_width);
+      if (decoder->info_.input_scan_number <= most) return;
+      std::snprintf(decoder->message_, sizeof decoder->message_, "more than %d scans", static_cast<int>(most));
       std::longjmp(decoder->escape_, 1);
     };
   }

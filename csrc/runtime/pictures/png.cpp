@@ -78,6 +78,8 @@ class PngDecoder {
       png_set_read_fn(png_, this, [](png_structp png, png_bytep to, size_t bytes) {
         auto* decoder = static_cast<PngDecoder*>(png_get_io_ptr(png));
         if (bytes > decoder->left_.size()) png_error(png, "the file is cut off");
+        if (bytes > decoder->allowance_) png_error(png, "far more pixels than its size says");
+        decoder->allowance_ -= bytes;
         std::memcpy(to, decoder->left_.data(), bytes);
         decoder->left_ = decoder->left_.subspan(bytes);
       });
@@ -102,18 +104,12 @@ class PngDecoder {
   Picture read_pixels() {
     Picture picture = filled(height_, width_, {});
     std::vector<uint8_t> line(int64_t{width_} * 8);  // four samples of 16 bits at most
+    const std::vector<Pass> passes = passes_of_picture();
     attempt([&] {
       png_set_packing(png_);  // a byte for each sample of fewer bits
       png_start_read_image(png_);
-      if (interlace_ == PNG_INTERLACE_NONE) {
-        read_rows(picture, line.data(), 0, 1, 0, 1);
-      } else {
-        for (int pass = 0; pass < PNG_INTERLACE_ADAM7_PASSES; ++pass) {
-          if (PNG_PASS_COLS(width_, pass) == 0 || PNG_PASS_ROWS(height_, pass) == 0) continue;
-          read_rows(picture, line.data(), PNG_PASS_START_ROW(pass), 1 << PNG_PASS_ROW_SHIFT(pass),
-                    PNG_PASS_START_COL(pass), 1 << PNG_PASS_COL_SHIFT(pass));
-        }
-      }
+      for (const Pass& pass : passes) read_rows(picture, line.data(), pass, &pass == &passes.back());
+      allowance_ = SIZE_MAX;
       png_read_end(png_, info_);
     });
     return picture;
@@ -136,6 +132,23 @@ class PngDecoder {
     std::string_view type, data;
     bool before_pixels;
   };
+
+  // The rows and columns whose pixels follow one another in the file.
+  struct Pass {
+    int64_t top, row_step, left, column_step;
+  };
+
+  // One of all, or Adam7's, without those that have no pixels.
+  std::vector<Pass> passes_of_picture() const {
+    if (interlace_ == PNG_INTERLACE_NONE) return {{0, 1, 0, 1}};
+    std::vector<Pass> passes;
+    for (int i = 0; i < PNG_INTERLACE_ADAM7_PASSES; ++i) {
+      const Pass pass{PNG_PASS_START_ROW(i), 1 << PNG_PASS_ROW_SHIFT(i), PNG_PASS_START_COL(i),
+                      1 << PNG_PASS_COL_SHIFT(i)};
+      if (pass.top < height_ && pass.left < width_) passes.push_back(pass);
+    }
+    return passes;
+  }
 
   // The chunks that were kept, in the order of the file.
   std::vector<Chunk> chunks() const {
@@ -202,17 +215,18 @@ class PngDecoder {
 
   static int deep(const uint8_t* sample) { return sample[0] << 8 | sample[1]; }
 
-  // The rows of the picture, or of a pass of an interlaced one, whose pixels go into every `step`th row and column.
-  void read_rows(Picture& picture, uint8_t* line, int64_t top, int64_t row_step, int64_t left, int64_t column_step) {
-    const bool as_stored = colour_ == PNG_COLOR_TYPE_RGB && bits_ == 8 && !has_clear_ && column_step == 1;
-    for (int64_t y = top; y < picture.height; y += row_step) {
-      if (as_stored && left == 0) {
+  void read_rows(Picture& picture, uint8_t* line, const Pass& pass, bool is_last) {
+    const bool as_stored = colour_ == PNG_COLOR_TYPE_RGB && bits_ == 8 && !has_clear_ && pass.column_step == 1;
+    for (int64_t y = pass.top; y < picture.height; y += pass.row_step) {
+      // With the last row, libpng inflates all that comes behind it, which may be a thousand times what the file has.
+      if (is_last && y + pass.row_step >= picture.height) allowance_ = 16 * int64_t{width_} + (1 << 16);
+      if (as_stored) {
         png_read_row(png_, picture.row(y), nullptr);
         continue;
       }
       png_read_row(png_, line, nullptr);
       uint8_t* to = picture.row(y);
-      for (int64_t x = left, i = 0; x < picture.width; x += column_step, ++i) {
+      for (int64_t x = pass.left, i = 0; x < picture.width; x += pass.column_step, ++i) {
         const Rgba pixel = pixel_at(line, i);
         to[3 * x] = over_white(pixel.red, pixel.alpha);
         to[3 * x + 1] = over_white(pixel.green, pixel.alpha);
@@ -252,6 +266,7 @@ class PngDecoder {
   }
 
   std::span<const uint8_t> left_;  // of the file
+  size_t allowance_ = SIZE_MAX;    // the most of it that may be read now
   const std::string& name_;
   png_structp png_ = nullptr;
   png_infop info_ = nullptr;

@@ -23,7 +23,7 @@ struct PictureSettings {
   std::vector<Size> pinpoints;
   Grid grid;  // the tokens of a tile
 
-  // Throws Error, which names the key, for a line that is missing or that no exporter writes.
+  // Throws Error, which names file and key, for a line that is missing or that no exporter writes.
   static PictureSettings from(const Manifest& manifest);
 };
 
