@@ -1,0 +1,1 @@
+"""What examples/export.py writes for the C++ runtime (csrc/runtime)."""
