@@ -13,6 +13,7 @@ class Manifest {
  public:
   static Manifest read(const std::filesystem::path& file);
 
+  const std::filesystem::path& file() const { return file_; }
   bool has(const std::string& key) const { return lines_.contains(key); }
   // Each throws Error, which names file and key, for a key that is not there and for values of another kind or number.
   const std::vector<std::string>& words(const std::string& key) const;

@@ -1,1 +1,1 @@
-"""A model as a package for csrc/runtime, which answers without Python."""
+"""From a loaded model to a package that a C++ program answers with: see docs/embedding.md."""

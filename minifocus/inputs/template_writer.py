@@ -16,7 +16,7 @@ from ..errors import CheckpointError, InputError
 from .chat_template import Message, TemplateFails
 
 IMAGE = "<image>"
-_PLACE = re.compile(rf"{IMAGE}(?:[ \t]*\n)?")  # the end of its line goes with it
+PLACE = re.compile(rf"{IMAGE}(?:[ \t]*\n)?")  # the end of its line goes with it
 _MOST_FRAMES = 1000
 _PICTURE = {"type": "image", "image": "<Image>"}  # as transformers shows a template a picture
 
@@ -49,7 +49,7 @@ class TemplateWriter:
             return question if places else f"{IMAGE}\n" * num_images + question
         if not places:
             return [_PICTURE] * num_images + [_text(question)]
-        first, *others = _PLACE.split(question)
+        first, *others = PLACE.split(question)
         pieces = [_text(first), *(part for piece in others for part in (_PICTURE, _text(piece)))]
         return [part for part in pieces if part is _PICTURE or part["text"].strip()]
 

@@ -18,7 +18,7 @@ from ..files.reading import present, read_bytes
 from ..loading.json_fields import JsonFields
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Encoding:
 class Tokenizer:
     """Equals transformers' AutoTokenizer of the same folder, except that a BOS token is never put before another one."""
 
-    def __init__(self, backend: _TokenizersBackend | _SentencePieceBackend, named: dict[str, str]):
+    def __init__(self, backend: TokenizersBackend | SentencePieceBackend, named: dict[str, str]):
         """`named` holds the texts of bos_token, eos_token and so on, as far as the folder has them."""
-        self._backend = backend
+        self.backend = backend
         self.special_tokens = {key: named[key] for key in _NAMED if key in named}  # for chat templates
         self.vocab_size = backend.size()
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (
@@ -45,9 +45,9 @@ class Tokenizer:
     def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
         """Load tokenizer.json, or tokenizer.model where there is none. Raises CheckpointError, naming the file."""
         file = Path(folder) / "tokenizer.json"
-        make: Any = _TokenizersBackend
+        make: Any = TokenizersBackend
         if not present(file):
-            file, make = Path(folder) / "tokenizer.model", _SentencePieceBackend
+            file, make = Path(folder) / "tokenizer.model", SentencePieceBackend
         if not present(file):
             raise CheckpointError(f"{folder}: expected tokenizer.json or tokenizer.model, found neither")
         settings, added = _read_settings(Path(folder))
@@ -64,11 +64,11 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int | None:
         """The id of a whole token such as "<image>"; None when the vocabulary has no such token."""
-        return self._backend.token_id(token)
+        return self.backend.token_id(token)
 
     def token(self, token_id: int) -> str | None:
         """A token's text in the vocabulary; None for an id without a token."""
-        return self._backend.piece(token_id) if 0 <= token_id < self.vocab_size else None
+        return self.backend.piece(token_id) if 0 <= token_id < self.vocab_size else None
 
     def encode(self, text: str, special: bool = True) -> Encoding:
         """A special token that is written out in the text becomes that token. Raises InputError if `text` is not text.
@@ -81,18 +81,18 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"the text has half of a surrogate pair at character {error.start}") from error
-        ids, offsets = self._backend.encode(text, special)
+        ids, offsets = self.backend.encode(text, special)
         if len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id and offsets[0] == (0, 0):
             ids, offsets = ids[1:], offsets[1:]
         return Encoding(ids, offsets)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Ids → text. Ids without a token, which a padded vocabulary has, are left out."""
-        return self._backend.decode([token_id for token_id in ids if self._is_text(token_id, skip_special_tokens)])
+        return self.backend.decode([token_id for token_id in ids if self._is_text(token_id, skip_special_tokens)])
 
     def _is_text(self, token_id: int, skip_special_tokens: bool) -> bool:
-        known = 0 <= token_id < self.vocab_size and self._backend.piece(token_id) is not None
-        return known and not (skip_special_tokens and token_id in self._backend.special)
+        known = 0 <= token_id < self.vocab_size and self.backend.piece(token_id) is not None
+        return known and not (skip_special_tokens and token_id in self.backend.special)
 
 
 class StreamDecoder:
@@ -110,7 +110,7 @@ class StreamDecoder:
             return ""
         self._ids.append(token_id)
         # A run of byte tokens is decoded together: until it has ended, a bad byte can turn all of it into U+FFFD.
-        if _BYTE.fullmatch(self._tokenizer._backend.piece(token_id) or ""):
+        if BYTE_TOKEN.fullmatch(self._tokenizer.backend.piece(token_id) or ""):
             return ""
         text = self._tokenizer.decode(self._ids, self._skip)
         if text.endswith("\ufffd"):
@@ -177,7 +177,7 @@ def _join(pieces: Iterable[str]) -> str:
     """Join pieces. In a run of byte tokens that is not UTF-8, each becomes one U+FFFD."""
     text, run = "", b""
     for piece in (*pieces, ""):
-        if _BYTE.fullmatch(piece):
+        if BYTE_TOKEN.fullmatch(piece):
             run += bytes.fromhex(piece[3:5])
             continue
         if run:
@@ -190,17 +190,17 @@ def _join(pieces: Iterable[str]) -> str:
     return text
 
 
-class _TokenizersBackend:
+class TokenizersBackend:
     """tokenizer.json, with the tokens that only the other files have. Its own post-processor decides about BOS."""
 
     def __init__(self, file: Path, settings: JsonFields, named: dict[str, str], added: dict[int, dict[str, Any]]):
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Library
 
-        self._library = Library.from_buffer(read_bytes(file))
-        self._library.no_truncation()
-        self._library.no_padding()
-        present = self._library.get_added_tokens_decoder()
+        self.library = Library.from_buffer(read_bytes(file))
+        self.library.no_truncation()
+        self.library.no_padding()
+        present = self.library.get_added_tokens_decoder()
         if "added_tokens_decoder" not in settings:  # then tokenizer.json is more reliable than the older files
             added = {token_id: token for token_id, token in added.items() if token_id not in present}
         known = {repr(token) for token in present.values()}
@@ -208,27 +208,27 @@ class _TokenizersBackend:
         tokens = [token for token in tokens if repr(token) not in known]
         contents = {token.content for token in [*tokens, *present.values()]}
         missing = dict.fromkeys(content for content in [*named.values(), *_extra(settings)] if content not in contents)
-        self._library.add_tokens(tokens + [AddedToken(content, special=True) for content in missing])
-        self.special = {i for i, token in self._library.get_added_tokens_decoder().items() if token.special}
+        self.library.add_tokens(tokens + [AddedToken(content, special=True) for content in missing])
+        self.special = {i for i, token in self.library.get_added_tokens_decoder().items() if token.special}
 
     def encode(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        encoding = self._library.encode(text, add_special_tokens=special)
+        encoding = self.library.encode(text, add_special_tokens=special)
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: list[int]) -> str:
-        return self._library.decode(ids, skip_special_tokens=False)
+        return self.library.decode(ids, skip_special_tokens=False)
 
     def piece(self, token_id: int) -> str | None:
-        return self._library.id_to_token(token_id)
+        return self.library.id_to_token(token_id)
 
     def token_id(self, token: str) -> int | None:
-        return self._library.token_to_id(token)
+        return self.library.token_to_id(token)
 
     def size(self) -> int:
-        return max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.library.get_vocab(with_added_tokens=True).values()) + 1
 
 
-class _SentencePieceBackend:
+class SentencePieceBackend:
     """tokenizer.model of Llama's kind: no normalisation, spaces as "▁", unknown characters as bytes.
 
     The text is split at added tokens. `legacy` in tokenizer_config.json (true when absent, as when the flag was new)
@@ -244,58 +244,58 @@ class _SentencePieceBackend:
         with_prefix = _join(SentencePieceProcessor(model_proto=model).encode("ﬁ  x ", out_type=str))
         # The Python API cannot switch off the model's own "▁". Protobuf merges a repeated message into the first one, so these
         # four bytes set normalizer_spec.add_dummy_prefix (field 3 of field 3) to false.
-        self._model = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
-        if _join(self._model.encode("ﬁ  x ", out_type=str)) != "ﬁ▁▁x▁":
+        self.model = SentencePieceProcessor(model_proto=model + b"\x1a\x02\x18\x00")
+        if _join(self.model.encode("ﬁ  x ", out_type=str)) != "ﬁ▁▁x▁":
             raise CheckpointError(
                 f"{file}: expected a model that does not normalise text; this one needs a tokenizer.json"
             )
         add_prefix = with_prefix.startswith("▁") and settings.get("add_prefix_space") is not False
-        self._prefix = "▁" if add_prefix else ""
-        self._every_segment = settings.get("legacy") is not False
+        self.prefix = "▁" if add_prefix else ""
+        self.every_segment = settings.get("legacy") is not False
 
         for key in ("bos", "eos", "unk"):
-            token_id = getattr(self._model, key + "_id")()
+            token_id = getattr(self.model, key + "_id")()
             if token_id >= 0:
-                named.setdefault(key + "_token", self._model.id_to_piece(token_id))
-        self._ids = {token["content"]: token_id for token_id, token in sorted(added.items())}
+                named.setdefault(key + "_token", self.model.id_to_piece(token_id))
+        self.ids = {token["content"]: token_id for token_id, token in sorted(added.items())}
         specials = [*named.values(), *_extra(settings)]
         for content in specials:
-            token_id = self._model.piece_to_id(content)
-            if self._model.id_to_piece(token_id) != content:  # a token without an id in any file comes after all others
-                token_id = max([self._model.get_piece_size() - 1, *self._ids.values()]) + 1
-            self._ids.setdefault(content, token_id)
-        self.special = {self._ids[content] for content in specials}
+            token_id = self.model.piece_to_id(content)
+            if self.model.id_to_piece(token_id) != content:  # a token without an id in any file comes after all others
+                token_id = max([self.model.get_piece_size() - 1, *self.ids.values()]) + 1
+            self.ids.setdefault(content, token_id)
+        self.special = {self.ids[content] for content in specials}
         self.special |= {token_id for token_id, token in added.items() if token["special"]}
-        self._added = {token_id: content for content, token_id in self._ids.items()}
-        self._bos = self._ids.get(named.get("bos_token", "")) if settings.get("add_bos_token", True) else None
-        self._eos = self._ids.get(named.get("eos_token", "")) if settings.get("add_eos_token", False) else None
+        self._added = {token_id: content for content, token_id in self.ids.items()}
+        self.bos = self.ids.get(named.get("bos_token", "")) if settings.get("add_bos_token", True) else None
+        self.eos = self.ids.get(named.get("eos_token", "")) if settings.get("add_eos_token", False) else None
 
-        self._order = sorted(self._ids, key=len, reverse=True)  # the longest token wins
-        left = {token["content"] for token in added.values() if token["lstrip"]}
-        right = {token["content"] for token in added.values() if token["rstrip"]}
-        patterns = [r"\s*" * (t in left) + re.escape(t) + r"\s*" * (t in right) for t in self._order]
+        self.order = sorted(self.ids, key=len, reverse=True)  # the longest token wins
+        self.left = {token["content"] for token in added.values() if token["lstrip"]}
+        self.right = {token["content"] for token in added.values() if token["rstrip"]}
+        patterns = [r"\s*" * (t in self.left) + re.escape(t) + r"\s*" * (t in self.right) for t in self.order]
         self._split = re.compile("|".join(f"({pattern})" for pattern in patterns) or r"(?!)")
 
     def encode(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        ids = [self._bos] if special and self._bos is not None else []
+        ids = [self.bos] if special and self.bos is not None else []
         offsets, start = [(0, 0)] * len(ids), 0
         for match in self._split.finditer(text):
             self._encode_segment(text[start : match.start()], start, ids, offsets)
-            ids.append(self._ids[self._order[(match.lastindex or 0) - 1]])
+            ids.append(self.ids[self.order[(match.lastindex or 0) - 1]])
             offsets.append(match.span())
             start = match.end()
         self._encode_segment(text[start:], start, ids, offsets)
-        end = [self._eos] if special and self._eos is not None else []
+        end = [self.eos] if special and self.eos is not None else []
         return ids + end, offsets + [(0, 0)] * len(end)
 
     def _encode_segment(self, segment: str, start: int, ids: list[int], offsets: list[tuple[int, int]]) -> None:
         first = start == 0 and not segment.startswith((" ", "▁"))
-        prefix = self._prefix if segment and (self._every_segment or first) else ""
+        prefix = self.prefix if segment and (self.every_segment or first) else ""
         text = prefix + segment
-        ids += self._model.encode(text)
+        ids += self.model.encode(text)
         at, end, bytes_left = 0, 0, 0
-        for piece in self._model.encode(text, out_type=str):
-            if not _BYTE.fullmatch(piece):
+        for piece in self.model.encode(text, out_type=str):
+            if not BYTE_TOKEN.fullmatch(piece):
                 at, end = end, end + len(piece)
             elif bytes_left:
                 bytes_left -= 1
@@ -305,16 +305,16 @@ class _SentencePieceBackend:
 
     def decode(self, ids: list[int]) -> str:
         text = _join((self.piece(token_id) or "").replace("▁", " ") for token_id in ids)
-        return text[1:] if self._prefix and text.startswith(" ") else text
+        return text[1:] if self.prefix and text.startswith(" ") else text
 
     def piece(self, token_id: int) -> str | None:
         if token_id in self._added:
             return self._added[token_id]
-        return self._model.id_to_piece(token_id) if token_id < self._model.get_piece_size() else None
+        return self.model.id_to_piece(token_id) if token_id < self.model.get_piece_size() else None
 
     def token_id(self, token: str) -> int | None:
-        found = self._ids.get(token, self._model.piece_to_id(token))
+        found = self.ids.get(token, self.model.piece_to_id(token))
         return found if self.piece(found) == token else None
 
     def size(self) -> int:
-        return max(self._model.get_piece_size() - 1, *self._added) + 1
+        return max(self.model.get_piece_size() - 1, *self._added) + 1

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIME = ROOT / "csrc/runtime"
 CACHE = ROOT / "build/embedding"
-COMMON = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-fPIC", "-ffp-contract=off"]
+COMMON = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-fPIC", "-ffp-contract=off", "-I", str(ROOT / "csrc")]
 SANITIZED = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
@@ -26,20 +26,28 @@ def compiler() -> str:
     return path
 
 
-def compiled(sources: Sequence[Path], libraries: Sequence[str] = (), flags: Sequence[str] = ("-O2", "-shared")) -> Path:
+def compiled(
+    sources: Sequence[Path],
+    libraries: Sequence[str] = (),
+    flags: Sequence[str] = ("-O2", "-shared"),
+    name: str | None = None,
+) -> Path:
     """The file that g++ makes of C++ sources and -l libraries, from the cache if nothing that goes into it has changed.
+
+    `name` is the file's in the cache, the first source's by default.
 
     Fails the test, with g++'s message, where they do not compile.
     """
+    name = name or sources[0].stem
     digest = hashlib.sha256("\0".join([*COMMON, *flags, *libraries]).encode())
     for file in [*sources, *sorted(RUNTIME.rglob("*.h")), ROOT / "csrc/cpu/simd.h"]:
         digest.update(file.read_bytes())
-    target = CACHE / f"{sources[0].stem}-{digest.hexdigest()[:16]}.so"
+    target = CACHE / f"{name}-{digest.hexdigest()[:16]}.so"
     CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / f"{sources[0].stem}.lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
+    with (CACHE / f"{name}.lock").open("w") as lock, ThreadPoolExecutor(2) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits for the first one's build
         if not target.exists():
-            for old in CACHE.glob(f"{sources[0].stem}-*"):
+            for old in CACHE.glob(f"{name}-*"):
                 old.unlink()
             objects = [target.with_suffix(f".{place}.o") for place in range(len(sources))]
             commands = [

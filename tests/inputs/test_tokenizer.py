@@ -5,7 +5,6 @@ model types transformers 5.23 then leaves out the "▁" before the text altogeth
 therefore its sentencepiece tokenizer (legacy) and its LlamaTokenizer on the same vocabulary (not legacy).
 """
 
-import io
 import json
 import random
 import shutil
@@ -15,138 +14,42 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from small_tokenizers import (
+    IMAGE,
+    pieces_of,
+    texts,
+    train_sentencepiece,
+    write,
+    write_llama,
+    write_llama3,
+    write_llama_json,
+)
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, LlamaTokenizer
-from transformers.tokenization_utils_base import generate_merges
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 import minifocus
 from minifocus.errors import CheckpointError, InputError
 from minifocus.inputs.tokenizer import StreamDecoder, Tokenizer
 
-TEXT = "the quick brown fox jumps over a lazy dog hello world USER ASSISTANT describe this picture what is in it"
-WORDS = TEXT.split()
-LLAMA3_SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-IMAGE = {
-    "content": "<image>",
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": False,
-    "single_word": False,
-    "special": True,
-}
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def corpus():
-    rng = random.Random(0)
-    return [" ".join(rng.choices(WORDS, k=8)) + rng.choice([".", "?", " 12345", "\n"]) for _ in range(500)]
-
-
-def texts(count=300):
-    """Unicode, emoji, line breaks, runs of spaces, special tokens and nothing at all, mixed."""
-    rng = random.Random(1)
-    special = [*LLAMA3_SPECIALS, "<s>", "</s>", "<unk>", "<image>", "<image>\n"]
-    spaces = [" ", "  ", "\n", "\n\n", "\t", "▁", "\r\n", "\u00a0", "\x00"]
-    characters = ["你好", "é", "e\u0301", "🙂", "👩‍👩‍👧", "Ä", "ﬁ", "١٢", "12345", "<0x0A>", "'s", ".", "A-b"]
-    parts = [*WORDS, *special, *spaces, *characters]
-    yield from (
-        "",
-        " ",
-        "▁",
-        "<image>",
-        "<s>",
-        "<s><s>a",
-        "USER: <image>\nWhat? ASSISTANT:",
-        "[INST] <image>\nWhat? [/INST]",
-    )
-    for _ in range(count):
-        yield "".join(rng.choices(parts, k=rng.randint(1, 9)))
-
-
-def write(folder, **files):
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-
 
 @pytest.fixture(scope="module")
 def llama3(tmp_path_factory):
-    """Llama-3's layout: byte-level BPE in tokenizer.json, which holds the BOS rule, and more tokens beside it."""
     folder = tmp_path_factory.mktemp("llama3")
-    library = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
-    library.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(tokenizers.Regex(LLAMA3_SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
-    library.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=LLAMA3_SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    library.train_from_iterator(corpus(), trainer)
-    library.add_special_tokens([AddedToken("<image>", normalized=False)])
-    template = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)])
-    library.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-    library.enable_truncation(5)  # which a caller of AutoTokenizer does not get either
-    library.save(str(folder / "tokenizer.json"))
-    size = library.get_vocab_size()
-    added = {str(i): {**IMAGE, "content": t} for i, t in enumerate(LLAMA3_SPECIALS)} | {str(size - 1): IMAGE}
-    added[str(size)] = {**IMAGE, "content": "<pad>"}
-    added[str(size + 1)] = {**IMAGE, "content": "plain", "special": False}
-    write(
-        folder,
-        config={"model_type": "llava_next"},
-        tokenizer_config={
-            "added_tokens_decoder": added,
-            "bos_token": "<|begin_of_text|>",
-            "eos_token": {**IMAGE, "__type": "AddedToken", "content": "<|eot_id|>"},
-            "pad_token": "<pad>",
-            "additional_special_tokens": ["<late>"],
-            "clean_up_tokenization_spaces": True,  # ignored for BPE, as is the next one beside a tokenizer.json
-            "add_bos_token": False,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        },
-    )
+    write_llama3(folder)
     return folder
-
-
-def train_sentencepiece(**options):
-    model = io.BytesIO()
-    options = {
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "byte_fallback": True,
-        **options,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()), model_writer=model, model_type="bpe", vocab_size=420, character_coverage=1.0,
-        allow_whitespace_only_pieces=True, split_digits=True, minloglevel=2, num_threads=1, **options,
-    )  # fmt: skip
-    return model.getvalue()
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """Vicuna's layout: tokenizer.model, one folder for either value of `legacy`, and the pieces with their merges."""
+    """A folder for either value of `legacy`, and the pieces with their merges."""
     folders, model = {}, train_sentencepiece()
     for legacy in (True, False):
         folders[legacy] = tmp_path_factory.mktemp(f"llama-{legacy}")
-        (folders[legacy] / "tokenizer.model").write_bytes(model)
-        write(
-            folders[legacy],
-            tokenizer_config={"legacy": legacy, "added_tokens_decoder": {"420": IMAGE}, "pad_token": "<unk>"},
-        )
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
-    return folders, vocabulary, generate_merges(vocabulary)
+        write_llama(folders[legacy], legacy, model)
+    return folders, *pieces_of(model)
 
 
 def oracle_of(llama, legacy):
@@ -188,24 +91,8 @@ def test_bos_is_not_doubled(llama3):
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_llama_json_equals_autotokenizer(llama, legacy, tmp_path):
-    """The hub's own tokenizer.json of Vicuna and Mistral: older files prepend "▁" everywhere, newer ones only once."""
     _, vocabulary, merges = llama
-    library = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    if legacy:
-        library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    library.decoder = decoders.Sequence(steps)
-    library.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    library.add_special_tokens([AddedToken(t, normalized=False) for t in ("<unk>", "<s>", "</s>", "<image>")])
-    library.save(str(tmp_path / "tokenizer.json"))
-    write(
-        tmp_path,
-        config={"model_type": "llava_next"},
-        special_tokens_map={"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": "<pad>"},
-        added_tokens={"<image>": 420, "<pad>": 421},
-    )
+    write_llama_json(tmp_path, vocabulary, merges, legacy)
     ours, oracle = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert (ours.bos_token_id, ours.eos_token_id, ours.pad_token_id) == (1, 2, 421)
     assert ours.vocab_size == len(oracle) == 422
