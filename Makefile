@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check test_lmms_eval test_peft install lint weights small clean
+.PHONY: demo test check test_lmms_eval test_peft install lint weights small runtime clean
 
 # The README's picture is `make demo FIGURE=examples/answer.png`.
 FIGURE ?= runs/answer.png
@@ -11,7 +11,7 @@ demo: install
 	$(BIN)/python examples/generate.py --prompt "What number is on the red card?" \
 		--prompt "What word is on the purple sign?" --layer 2 --gamma 0.4 --figure $(FIGURE)
 
-test: install lint small
+test: install lint small runtime
 	$(BIN)/python -m pytest -n logical --maxprocesses 4
 
 # The fast part, in a minute and a half: lint, types, and the unit tests of the core with a tenth of the drawn examples. It leaves
@@ -49,6 +49,11 @@ small: weights/small/NOTICE.txt
 
 weights/small/NOTICE.txt: $(addprefix experiments/small/,decoder.py files.py make.py tower.py wheels.py) | .venv/operators
 	$(BIN)/python -m experiments.small.make
+
+# The C++ runtime: docs/embedding.md says what it needs.
+runtime: install
+	cmake -G Ninja -S csrc/runtime -B build/runtime -DTORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
+	cmake --build build/runtime
 
 # lmms-eval has an environment of its own: 1 GB of packages besides torch, among them torchvision, whose wheel on PyPI needs
 # CUDA. Beside a CPU torch all that imports it fails (timm, transformers); nothing here needs torchvision or timm. Its datasets

@@ -11,6 +11,9 @@
 #include "cpu/threads.h"
 #include "launchers.h"
 #include "tensors.h"
+#ifdef MINIFOCUS_RUNTIME
+#include "runtime/operators.h"
+#endif
 
 namespace minifocus {
 
@@ -79,13 +82,34 @@ STABLE_TORCH_LIBRARY_IMPL(minifocus, CUDA, library) { minifocus::register_in(lib
 
 #else
 
-STABLE_TORCH_LIBRARY(minifocus, library) {
+namespace {
+
+void declare_in(torch::stable::detail::StableLibrary& library) {
   for (const char* schema : {
 #include "../minifocus/ops/schemas.inc"
        })
     library.def(schema);
 }
 
+}  // namespace
+
+#ifdef MINIFOCUS_RUNTIME
+
+// csrc/runtime asks for the operators where the process has none yet: a Python in it may have loaded its own.
+void minifocus::register_operators() {
+  using torch::stable::detail::StableLibrary;
+  static StableLibrary declared(StableLibrary::Kind::DEF, "minifocus", nullptr, __FILE__, __LINE__);
+  static StableLibrary implemented(StableLibrary::Kind::IMPL, "minifocus", "CPU", __FILE__, __LINE__);
+  declare_in(declared);
+  minifocus::register_in(implemented);
+}
+
+#else
+
+STABLE_TORCH_LIBRARY(minifocus, library) { declare_in(library); }
+
 STABLE_TORCH_LIBRARY_IMPL(minifocus, CPU, library) { minifocus::register_in(library); }
+
+#endif
 
 #endif

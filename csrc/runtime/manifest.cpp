@@ -47,8 +47,10 @@ static std::vector<Number> parsed(const std::vector<std::string>& words, const s
   return numbers;
 }
 
-std::vector<int64_t> Manifest::integers(const std::string& key) const {
-  return parsed<int64_t>(words(key), file_.string(), key);
+std::vector<int64_t> Manifest::integers(const std::string& key, size_t first) const {
+  const auto& all = words(key);
+  const auto begin = all.begin() + static_cast<std::ptrdiff_t>(std::min(first, all.size()));
+  return parsed<int64_t>(std::vector<std::string>(begin, all.end()), file_.string(), key);
 }
 
 int64_t Manifest::integer(const std::string& key) const {

@@ -18,7 +18,7 @@ class Manifest {
   // Each throws Error, which names file and key, for a key that is not there and for values of another kind or number.
   const std::vector<std::string>& words(const std::string& key) const;
   const std::string& word(const std::string& key) const;
-  std::vector<int64_t> integers(const std::string& key) const;
+  std::vector<int64_t> integers(const std::string& key, size_t first = 0) const;  // from the value `first` on
   int64_t integer(const std::string& key) const;
   std::vector<double> numbers(const std::string& key) const;
   double number(const std::string& key) const;

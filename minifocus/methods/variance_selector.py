@@ -25,5 +25,5 @@ class VarianceSelector(nn.Module):
         spread = ((regions.float() - mean) ** 2).where(exists[..., None], 0).sum(dim=(1, 2)).mean(dim=-1)
         spread = spread / exists.sum(dim=(1, 2))
         rank = spread.argsort(stable=True).argsort(stable=True)
-        choice = rank * self.branches // max(len(rank), 1)
+        choice = rank * self.branches // torch.sym_max(rank.shape[0], 1)  # len() would be a constant once exported
         return F.one_hot(choice, self.branches).float()

@@ -33,8 +33,11 @@ def split_regions(x: torch.Tensor, window: int, beyond: float = float("-inf")) -
     padding = (0, 0, 0, across * window - width, 0, down * window - height)
     padded = F.pad(x, padding, value=beyond)
     exists = F.pad(torch.ones(height, width, dtype=torch.bool, device=x.device), padding[2:])
-    regions = padded.view(down, window, across, window, channels).transpose(1, 2).flatten(0, 1)
-    return regions, exists.view(down, window, across, window).transpose(1, 2).flatten(0, 1)
+    regions = padded.view(down, window, across, window, channels).transpose(1, 2)
+    exists = exists.view(down, window, across, window).transpose(1, 2)
+    # A copy in any case: whether one is needed depends on the sizes, which export does not know.
+    regions, exists = (one.clone(memory_format=torch.contiguous_format).flatten(0, 1) for one in (regions, exists))
+    return regions, exists
 
 
 def _pool(

@@ -113,10 +113,5 @@ class TextGuidedSampler:
             )
             (q_cos, q_sin), (k_cos, k_sin) = tables
             q, k = rotate(q, q_cos, q_sin), rotate(k, k_cos, k_sin)
-        return importance(
-            q[0].transpose(0, 1),
-            k[0].transpose(0, 1),
-            cu_words,
-            cu_tokens,
-            self.config.head_dim**-0.5,
-        )
+        q, k = q[0].transpose(0, 1), k[0].transpose(0, 1)
+        return importance(q, k, cu_words, cu_tokens, self.config.head_dim**-0.5)

@@ -227,8 +227,8 @@ def _guide(
     tokens = torch.from_numpy(np.concatenate([row * width + item.tokens for row, item in jobs])).to(device)
     cu_words = np.cumsum([0] + [len(item.words) for _, item in jobs])
     cu_tokens = np.cumsum([0] + [len(item.tokens) for _, item in jobs])
-    offsets = (torch.from_numpy(cu).to(device) for cu in (cu_words, cu_tokens))
-    scores = sampler.score(layer, rows, words, tokens, *offsets)
+    ends = (torch.from_numpy(cu).to(device) for cu in (cu_words, cu_tokens))
+    scores = sampler.score(layer, rows, words, tokens, *ends)
 
     seen = rows.seen.clone()
     flat = seen.view(-1)
