@@ -93,9 +93,8 @@ class LayerCache:
         """Add S tokens; `valid` [B, S] marks padding among them (None: there is none)."""
         end = self.length + k.shape[2]
         if self.length == 0 or end > self._keys.shape[2]:
-            room = (
-                128 if self.length == 0 else max(128, end // 8)
-            )  # an eighth of a long prompt would be for few answers
+            # Behind a prompt little: an eighth of a long one would be more than most answers take.
+            room = 128 if self.length == 0 else max(128, end // 8)
             shape = (*k.shape[:2], end + room, k.shape[3])
             keys, values = k.new_empty(shape), v.new_empty(shape)
             if self.length:

@@ -21,6 +21,10 @@ wheel=$(echo "$scratch"/minifocus-*.whl)
 "$pip" install --quiet --constraint constraints.txt "$wheel"
 cd "$scratch" # away from the sources, so that the installed package is the one that is used
 developed-with/bin/python "$sources/tests/wheel/check_installed.py" "$sources"
+others=$(developed-with/bin/python -m zipfile -l "$wheel" | awk 'NR > 1 {print $1}' | grep -Ev '^minifocus(/|-[0-9.]+\.dist-info/)' || true)
+[[ -z $others ]] || { echo "in the wheel, and not of the library: $others"; exit 1; }
+"$pip" uninstall --quiet --yes sentencepiece tqdm jinja2
+developed-with/bin/python "$sources/tests/wheel/check_bare.py" "$sources"
 
 [[ $MINIFOCUS_BUILD == all ]] || exit 0
 free=$(($(df --output=avail -k . | tail -1) / 1024 / 1024))
