@@ -36,7 +36,7 @@ from minifocus.model import LlavaNetwork
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments/results"
-DOCS = ("training", "methods", "results", "operators", "checkpoints", "scale", "notes")
+DOCS = ("training", "methods", "results", "operators", "checkpoints", "scale", "embedding", "notes")
 TRUE_SIZES = sorted(file.parent.name for file in RESULTS.glob("true-size/*/results.json"))
 PAGES = [
     "README.md",
@@ -476,8 +476,8 @@ def beside_transformers() -> list[str]:
 
     vision, text = (found["model"]["size"][part] for part in ("vision", "text"))
     missed = [name for name, bar in found["bars"].items() if not bar["met"]]
-    bar = f"the one for loading with the check, at most {found['bars']['load']['at_most']}, is missed"
-    assert missed in ([], ["load"])  # the page has words for no other
+    bar = f"the one for prefill, at most {found['bars']['prefill']['at_most']}, is missed"
+    assert missed in ([], ["prefill"])  # the page has words for no other
     unchecked = load["none_unchecked"]["ratio_to_transformers"]
     loading = f"{load['none']['ratio_to_transformers']:.2f}"
     compiled = [
@@ -491,18 +491,40 @@ def beside_transformers() -> list[str]:
     )
     return [
         f"transformers {found['versions']['transformers'].rsplit('.', 1)[0]} (sdpa)",
-        f"{len(compiled)} rounds",
+        f"two shared cores, {len(compiled)} rounds.",
         f"ViT-L/{vision['patch_size']}-{vision['image_size']} and a decoder of {text['num_hidden_layers']} layers, "
         f"{text['hidden_size']} wide, and reads {found['model']['visual_tokens']} visual tokens",
         f"| `none` (the same computation) {none}",
         f'| `focus` (`selector="variance"`) {ratios("focus")}',
         f"| `focus`, operators in plain PyTorch {ratios('focus_reference')}",
         f"prefill is {sides['half']['decoder_prefill_rate_to_none']:.1f} times as fast",
-        f"({compiled[0]}, {compiled[1]} and {compiled[2]} of the prefill with plain PyTorch)",
+        f"({', '.join(compiled[:-1])} and {compiled[-1]} of the prefill with plain PyTorch)",
         f"Loading takes {loading} of the time",
         f"without it, {unchecked:.2f}",
         f"only {bar}" if missed else "all of them are met",
         *went(found, load, cold),
+    ]
+
+
+def quantized_rows() -> list[str]:
+    found = record("quantized.json")
+    times, asked, logits = found["times"], found["answers"], found["logits"]["trained"]
+    lengths = [name for name in times if name.startswith("prefill")]
+    missed = [name for name, bar in found["bars"].items() if not bar["met"]]
+    assert missed == ["prefill int4"]  # the page has words for no other
+
+    def row(kind: str) -> str:
+        ratios = " | ".join(f"{times[name][kind]['ratio_to_bfloat16']:.2f}" for name in ("decode", *lengths))
+        return (
+            f"| {kind} | {found['load'][kind]['bytes'] / 1e6:.0f} MB | {ratios} | {100 * logits[kind]['same_likeliest']:.0f} % | "
+            f"{100 * asked[kind]['accuracy']:.1f} %, {100 * asked[kind]['same_as_bfloat16']:.1f} % |"
+        )
+
+    return [
+        f"a random decoder of {found['parameters'] / 1e6:.0f} M parameters",
+        *(row(kind) for kind in ("bfloat16", "int8", "int4")),
+        f"prefill in int4, at most {found['bars']['prefill int4']['at most']}, is missed",
+        *went(found),
     ]
 
 
@@ -760,6 +782,7 @@ FIGURES: dict[str, list[Callable[[], Iterable[str]]]] = {
         paper_in_miniature,
         real_parts,
         beside_transformers,
+        quantized_rows,
         operator_rows,
         gpu_rows,
         three_seeds,
