@@ -38,7 +38,7 @@ def test_pictures_touch_only_what_is_theirs(program, compile_pieces, tmp_path, k
     """Whole and damaged files, with what the plain build makes of each."""
     runtime = RuntimePictures(compile_pieces("pictures", SOURCES, LIBRARIES))
     draw, manifest, files, expected = random.Random(kind), write_manifest(tmp_path, PROCESSORS[kind]), [], []
-    for number in range(300):
+    for number in range(150):
         content = draw.choice([random_png, random_jpeg])(draw)
         content = damaged(content, draw) if draw.random() < 0.7 else content
         files.append(tmp_path / f"{number:03}")
