@@ -39,7 +39,8 @@ def parse_arguments() -> argparse.Namespace:
         choices=SAMPLERS,
         help="what answers are made with, unless the program asks for another that is in the package: with focus all are",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
+    dtypes = ("float32", "bfloat16", "float16", "int8", "int4")
+    parser.add_argument("--dtype", choices=dtypes, help="default: the checkpoint's")
     parser.add_argument("--cpu", choices=list(LEVELS), help="for processors like this; default: this machine's own")
     parser.add_argument("--image", action="append", help="pictures to check with; default: two of this repository's")
     add_option(parser.add_argument_group("sampler"))

@@ -188,7 +188,7 @@ class Int4Linear(QuantizedLinear):
 
     def operator(self, rows: torch.Tensor) -> torch.Tensor:
         weight = self.weight
-        if not _stored_as_read():
+        if not stored_as_read():
             if self.packed is None or self.packed[0] is not weight:
                 self.packed = weight, torch.cat([_packed(block) for block in weight.split(16)])
             weight = self.packed[1]
@@ -261,7 +261,7 @@ def operator_works(kind: type[QuantizedLinear]) -> bool:
 
 
 @cache
-def _stored_as_read() -> bool:
+def stored_as_read() -> bool:
     """Whether torch's int4 operator reads the bytes in the order in which `Int4Linear` stores them."""
     block = torch.arange(2 * ROWS * ROWS // 2).view(1, -1, ROWS // 2).to(torch.uint8)
     return torch.equal(_packed(block).view(-1), block.view(-1))

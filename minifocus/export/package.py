@@ -30,6 +30,7 @@ from .checking import check_parts
 from .compiling import LEVELS, compile_part, default_level
 from .parts import LAYERS, Part, parts_of
 from .picture_settings import picture_settings
+from .quantized_layers import exportable
 
 FORMAT = 1  # csrc/runtime/package.cpp reads the same
 ALIGNMENT = 64
@@ -85,8 +86,6 @@ def _check_model(model: Llava, sampler: str) -> None:
         raise InputError(f"sampler: expected none, text, vision or focus, got {shown(sampler)}")
     if model.device.type != "cpu":
         raise InputError(f"device: expected a model on the CPU, for which packages are, got one on {model.device}")
-    if model.config.quantized:
-        raise InputError(f"dtype: expected float32, bfloat16 or float16, got {model.config.quantized}")
     constraints, free = model.config.generation.constraints, Constraints()
     for name in Constraints.__dataclass_fields__:
         value = getattr(constraints, name)
@@ -106,7 +105,7 @@ def _write(
     with torch.no_grad():
         for name, part in parts.items():
             told(f"compiling {name}")
-            taken[name] = compile_part(part, name, folder / "parts", level)
+            taken[name] = compile_part(exportable(part), name, folder / "parts", level)
         told("checking the parts against the model")
         check_parts(model, parts, taken, folder / "parts", pictures)
         told("writing the weights")

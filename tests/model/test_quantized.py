@@ -189,7 +189,7 @@ ELSEWHERE = """
 import torch
 from minifocus import quantized
 from minifocus.quantized import Int4Linear, Int8Linear, operator_works
-print(torch.backends.cpu.get_cpu_capability(), quantized._stored_as_read())
+print(torch.backends.cpu.get_cpu_capability(), quantized.stored_as_read())
 for kind in (Int8Linear, Int4Linear):
     assert operator_works(kind)
     layer = kind(192, 320, None, torch.device("cpu"))
