@@ -15,10 +15,10 @@ import pytest
 import torch
 from several import Several
 from test_shard import same_figures
-from training_runs import figures, train
+from training_runs import ROOT, figures, train
 
 import minifocus
-from minifocus.training import processes
+from minifocus.training import liveness, processes
 from minifocus.training.log import read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -115,3 +115,14 @@ def test_what_nccl_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     assert group.call_args.args == ("nccl",)
     assert timedelta(minutes=1) < group.call_args.kwargs["timeout"] < timedelta(hours=2)
+
+
+def test_the_page_has_the_limits() -> None:
+    page = " ".join((ROOT / "docs/scale.md").read_text(encoding="utf-8").split("### When a process dies")[1].split())
+    for words in (
+        f"after {liveness.CONNECTION:.0f} seconds if its connection broke, after {liveness.SILENT:.0f} if nothing is heard",
+        f"after {liveness.SILENT:.0f} seconds without a sign of life",
+        f"the collective's time-out, {processes.COLLECTIVE.total_seconds() / 60:.0f} minutes",
+        f"the others say which, after {processes.JOINING.total_seconds() / 60:.0f} minutes",
+    ):
+        assert words in page
