@@ -185,7 +185,12 @@ def train(arguments: argparse.Namespace) -> None:
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
+    with joined(device, even_alone=arguments.shard) as process:
+        run(arguments, device, process)
 
+
+def run(arguments: argparse.Namespace, device: torch.device, process: Process) -> None:
+    """The run, as one of the processes that share it."""
     presets, read = (MINIATURE, miniature) if arguments.data is None else (LLAVA, conversations)
     preset = presets[arguments.stage]
     if arguments.lora_rank is not None and arguments.lr_llm is None:
@@ -210,7 +215,7 @@ def train(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments, preset, len(data.source), device)
 
     out = Path(arguments.out)
-    with joined(device, even_alone=arguments.shard) as process, process.alone(out):
+    with process.alone(out):
         check_out(out)
         options = options_of_sampler(arguments, fresh)
         new = minifocus.methods.new_part(arguments.sampler, Path(arguments.model), options, fresh)
