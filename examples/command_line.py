@@ -74,6 +74,8 @@ def begin() -> None:
             os.fstat(descriptor)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if "RANK" in os.environ:  # of torch's own warnings: when a process dies, those that miss it have long ones
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 (for as long as the process lives)
     if sys.stderr is None:

@@ -2,6 +2,7 @@
 
 python examples/evaluate.py --sampler focus --count 1000                # or --dense: the scenes where detail matters most
 python examples/evaluate.py --model DIR --data questions.json --images DIR
+torchrun --nproc-per-node 8 examples/evaluate.py --model DIR --data … --out answers.jsonl --device cuda    # by eight GPUs
 
 An answer is right when it is the expected text, letter by letter, but for white space at either end: "Red" and "red." are
 not "red". Each turn of a conversation is asked alone, about all of its pictures. Intervals are Wilson's at 95 %, for
@@ -22,14 +23,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from command_line import Refused, expect_numbers
+import batch_questions
+import torch
+from command_line import Refused, expect_file, expect_numbers
+from PIL import Image
 from sampler_options import add_sampler_options, sampler_options
 
 import minifocus
 from minifocus import cards
-from minifocus.evaluate import Asked, evaluate, longest_answer
+from minifocus.evaluate import Asked, evaluate, longest_answer, summarize
 from minifocus.inputs.conversations import asked_alone, read_conversations
 from minifocus.inputs.prompt import TEMPLATES
+from minifocus.inputs.questions import Question
+from minifocus.training.processes import Process, joined, local_device
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -54,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
         "--max-new-tokens", type=int, help="default: 16, with --data 8 more than the longest expected answer takes"
     )
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--out", help="write each answer: JSON lines; a run that was killed goes on from there")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="float32, bfloat16, float16, int8 or int4; default: the checkpoint's")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -77,6 +84,7 @@ def check(arguments: argparse.Namespace) -> None:
     """Check what argparse does not."""
     expect_numbers(arguments, 1, "count batch max_new_tokens")
     expect_numbers(arguments, 0, "seed")
+    expect_file(arguments.out, "out")
     if arguments.data is not None and (arguments.split or arguments.dense):
         raise Refused("--split and --dense are of the miniature: not to be combined with --data")
     if arguments.data is None and (arguments.images is not None or arguments.images_anywhere):
@@ -86,25 +94,55 @@ def check(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
+    with joined(torch.device("cpu")) as process:
+        arguments.device = local_device(arguments.device)
+        result = evaluated(arguments, process)
+    if process.rank == 0 and arguments.json:
+        print(json.dumps({"sampler": arguments.sampler, **sampler_options(arguments), **result}))
+    elif process.rank == 0:
+        print_result(arguments.sampler, result)
+
+
+def evaluated(arguments: argparse.Namespace, process: Process) -> dict[str, Any]:
+    """What came of all questions; of several processes, in the first one alone."""
     questions, total = questions_of(arguments)
     options = sampler_options(arguments)
-    model = minifocus.load(arguments.model, arguments.sampler, arguments.device, arguments.dtype, **options)
-    longest = arguments.max_new_tokens
-    if longest is None:
-        longest = 16 if arguments.data is None else longest_answer(model, questions)
-    result = evaluate(
-        model,
-        questions,
-        arguments.batch,
+
+    def load() -> minifocus.Llava:
+        return minifocus.load(arguments.model, arguments.sampler, arguments.device, arguments.dtype, **options)
+
+    def of_answer(model: minifocus.Llava) -> dict[str, Any]:
+        longest = arguments.max_new_tokens
+        if longest is None:
+            longest = 16 if arguments.data is None else longest_answer(model, questions)
+        return {"template": arguments.template, "max_new_tokens": longest}
+
+    if process.count == 1 and arguments.out is None:
+        model = load()
+        return evaluate(model, questions, arguments.batch, total, families=cards.FAMILIES, **of_answer(model))
+    about = {"data": None if arguments.data is None else batch_questions.digest(arguments.data)}
+    identity = {**about, **batch_questions.made_with(arguments, ("split", "dense", "count", "seed", "max_new_tokens"))}
+    lines, asked, seconds = batch_questions.answer_together(
+        process,
+        (as_question(number, *one) for number, one in enumerate(questions)),
         total,
-        template=arguments.template,
-        max_new_tokens=longest,
-        families=cards.FAMILIES,
+        arguments.batch,
+        load,
+        None if arguments.out is None else Path(arguments.out),
+        identity,
+        of_answer,
     )
-    if arguments.json:
-        print(json.dumps({"sampler": arguments.sampler, **options, **result}))
-    else:
-        print_result(arguments.sampler, result)
+    if process.rank:
+        return {}
+    answers = [(line["answer"], line["expected"], line["family"], line["visual_tokens"]) for line in lines]
+    return summarize(answers, asked / seconds if asked else None, cards.FAMILIES)
+
+
+def as_question(number: int, images: Any, text: str, expected: str, family: str | None) -> Question:
+    pictures = [images] if isinstance(images, Image.Image) else list(images or [])
+    return Question(
+        f"question {number + 1}", pictures, text, {"question": text, "expected": expected, "family": family}
+    )
 
 
 def print_result(sampler: str, result: dict[str, Any]) -> None:
@@ -121,7 +159,8 @@ def print_result(sampler: str, result: dict[str, Any]) -> None:
         f"  visual tokens: {tokens['full']:.0f}, of which {tokens['after_vision']:.0f} enter the language model and "
         f"{tokens['after_text']:.0f} reach its last layer; equivalent to {tokens['equivalent']:.1%}"
     )
-    print(f"  {result['samples_per_second']:.1f} questions per second")
+    if result["samples_per_second"] is not None:
+        print(f"  {result['samples_per_second']:.1f} questions per second")
 
 
 @command_line.guarded

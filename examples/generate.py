@@ -3,6 +3,8 @@
 python examples/generate.py                                   # the embedded model and picture
 python examples/generate.py --model DIR --image photo.jpg --prompt "What is written on the sign?"
 python examples/generate.py --prompt "How many circles are there?" --prompt "Is there a pink card?" --figure answers.png
+python examples/generate.py --file questions.jsonl --out answers.jsonl                   # many questions, in batches
+torchrun --nproc-per-node 8 examples/generate.py --file … --out … --device cuda --model DIR     # by eight GPUs
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from command_line import expect, expect_file, expect_text
+import batch_questions
+import torch
+from command_line import Failed, expect, expect_file, expect_text
 from PIL import Image
 from sampler_options import add_sampler_options, sampler_options
 from tqdm import tqdm
@@ -26,6 +30,7 @@ import minifocus
 from minifocus.generation_options import Options
 from minifocus.inputs.open_image import open_image
 from minifocus.inputs.prompt import TEMPLATES
+from minifocus.training.processes import Process, joined
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,13 +55,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int)
     parser.add_argument("--json", action="store_true", help="print a JSON object per question instead of text")
     parser.add_argument("--figure", help="write a PNG: the scale of each region, the importance of each kept token")
+    batch_questions.add_options(parser)
     return parser.parse_args()
 
 
 def load_model(arguments: argparse.Namespace) -> minifocus.Llava:
-    """Load with a progress bar, on a terminal only."""
+    """Load with a progress bar, of the first process, on a terminal only."""
     options = sampler_options(arguments)
-    with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    hidden = True if Process.current().rank else None
+    with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -116,9 +123,13 @@ def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """What can be told before a model is loaded."""
+    """What can be told before a model is loaded. The question and the picture of a call without any are filled in."""
+    batch_questions.check(arguments)
+    if arguments.file is None:
+        arguments.image = arguments.image or [str(ROOT / "examples/cards.png")]
+        arguments.prompt = arguments.prompt or ["What number is on the red card?"]
     expect_text(arguments, "prompt")
-    expect(all(arguments.image), arguments, "image", "the names of pictures")
+    expect(all(arguments.image or []), arguments, "image", "the names of pictures")
     Options(**generation_options(arguments))
     if arguments.figure is not None:
         kind = Image.registered_extensions().get(Path(arguments.figure).suffix.lower())
@@ -128,6 +139,12 @@ def check(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
+    if arguments.file is not None:
+        with joined(torch.device("cpu")) as process:
+            wrong = batch_questions.run(process, arguments, load_model, generation_options(arguments))
+        if wrong is not None:
+            raise Failed(wrong)
+        return
     pictures = [open_image(file) for file in arguments.image]
     model = load_model(arguments)
     asked = [(prompt, ask(model, pictures, prompt, arguments)) for prompt in arguments.prompt]
@@ -144,10 +161,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 @command_line.guarded
 def main() -> None:
-    arguments = parse_arguments()
-    arguments.image = arguments.image or [str(ROOT / "examples/cards.png")]
-    arguments.prompt = arguments.prompt or ["What number is on the red card?"]
-    run(arguments)
+    run(parse_arguments())
 
 
 if __name__ == "__main__":

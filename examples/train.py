@@ -20,7 +20,6 @@ if __name__ == "__main__":
 
 import argparse
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -65,7 +64,7 @@ from minifocus.training.optimizers import make_optimizers
 from minifocus.training.parts import FRESH, PARTS, learning_rate, load_to_train, new_projector
 from minifocus.training.plot_log import draw_curve
 from minifocus.training.presets import LLAVA, Preset
-from minifocus.training.processes import Process
+from minifocus.training.processes import Process, joined, local_device
 from minifocus.training.router import RouterObjective
 from minifocus.training.settings import Settings
 from minifocus.training.shard import ShardedObjective, gathered_rest, sampler_to_save, save_shared, shard, skeleton
@@ -181,13 +180,17 @@ def conversations(arguments: argparse.Namespace) -> Data:
 
 def train(arguments: argparse.Namespace) -> None:
     check(arguments)
-    device = usable_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = usable_device(local_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    if device.index is not None:
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
+    with joined(device, even_alone=arguments.shard) as process:
+        run(arguments, device, process)
 
+
+def run(arguments: argparse.Namespace, device: torch.device, process: Process) -> None:
+    """The run, as one of the processes that share it."""
     presets, read = (MINIATURE, miniature) if arguments.data is None else (LLAVA, conversations)
     preset = presets[arguments.stage]
     if arguments.lora_rank is not None and arguments.lr_llm is None:
@@ -212,7 +215,6 @@ def train(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments, preset, len(data.source), device)
 
     out = Path(arguments.out)
-    process = Process.join(device, even_alone=arguments.shard)
     with process.alone(out):
         check_out(out)
         options = options_of_sampler(arguments, fresh)
@@ -296,7 +298,6 @@ def train(arguments: argparse.Namespace) -> None:
             left = leave_results(arguments, task, lora, {part for part in WHOLE if rates[part]}, out)
         if process.rank == 0:
             print(f"{settings.steps} steps in {seconds:.0f} s; the {left} is in {out / left}")
-    process.leave()
 
 
 def task_of(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from statistics import fmean
 from typing import Any
@@ -22,6 +22,7 @@ from .inputs.processor import Images
 from .load import Llava
 
 Asked = tuple[Images, str, str, str | None]  # images, question, answer, family
+Answered = tuple[str, str, str | None, Mapping[str, float]]  # answer, expected, family, tokens
 
 
 def evaluate(
@@ -34,21 +35,11 @@ def evaluate(
     max_new_tokens: int = 16,
     families: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Ask all `questions`, tuples (images, question, answer, family or None). `total` is for the progress bar alone;
-    `families` come first in the result, in their order, and others after them as they came.
+    """Ask all `questions`, tuples (images, question, answer, family or None); the result is that of `summarize`.
 
-    count, accuracy       over all questions; a fraction, as every figure here
-    interval_95           [low, high], Wilson's
-    families, intervals, questions
-                          the same of each family: accuracy, interval, count; the only one is "all" where none is named.
-                          Questions without a family, beside others with one, count in the accuracy over all only
-    tokens                means over questions of `TokenCounts`
-    samples_per_second    to open the pictures, read and answer; not to draw the miniature's
-
-    Raises InputError, with the numbers of the questions, where one cannot be asked.
+    `total` is for the progress bar alone. Raises InputError, with the numbers of the questions, where one cannot be asked.
     """
-    right: dict[str | None, list[bool]] = defaultdict(list)
-    tokens: dict[str, list[float]] = defaultdict(list)
+    done: list[Answered] = []
     count, seconds, supply = 0, 0.0, iter(questions)
     with tqdm(total=total, disable=None) as progress:
         while block := list(islice(supply, batch)):
@@ -59,12 +50,39 @@ def evaluate(
             except InputError as error:
                 raise InputError(f"questions {count + 1} to {count + len(block)}: {error}") from error
             seconds += time.perf_counter() - begun
-            for answer, wanted, family in zip(answers, expected, asked_of, strict=True):
-                right[family].append(answer.text.strip() == wanted.strip())
-                for name, value in vars(answer.tokens).items():
-                    tokens[name].append(value)
+            done += [
+                (answer.text, wanted, family, vars(answer.tokens))
+                for answer, wanted, family in zip(answers, expected, asked_of, strict=True)
+            ]
             count += len(block)
             progress.update(len(block))
+    return summarize(done, count / seconds if count else None, families)
+
+
+def summarize(
+    answers: Iterable[Answered], samples_per_second: float | None = None, families: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What came of questions, tuples (answer, the expected one, family or None, the fields of `TokenCounts`).
+
+    `families` come first in the result, in their order, and others after them as they came.
+
+    count, accuracy       over all questions; a fraction, as every figure here
+    interval_95           [low, high], Wilson's
+    families, intervals, questions
+                          the same of each family: accuracy, interval, count; the only one is "all" where none is named.
+                          Questions without a family, beside others with one, count in the accuracy over all only
+    tokens                means over questions of `TokenCounts`
+    samples_per_second    to open the pictures, read and answer; not to draw the miniature's. None: nothing was asked
+
+    Raises InputError where there is none.
+    """
+    right: dict[str | None, list[bool]] = defaultdict(list)
+    tokens: dict[str, list[float]] = defaultdict(list)
+    for text, wanted, family, counts in answers:
+        right[family].append(text.strip() == wanted.strip())
+        for name, value in counts.items():
+            tokens[name].append(value)
+    count = sum(map(len, right.values()))
     if not count:
         raise InputError("questions: expected at least one, got none")
 
@@ -81,7 +99,7 @@ def evaluate(
         "intervals": {family: wilson(sum(own), len(own)) for family, own in named.items()},
         "questions": {family: len(own) for family, own in named.items()},
         "tokens": {name: fmean(values) for name, values in tokens.items()},
-        "samples_per_second": count / seconds,
+        "samples_per_second": samples_per_second,
     }
 
 

@@ -85,9 +85,9 @@ def read_conversations(
     conversations: list[Conversation] = []
     unusable: list[str] = []
     count = 0
-    for count, (place, record) in enumerate(_records(path), 1):
+    for count, (place, record) in enumerate(records_of(path), 1):
         try:
-            conversations.append(_conversation(place, record, count - 1, folder, images_anywhere))
+            conversations.append(conversation_of(place, record, count - 1, folder, images_anywhere))
         except InputError as error:
             unusable.append(str(error))
     if not count:
@@ -116,7 +116,7 @@ def asked_alone(
         yield conversation.images, question, turn.answer, turn.family
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
+def records_of(path: Path) -> Iterator[tuple[str, Any]]:
     """The file's records, unchecked, each with its place. Lines count from 1 as in editors, records from 0 as in JSON."""
     found = kind(path)
     if found != FILE:
@@ -153,25 +153,37 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _conversation(place: str, value: Any, number: int, folder: Path, images_anywhere: bool) -> Conversation:
+def conversation_of(place: str, value: Any, number: int, folder: Path, images_anywhere: bool) -> Conversation:
     """Check one record. Errors begin with its place in the file, then the key."""
     if not isinstance(value, dict):
         raise InputError(f"{place}: expected an object, got {shown(value)}")
     record = JsonFields(value, place, failure=InputError)
-    name = record.get("id")
-    record.check("id", name is None or type(name) in (str, int), "text or a whole number")
-    key = "image" if record.given("image") else "images"
-    images = record.get(key)
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    names = isinstance(images, list) and all(isinstance(image, str) and image for image in images)
-    record.check(key, names, "a picture's name or a list of them")
+    name = id_of(record, "id")
+    key, images = picture_names(record)
     turns = _turns(record)
     _refuse_what_is_not_used(record, turns, key, bool(images))
     places = sum(turn.question.count(IMAGE) for turn in turns)
     if places != len(images):
         raise record.error("conversations", f"one {IMAGE} for each of {len(images)} pictures", str(places))
-    files = tuple(_picture(record, folder, image, images_anywhere) for image in images)
+    files = tuple(picture_file(record, folder, image, images_anywhere) for image in images)
     return Conversation(str(number if name is None else name), files, turns)
+
+
+def id_of(record: JsonFields, key: str) -> str | int | None:
+    """A record's id, if it has one."""
+    name = record.get(key)
+    record.check(key, name is None or type(name) in (str, int), "text or a whole number")
+    return name
+
+
+def picture_names(record: JsonFields) -> tuple[str, list[str]]:
+    """The key under which a record names its pictures, and their names."""
+    key = "image" if record.given("image") else "images"
+    images = record.get(key)
+    images = [] if images is None else [images] if isinstance(images, str) else images
+    names = isinstance(images, list) and all(isinstance(image, str) and image for image in images)
+    record.check(key, names, "a picture's name or a list of them")
+    return key, images
 
 
 def _refuse_what_is_not_used(record: JsonFields, turns: tuple[Turn, ...], read: str, pictures: bool) -> None:
@@ -195,7 +207,7 @@ def _refuse_what_is_not_used(record: JsonFields, turns: tuple[Turn, ...], read: 
             fields.check(key, counts, "1, as every answer counts alike")
 
 
-def _picture(record: JsonFields, folder: Path, name: str, anywhere: bool) -> Path:
+def picture_file(record: JsonFields, folder: Path, name: str, anywhere: bool) -> Path:
     """The file that a record names."""
     if "://" in name[:16] or name[:5].lower() == "data:":
         raise record.error("image", "the name of a file, and not a URL", shown(name))
@@ -251,10 +263,16 @@ def _value(record: JsonFields, number: int, side: str) -> str:
     said = _turn(record, number)
     said.check("from", said.get("from") == side, repr(side))
     value = said.get("value")
-    said.check("value", isinstance(value, str) and value.replace(IMAGE, "").strip() != "", "text")
-    said.check("value", side != "gpt" or IMAGE not in value, f"an answer without {IMAGE}")
+    said.check("value", side != "gpt" or not isinstance(value, str) or IMAGE not in value, f"an answer without {IMAGE}")
+    return words_of(said, "value")
+
+
+def words_of(record: JsonFields, key: str) -> str:
+    """The text under a key, which has words beside its `<image>` places."""
+    value = record.get(key)
+    record.check(key, isinstance(value, str) and value.replace(IMAGE, "").strip() != "", "text")
     try:
         value.encode()
     except UnicodeEncodeError:  # JSON can hold half of a surrogate pair, which a tokenizer cannot read
-        raise said.error("value", "whole characters") from None
+        raise record.error(key, "whole characters") from None
     return value

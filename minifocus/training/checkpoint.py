@@ -91,12 +91,14 @@ def resume(
     return steps, seconds, averages
 
 
-def same_run(file: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Refuse a checkpoint whose run's identity is another, with InputError."""
+def same_run(
+    file: Path, there: dict[str, Any], here: dict[str, Any], advice: str = "name another folder or delete this one"
+) -> None:
+    """Refuse a file of a run whose identity is another, with InputError."""
     differing = [
         f"{name}: {shown(there.get(name))} there, {shown(here.get(name))} here"
         for name in sorted({*there, *here})
         if there.get(name) != here.get(name)
     ]
     if differing:
-        raise InputError(f"{file}: of another run; name another folder or delete this one. {'; '.join(differing)}")
+        raise InputError(f"{file}: of another run; {advice}. {'; '.join(differing)}")

@@ -1,4 +1,4 @@
-"""Two processes train as one does."""
+"""Two processes train as one does. What happens when one dies: see test_faults.py."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import math
 import socket
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -115,19 +115,14 @@ def test_gradients_of_accumulated_and_shared_micro_batches(tmp_path: Path) -> No
 
 
 def test_what_processes_agree_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They go on after the same step, and wait for the first for as long as it takes; counters stay on the CPU."""
+    """They go on after the same step; counters stay on the CPU."""
     toy.train(tmp_path, 4)
     places: list[Any] = []
     load = torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: places.append(k["map_location"]) or load(*a, **k))
     monkeypatch.setattr(Process, "current", lambda: Process(1, 2))
     monkeypatch.setattr(Process, "gather", lambda self, value: [0, value])
+    monkeypatch.setattr(Process, "alone", lambda self, folder: nullcontext())
     with pytest.raises(minifocus.InputError, match=r"checkpoint.pt: expected one that all processes see, .* \[0, 3\]"):
         toy.train(tmp_path, 4)
     assert places == ["cpu"]
-
-    group = mock.Mock()
-    monkeypatch.setattr(torch.distributed, "init_process_group", group)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    Process.join(torch.device("cpu"))
-    assert group.call_args.kwargs["timeout"].total_seconds() > 3600

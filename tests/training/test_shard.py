@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,11 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from several import Several
 from training_runs import (
-    ENVIRONMENT,
-    ROOT,
     SHORT,
     TINY,
     changed,
-    command,
     figures,
     largest_difference,
     part_of,
@@ -52,30 +48,13 @@ STEPS = [
 STEPS += ["--device", "cpu", "--sampler-dropout", 0.5]
 
 
-def begin(count: int, *arguments: Any) -> list[subprocess.Popen[str]]:
-    """So many processes of one run, with what torchrun would tell them."""
-    with socket.create_server(("localhost", 0)) as free:
-        place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    return [
-        subprocess.Popen(
-            command(ROOT / "examples/train.py", "--shard", *arguments),
-            env={**ENVIRONMENT, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+def begin(count: int, *arguments: Any) -> Several:
+    return Several(count, "train", "--shard", *arguments)
 
 
 def run(count: int, *arguments: Any) -> None:
-    processes = begin(count, *arguments)
-    try:
-        said = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * count, said
+    with begin(count, *arguments) as processes:
+        assert processes.wait() == [0] * count, processes.all_said()
 
 
 def same_figures(one: Path, other: Path) -> None:
@@ -96,16 +75,11 @@ def test_a_killed_run_of_four_goes_on_as_two(data: Path, tmp_path: Path) -> None
     done = train("--out", tmp_path / "plain", *arguments)
     assert done.code == 0, done.err
 
-    four = begin(4, "--out", tmp_path / "shared", *arguments)
-    try:
+    with begin(4, "--out", tmp_path / "shared", *arguments) as four:
         deadline = time.monotonic() + 300
         while not list((tmp_path / "shared").glob("checkpoint-*")) and time.monotonic() < deadline:
-            assert all(process.poll() is None for process in four), [process.communicate() for process in four]
+            assert four.running(), four.all_said()
             time.sleep(0.005)
-    finally:
-        for process in four:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
     (there,) = (tmp_path / "shared").glob("checkpoint-*")
     assert there.name == "checkpoint-00000002" and not (tmp_path / "shared/model").exists()
     assert len(list(there.glob("*.distcp"))) == 4

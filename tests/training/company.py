@@ -1,0 +1,48 @@
+"""What processes do together, and one that is stopped in the middle: a script for test_faults.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from unittest import mock
+
+import command_line
+import torch
+
+from minifocus.errors import InputError
+from minifocus.training import liveness, processes
+from minifocus.training.processes import Tasks, joined
+
+
+@command_line.guarded
+def main() -> None:
+    with (
+        mock.patch.object(processes, "COLLECTIVE", timedelta(seconds=3)),
+        mock.patch.object(processes, "_DISK", 0.5),
+        mock.patch.object(liveness, "SILENT", 8.0),
+        joined(torch.device("cpu")) as process,
+    ):
+        process.first(lambda: time.sleep(5))  # longer than a collective may take
+        try:
+            with process.alone(Path("run")):
+                pass
+        except InputError as error:
+            print(error)
+        with process.alone(Path(sys.argv[1])):
+            print("shared")
+        tasks = Tasks(process, 20)
+        own = []
+        for number in tasks:
+            own.append(number)
+            tasks.done(2)
+            time.sleep(0.02 if process.rank else 0.002)
+        every = process.gather(own)
+        print(sorted([*every[0], *every[1]]) == list(range(20)), len(every[0]) > len(every[1]) > 0, tasks.done())
+        sys.stdout.flush()
+        if process.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        process.first(lambda: time.sleep(600))
