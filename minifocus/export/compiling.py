@@ -39,15 +39,7 @@ class _WithWeights(nn.Module):
 
 def compile_part(part: Part, name: str, folder: Path, level: str) -> list[str]:
     """Write the library, and return the names of the weights that it takes before its inputs."""
-    weights = part.weights()
-    names = list(weights)
-    program = _export(part, names, weights)
-    # A tower has blocks behind the last that is read: their weights are no arguments.
-    places = [one for one in program.graph.nodes if one.op == "placeholder"]
-    inputs = [one for one in places if one.name in set(program.graph_signature.user_inputs)]
-    used = [name for name, place in zip(names, inputs, strict=False) if place.users]
-    if used != names:
-        program = _export(part, used, weights)
+    program, used = exported(part)
     settings: dict[str, object] = {
         "emulate_precision_casts": True,  # bfloat16 is rounded where Python rounds it
         "cpp.dynamic_threads": True,  # as many as the program that runs it has
@@ -65,6 +57,18 @@ def compile_part(part: Part, name: str, folder: Path, level: str) -> list[str]:
                 for one in found:
                     (folder / f"{name}{suffix}").write_bytes(files.read(one))
     return used
+
+
+def exported(part: Part) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """The part as a graph, and the names of the weights that it takes, a list, before its inputs."""
+    weights = part.weights()
+    names = list(weights)
+    program = _export(part, names, weights)
+    # A tower has blocks behind the last that is read: their weights are no arguments.
+    places = [one for one in program.graph.nodes if one.op == "placeholder"]
+    inputs = [one for one in places if one.name in set(program.graph_signature.user_inputs)]
+    used = [name for name, place in zip(names, inputs, strict=False) if place.users]
+    return (program, names) if used == names else (_export(part, used, weights), used)
 
 
 def _export(part: Part, names: list[str], weights: dict[str, torch.Tensor]) -> torch.export.ExportedProgram:
