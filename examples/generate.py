@@ -3,6 +3,7 @@
 python examples/generate.py                                   # the embedded model and picture
 python examples/generate.py --model DIR --image photo.jpg --prompt "What is written on the sign?"
 python examples/generate.py --prompt "How many circles are there?" --prompt "Is there a pink card?" --figure answers.png
+torchrun --nproc-per-node 2 examples/generate.py --tensor-parallel      # two processes share the decoder
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ if __name__ == "__main__":
     command_line.begin()
 
 import argparse
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from command_line import expect, expect_file, expect_text
 from PIL import Image
 from sampler_options import add_sampler_options, sampler_options
@@ -39,6 +43,9 @@ def parse_arguments() -> argparse.Namespace:
     add_sampler_options(parser)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="float32, bfloat16, float16, int8 or int4; default: the checkpoint's")
+    parser.add_argument(
+        "--tensor-parallel", action="store_true", help="the processes that torchrun started share the decoder"
+    )
     parser.add_argument("--max-new-tokens", type=int, help="default: what generation_config.json says, or else 256")
     parser.add_argument(
         "--min-new-tokens", type=int, help="default of this and the next two: what generation_config.json says"
@@ -55,16 +62,22 @@ def parse_arguments() -> argparse.Namespace:
 
 def load_model(arguments: argparse.Namespace) -> minifocus.Llava:
     """Load with a progress bar, on a terminal only."""
-    options = sampler_options(arguments)
-    with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    options, load = sampler_options(arguments), minifocus.load
+    if arguments.tensor_parallel:
+        from minifocus.tensor_parallel import load
+    hidden = None if is_first(arguments) else True
+    with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return minifocus.load(
-            arguments.model, arguments.sampler, arguments.device, arguments.dtype, progress=progress, **options
-        )
+        return load(arguments.model, arguments.sampler, arguments.device, arguments.dtype, progress=progress, **options)
+
+
+def is_first(arguments: argparse.Namespace) -> bool:
+    """Whether this process prints, of those that share a decoder."""
+    return not arguments.tensor_parallel or os.environ["RANK"] == "0"
 
 
 def report(arguments: argparse.Namespace, prompt: str, answer: minifocus.Answer) -> dict[str, Any]:
@@ -117,6 +130,8 @@ def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def check(arguments: argparse.Namespace) -> None:
     """What can be told before a model is loaded."""
+    by_torchrun = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    expect(by_torchrun or not arguments.tensor_parallel, arguments, "tensor_parallel", "to be started by torchrun")
     expect_text(arguments, "prompt")
     expect(all(arguments.image), arguments, "image", "the names of pictures")
     Options(**generation_options(arguments))
@@ -127,11 +142,10 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    check(arguments)
     pictures = [open_image(file) for file in arguments.image]
     model = load_model(arguments)
     asked = [(prompt, ask(model, pictures, prompt, arguments)) for prompt in arguments.prompt]
-    if arguments.figure:
+    if arguments.figure and is_first(arguments):
         from minifocus.figure import draw_answers
 
         try:
@@ -147,7 +161,11 @@ def main() -> None:
     arguments = parse_arguments()
     arguments.image = arguments.image or [str(ROOT / "examples/cards.png")]
     arguments.prompt = arguments.prompt or ["What number is on the red card?"]
-    run(arguments)
+    check(arguments)
+    with contextlib.nullcontext() if is_first(arguments) else contextlib.redirect_stdout(None):
+        run(arguments)
+    if arguments.tensor_parallel:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
