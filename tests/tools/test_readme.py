@@ -22,6 +22,8 @@ import yaml
 from safetensors.torch import load_file
 
 import minifocus
+from experiments.many_devices import communication
+from experiments.many_devices import report as many_devices_report
 from experiments.miniature import make
 from experiments.timing import remark
 from experiments.true_size import report
@@ -37,6 +39,7 @@ from minifocus.model import LlavaNetwork
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments/results"
 DOCS = ("training", "methods", "results", "operators", "checkpoints", "scale", "notes")
+MANY_DEVICES = [file.parent.name for file in RESULTS.glob("many-devices/results.json")]
 TRUE_SIZES = sorted(file.parent.name for file in RESULTS.glob("true-size/*/results.json"))
 PAGES = [
     "README.md",
@@ -50,6 +53,7 @@ PAGES = [
     "experiments/results/paper-650-steps/README.md",
     "experiments/results/small/README.md",
     *(f"experiments/results/true-size/{name}/README.md" for name in TRUE_SIZES),
+    *(f"experiments/results/{name}/README.md" for name in MANY_DEVICES),
 ]
 WRITTEN = [page for page in PAGES if not page.startswith("experiments/")]  # by hand
 
@@ -548,6 +552,16 @@ def true_size_rows() -> list[str]:
     return list(dict.fromkeys(line for table in found for line in table.splitlines()))
 
 
+def many_devices() -> list[str]:
+    """What processes send, by the shapes; and of the record, if there is one, two tables as its own page has them."""
+    found = communication.table().splitlines()
+    for name in MANY_DEVICES:
+        of_record = record(f"{name}/results.json")
+        for table in (many_devices_report.answers(of_record), many_devices_report.training(of_record)):
+            found += table.splitlines()
+    return list(dict.fromkeys(found))
+
+
 def operator_rows() -> list[str]:
     rows = []
     for case in record("operators_cpu.json")["cases"]:
@@ -751,7 +765,7 @@ FIGURES: dict[str, list[Callable[[], Iterable[str]]]] = {
     "docs/methods.md": [method_figures],
     "docs/notes.md": [tried],
     "docs/operators.md": [mutants_recorded],
-    "docs/scale.md": [true_sizes, true_size_rows],
+    "docs/scale.md": [true_sizes, true_size_rows, many_devices],
     "docs/results.md": [
         accuracy_rows,
         parameters,
@@ -797,7 +811,14 @@ def test_the_stages_of_the_embedded_model() -> None:
 
 @pytest.mark.parametrize(
     "folder",
-    ["paper", "paper-650-steps", "paper-harder-scenes", "small", *(f"true-size/{name}" for name in TRUE_SIZES)],
+    [
+        "paper",
+        "paper-650-steps",
+        "paper-harder-scenes",
+        "small",
+        *(f"true-size/{name}" for name in TRUE_SIZES),
+        *MANY_DEVICES,
+    ],
 )
 def test_generated_pages_name_their_record_s_command(folder: str) -> None:
     """A program may have moved since. The command stays the one that was run at the commit that stands beside it."""
