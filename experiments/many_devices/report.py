@@ -25,7 +25,8 @@ median over rounds.
 - **prompt**, **answer**: tokens per second, of {prompt} tokens that are read and {new_tokens} that are written, the first of
   them left out. Of a step: tokens of {examples} examples. Each is the median over rounds.
 - **decoder**: the values of it that a process holds, embeddings among them. **resident**: the most that was in memory at once in
-  any of the processes, in brackets what it was after the imports. Of training, weights, gradients and AdamW's moments.
+  any of the processes, in brackets what it was after the imports. Of training that is weights, gradients, AdamW's moments,
+  activations, and what glibc keeps of freed arrays, gathered layers among them: on a CPU train.py asks it to.
 - **sent** by each process of a ring, with its payload's kinds added up; computed from shapes, and as counted in torch. The two
   were equal to the byte: otherwise there would be no record.
 """
