@@ -91,7 +91,7 @@ def check(arguments: argparse.Namespace) -> None:
             if getattr(arguments, name) not in (None, False):
                 raise Refused(f"{option(name)} is of no use without --file")
         return
-    for name in ("image", "prompt", "figure", "json"):
+    for name in ("image", "prompt", "figure", "json", "tensor_parallel"):
         if getattr(arguments, name) not in (None, False):
             raise Refused(f"{option(name)} is for a question of the command line: not to be combined with --file")
     if not arguments.out:

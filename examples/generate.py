@@ -5,6 +5,7 @@ python examples/generate.py --model DIR --image photo.jpg --prompt "What is writ
 python examples/generate.py --prompt "How many circles are there?" --prompt "Is there a pink card?" --figure answers.png
 python examples/generate.py --file questions.jsonl --out answers.jsonl                   # many questions, in batches
 torchrun --nproc-per-node 8 examples/generate.py --file … --out … --device cuda --model DIR     # by eight GPUs
+torchrun --nproc-per-node 2 examples/generate.py --tensor-parallel      # two processes share the decoder
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ if __name__ == "__main__":
     command_line.begin()
 
 import argparse
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     add_sampler_options(parser)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="float32, bfloat16, float16, int8 or int4; default: the checkpoint's")
+    parser.add_argument(
+        "--tensor-parallel", action="store_true", help="the processes that torchrun started share the decoder"
+    )
     parser.add_argument("--max-new-tokens", type=int, help="default: what generation_config.json says, or else 256")
     parser.add_argument(
         "--min-new-tokens", type=int, help="default of this and the next two: what generation_config.json says"
@@ -61,7 +67,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def load_model(arguments: argparse.Namespace) -> minifocus.Llava:
     """Load with a progress bar, of the first process, on a terminal only."""
-    options = sampler_options(arguments)
+    options, load = sampler_options(arguments), minifocus.load
+    if arguments.tensor_parallel:
+        from minifocus.tensor_parallel import load
     hidden = True if Process.current().rank else None
     with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
 
@@ -69,9 +77,7 @@ def load_model(arguments: argparse.Namespace) -> minifocus.Llava:
             bar.total = total
             bar.update(done - bar.n)
 
-        return minifocus.load(
-            arguments.model, arguments.sampler, arguments.device, arguments.dtype, progress=progress, **options
-        )
+        return load(arguments.model, arguments.sampler, arguments.device, arguments.dtype, progress=progress, **options)
 
 
 def report(arguments: argparse.Namespace, prompt: str, answer: minifocus.Answer) -> dict[str, Any]:
@@ -124,6 +130,8 @@ def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def check(arguments: argparse.Namespace) -> None:
     """What can be told before a model is loaded. The question and the picture of a call without any are filled in."""
+    by_torchrun = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    expect(by_torchrun or not arguments.tensor_parallel, arguments, "tensor_parallel", "to be started by torchrun")
     batch_questions.check(arguments)
     if arguments.file is None:
         arguments.image = arguments.image or [str(ROOT / "examples/cards.png")]
@@ -145,10 +153,23 @@ def run(arguments: argparse.Namespace) -> None:
         if wrong is not None:
             raise Failed(wrong)
         return
+    if not arguments.tensor_parallel:
+        answer(arguments)
+        return
+    from minifocus.tensor_parallel import device_of_process
+
+    with joined(device_of_process(arguments.device), even_alone=True) as process:
+        others = contextlib.redirect_stdout(None) if process.rank else contextlib.nullcontext()
+        with others:
+            answer(arguments)
+
+
+def answer(arguments: argparse.Namespace) -> None:
+    """The questions of the command line. Of processes that share a decoder all are needed, and the first prints."""
     pictures = [open_image(file) for file in arguments.image]
     model = load_model(arguments)
     asked = [(prompt, ask(model, pictures, prompt, arguments)) for prompt in arguments.prompt]
-    if arguments.figure:
+    if arguments.figure and not Process.current().rank:
         from minifocus.figure import draw_answers
 
         try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 
 from . import arguments, methods
 from .errors import CheckpointError, InputError
@@ -24,6 +25,7 @@ from .inputs.tokenizer import Tokenizer
 from .loading.config import DTYPES, Config, load_config
 from .loading.model_folder import LEARNED, Origin, finish_save, replacing, stamps
 from .loading.weights import (
+    Places,
     Progress,
     check_storable,
     open_weights,
@@ -232,6 +234,24 @@ def load(
     what else the log names: answers are greedy, unless `generate` is told otherwise. A save that was killed as it put its
     files in place is finished first. Raises CheckpointError for a bad folder and InputError for a bad argument.
     """
+    return open_model(Llava, None, folder, sampler, device, dtype, check_finite, progress, options)
+
+
+Model = TypeVar("Model", bound=Llava)
+
+
+def open_model(
+    build: Callable[[Config, Processor, Origin], Model],
+    share: Callable[[nn.Module], Places] | None,
+    folder: str | PathLike[str],
+    sampler: str,
+    device: str | torch.device,
+    dtype: str | torch.dtype | None,
+    check_finite: bool,
+    progress: Progress | None,
+    options: Mapping[str, object],
+) -> Model:
+    """What `load` does, with a model that `build` makes. `share`: see `open_weights`."""
     folder = arguments.path("folder", folder)
     if kind(folder) != FOLDER:
         raise CheckpointError(f"{named(folder)}: expected the folder of a model, found {kind(folder)}")
@@ -252,9 +272,9 @@ def load(
     if config.quantized:
         resolved_dtype = torch.bfloat16
     method = methods.build(sampler, config, folder, options)
-    with open_weights(folder, config, target, resolved_dtype, check_finite, progress, quantize) as make:
+    with open_weights(folder, config, target, resolved_dtype, check_finite, progress, quantize, share) as make:
         processor = Processor.from_folder(folder, config)
-        model = cast(Llava, make(lambda: Llava(config, processor, origin)))
+        model = cast(Model, make(lambda: build(config, processor, origin)))
     if stamps(folder) != origin.stamps:
         raise CheckpointError(f"{folder}: its files were changed while they were read: load it again")
     model._use(method)

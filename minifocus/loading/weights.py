@@ -45,10 +45,12 @@ RENAMES = [
 ]
 IGNORED = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")  # buffers that older versions of transformers saved
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+LAYERS = "language_model.model.layers."
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _QUANTIZED_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "BF16": torch.bfloat16}
 
 Progress = Callable[[int, int], None]
+Places = dict[str, tuple[slice, ...]]  # of the parts that are a process's own, in the stored tensors of these names
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 def check_layer_counts(found: dict[str, StoredTensor], config: Config, folder: Path) -> None:
     """Compare the numbers of layers before a model is made, so that a wrong number cannot make a billion layers."""
     for prefix, key, expected in (
-        ("language_model.model.layers.", "text_config.num_hidden_layers", config.text.num_hidden_layers),
+        (LAYERS, "text_config.num_hidden_layers", config.text.num_hidden_layers),
         ("vision_tower.encoder.layers.", "vision_config.num_hidden_layers", config.vision.num_hidden_layers),
     ):
         numbers = {name[len(prefix) :].partition(".")[0] for name in found if name.startswith(prefix)}
@@ -210,12 +212,13 @@ def convert_tensors(
     read: Callable[[int], None],
     quantized: Mapping[str, torch.dtype],
     quantize: Mapping[str, QuantizedLinear],
+    places: Places,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Each name and tensor, on `device` and in `dtype`; `read` is told its bytes.
 
     Matrices, kernels and embeddings that float16 is too narrow for (`_vanishes`) are refused. So are NaN and infinity, with
     `check_finite`. Tensors that `quantized` names are taken as they are. Weights that `quantize` names are read one by one, and
-    come as what their layer holds instead.
+    come as what their layer holds instead. Of those that `places` names only that part is read.
     """
     for file in sorted({tensor.file for tensor in found.values()}):
         with open_safetensors(file) as stored:
@@ -227,7 +230,9 @@ def convert_tensors(
                 elif name in quantized:
                     parts = {"": aligned(stored.get_tensor(tensor.key))}
                 else:
-                    parts = {"": _converted(stored.get_tensor(tensor.key), tensor, device, dtype, check_finite)}
+                    place = places.get(name)
+                    value = stored.get_tensor(tensor.key) if place is None else stored.get_slice(tensor.key)[place]
+                    parts = {"": _converted(value, tensor, device, dtype, check_finite)}
                 read(_num_bytes(tensor))
                 for suffix, value in parts.items():
                     yield name + suffix, value.to(device)
@@ -328,20 +333,23 @@ def open_weights(
     check_finite: bool = True,
     progress: Progress | None = None,
     quantize: bool = False,
+    share: Callable[[nn.Module], Places] | None = None,
 ) -> Iterator[Callable[[Callable[[], nn.Module]], nn.Module]]:
     """Gives a function that makes a model by the one that it is given (on the meta device), with the folder's weights.
 
     `dtype` None takes config.json's, or else that of the stored embeddings. Where `config.quantized` says so, the decoder's
     weights are quantised: those of the folder already are, or have to be (`quantize`). From here to the model's end a thread
-    checks the weights that stay as they are stored. Raises CheckpointError with every mismatch in one message; nothing
-    half-loaded or unchecked is ever returned.
+    checks the weights that stay as they are stored. `share` leaves of the model, which is still on the meta device, the part
+    that this process holds, and says which that is; nothing else of those tensors is read, or checked. Raises CheckpointError
+    with every mismatch in one message; nothing half-loaded or unchecked is ever returned.
     """
     found = read_headers(folder)
     check_layer_counts(found, config, folder)
     if dtype is None:
         dtype = config.dtype or (STORED_DTYPES.get(found[EMBEDDINGS].dtype) if EMBEDDINGS in found else None)
-    decoder = ("language_model.model.layers.", HEAD)  # what may be quantised, and is not checked as it is
-    plain = {n: one for n, one in found.items() if not (config.quantized and n.startswith(decoder))}
+    decoder = (LAYERS, HEAD)  # what may be quantised or shared, and is not checked as it is
+    whole = config.quantized is None and share is None
+    plain = {n: one for n, one in found.items() if whole or not n.startswith(decoder)}
     mapped = map_tensors(plain, device, dtype)
     total, done = sum(_num_bytes(tensor) for tensor in found.values()), 0
 
@@ -356,24 +364,26 @@ def open_weights(
         def make(build: Callable[[], nn.Module]) -> nn.Module:
             model = without_values(build)
             layers = _check_fit(found, model, config, folder, quantize)
+            places = {} if share is None else share(model)
             assert dtype is not None  # the embeddings are there, and in a dtype that is known
             rest = {name: tensor for name, tensor in found.items() if name not in mapped}
             new = {f"{name}.weight": layer for name, layer in layers.items()} if quantize else {}
             state = mapped | dict(
-                convert_tensors(rest, device, dtype, check_finite, read, quantized_dtypes(layers), new)
+                convert_tensors(rest, device, dtype, check_finite, read, quantized_dtypes(layers), new, places)
             )
             for name, layer in layers.items() if check_finite else ():
                 if not layer.sound(state[f"{name}.weight_scale"]):
                     raise CheckpointError(
                         f"{folder}: {name}.weight_scale: expected finite scales above 0 and finite zeros"
                     )
-            _fill(model, state, config.tie_word_embeddings)
+            tied = state[EMBEDDINGS][places.get(HEAD, ...)] if config.tie_word_embeddings else None
+            _fill(model, state, tied)
             if not all_finite(read):
                 changed = CheckpointError(f"{folder}: its files were changed while they were read: load it again")
                 raise next((_not_finite(found[n], dtype) for n, v in mapped.items() if not is_finite(v)), changed)
             if not check_finite:
                 read(total - done)
-            if config.tie_word_embeddings and not _same_values(state[HEAD], state[EMBEDDINGS]):
+            if tied is not None and not _same_values(state[HEAD], tied):
                 raise CheckpointError(
                     f"{folder / 'config.json'}: tie_word_embeddings is true, but {found[HEAD].key} differs from the embeddings"
                 )
@@ -398,12 +408,12 @@ def _check_fit(
     return layers
 
 
-def _fill(model: nn.Module, state: dict[str, torch.Tensor], tied: bool) -> None:
-    """Put `state` in the place of the model's values, without a copy. `tied`: its head is its embeddings."""
-    if tied:
-        state.setdefault(HEAD, state[EMBEDDINGS])
+def _fill(model: nn.Module, state: dict[str, torch.Tensor], tied: torch.Tensor | None) -> None:
+    """Put `state` in the place of the model's values, without a copy. `tied`: the embeddings, or a part, that are its head."""
+    if tied is not None:
+        state.setdefault(HEAD, tied)
     model.load_state_dict(state, strict=True, assign=True)
-    if tied:
+    if tied is not None and tied.shape == state[EMBEDDINGS].shape:
         model.get_submodule("language_model.lm_head").weight = model.get_parameter(EMBEDDINGS)
 
 

@@ -22,6 +22,8 @@ import yaml
 from safetensors.torch import load_file
 
 import minifocus
+from experiments.many_devices import communication
+from experiments.many_devices import report as many_devices_report
 from experiments.miniature import make
 from experiments.timing import remark
 from experiments.true_size import report
@@ -37,6 +39,7 @@ from minifocus.model import LlavaNetwork
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments/results"
 DOCS = ("training", "methods", "results", "operators", "checkpoints", "scale", "embedding", "notes")
+MANY_DEVICES = [file.parent.name for file in RESULTS.glob("many-devices/results.json")]
 TRUE_SIZES = sorted(file.parent.name for file in RESULTS.glob("true-size/*/results.json"))
 PAGES = [
     "README.md",
@@ -50,6 +53,7 @@ PAGES = [
     "experiments/results/paper-650-steps/README.md",
     "experiments/results/small/README.md",
     *(f"experiments/results/true-size/{name}/README.md" for name in TRUE_SIZES),
+    *(f"experiments/results/{name}/README.md" for name in MANY_DEVICES),
 ]
 WRITTEN = [page for page in PAGES if not page.startswith("experiments/")]  # by hand
 
@@ -528,6 +532,31 @@ def quantized_rows() -> list[str]:
     ]
 
 
+def embedding_rows() -> list[str]:
+    found = record("embedding.json")
+    start, decode, disk = found["start"], found["decode"], found["disk"]
+    assert all(bar["met"] for bar in found["bars"].values())  # the page says so
+    libraries = sum(disk[name] for name in ("program", "libraries_of_torch", "other_libraries"))
+    files = {"c++": (disk["package"], libraries), "python": (disk["model"], disk["python_packages"]), "transformers": None}
+
+    def row(label: str, side: str) -> str:
+        one, need = start[side], files[side]
+        token = f"{1000 * decode[side]['seconds_per_token']:.2f} ms" if side in decode else ""
+        size = f"{need[0] / 1e6:.0f} and {need[1] / 1e6:.0f} MB" if need else ""
+        cells = (label, f"{one['seconds']:.2f} s", f"{one['memory'] / 1e6:.0f} MB", token, size)
+        return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+
+    ratios = [start["c++"]["ratio_to_python"], start["c++"]["memory_ratio_to_python"], decode["c++"]["ratio_to_python"]]
+    return [
+        f"All {found['same']['count']} questions",
+        row("the C++ runtime", "c++"),
+        row("`minifocus`", "python"),
+        row("`transformers`", "transformers"),
+        f"are {ratios[0]:.2f}, {ratios[1]:.2f} and {ratios[2]:.2f} of Python's",
+        f"whole questions take {decode['c++']['questions_ratio_to_python']:.2f} of its time",
+    ]
+
+
 def real_parts() -> list[str]:
     speed = record("small/results.json")["speed"]
 
@@ -568,6 +597,16 @@ def true_size_rows() -> list[str]:
     """Of every record that there is, the table as its own page has it."""
     found = (report.table(report.HEADS, report.rows(record(f"true-size/{name}/results.json"))) for name in TRUE_SIZES)
     return list(dict.fromkeys(line for table in found for line in table.splitlines()))
+
+
+def many_devices() -> list[str]:
+    """What processes send, by the shapes; and of the record, if there is one, two tables as its own page has them."""
+    found = communication.table().splitlines()
+    for name in MANY_DEVICES:
+        of_record = record(f"{name}/results.json")
+        for table in (many_devices_report.answers(of_record), many_devices_report.training(of_record)):
+            found += table.splitlines()
+    return list(dict.fromkeys(found))
 
 
 def operator_rows() -> list[str]:
@@ -773,7 +812,7 @@ FIGURES: dict[str, list[Callable[[], Iterable[str]]]] = {
     "docs/methods.md": [method_figures],
     "docs/notes.md": [tried],
     "docs/operators.md": [mutants_recorded],
-    "docs/scale.md": [true_sizes, true_size_rows],
+    "docs/scale.md": [true_sizes, true_size_rows, many_devices],
     "docs/results.md": [
         accuracy_rows,
         parameters,
@@ -783,6 +822,7 @@ FIGURES: dict[str, list[Callable[[], Iterable[str]]]] = {
         real_parts,
         beside_transformers,
         quantized_rows,
+        embedding_rows,
         operator_rows,
         gpu_rows,
         three_seeds,
@@ -820,7 +860,14 @@ def test_the_stages_of_the_embedded_model() -> None:
 
 @pytest.mark.parametrize(
     "folder",
-    ["paper", "paper-650-steps", "paper-harder-scenes", "small", *(f"true-size/{name}" for name in TRUE_SIZES)],
+    [
+        "paper",
+        "paper-650-steps",
+        "paper-harder-scenes",
+        "small",
+        *(f"true-size/{name}" for name in TRUE_SIZES),
+        *MANY_DEVICES,
+    ],
 )
 def test_generated_pages_name_their_record_s_command(folder: str) -> None:
     """A program may have moved since. The command stays the one that was run at the commit that stands beside it."""
