@@ -64,13 +64,15 @@ Network::Network(const Package& package, const PictureSettings& pictures) : pack
   keep_cls_ = manifest.flag("model.keep_cls");
   expect(num_layers_ > 0 && context_ > 0, package.folder().string(), ": expected layers and a context, found none");
   embeddings_ = package.weight("language_model.model.embed_tokens.weight");
-  frequencies_ = package.weight("rope.frequencies");
+  const at::Tensor frequencies = package.weight("rope.frequencies");
   if (pictures_.anyres) newline_ = package.weight("image_newline");
   const int64_t channels = embeddings_.dim() == 2 ? embeddings_.size(1) : -1;
-  const bool fit = channels > 0 && frequencies_.dim() == 1 && 2 * frequencies_.size(0) == head_dim_ &&
+  const bool fit = channels > 0 && frequencies.dim() == 1 && 2 * frequencies.size(0) == head_dim_ &&
                    (!pictures_.anyres || newline_.sizes() == at::IntArrayRef{channels});
   expect(fit, package.folder().string(), ": expected embeddings, frequencies and a newline that fit each other, found ",
-         embeddings_.sizes(), ", ", frequencies_.sizes(), " and ", newline_.defined() ? newline_.sizes() : at::IntArrayRef{});
+         embeddings_.sizes(), ", ", frequencies.sizes(), " and ", newline_.defined() ? newline_.sizes() : at::IntArrayRef{});
+  const at::Tensor angles = at::arange(context_, at::kFloat).unsqueeze(1).mul(frequencies).unsqueeze(0).unsqueeze(0);
+  cos_ = angles.cos().to(embeddings_.scalar_type()), sin_ = angles.sin().to(embeddings_.scalar_type());
   if (package.has_part("regions")) {
     window_ = manifest.integer("regions.window");
     thumbnail_ = manifest.word("regions.thumbnail");
@@ -195,9 +197,8 @@ Row Network::embed(const std::vector<int64_t>& ids, const std::vector<bool>& ins
 }
 
 std::pair<at::Tensor, at::Tensor> Network::rope(const at::Tensor& positions) const {
-  const at::Tensor angles = positions.unsqueeze(1).to(at::kFloat).mul(frequencies_);
-  const auto table = [&](const at::Tensor& one) { return one.to(embeddings_.scalar_type()).unsqueeze(0).unsqueeze(0); };
-  return {table(angles.cos()), table(angles.sin())};
+  const auto rows = [&](const at::Tensor& table) { return table.index_select(2, positions); };
+  return {rows(cos_), rows(sin_)};
 }
 
 // Eq. 6 to 9: without the visual tokens that the text does not look at.
@@ -257,7 +258,7 @@ at::Tensor Network::prefill(Row row, const Sampling& sampling, std::vector<Layer
 
 at::Tensor Network::step(int64_t id, int64_t position, std::vector<LayerCache>& caches) const {
   at::Tensor x = embeddings_.narrow(0, id, 1).unsqueeze(0);
-  const auto [cos, sin] = rope(whole_numbers({position}));
+  const at::Tensor cos = cos_.narrow(2, position, 1), sin = sin_.narrow(2, position, 1);
   for (int64_t layer = 0; layer < num_layers_; ++layer) {
     auto [k, v] = caches[layer].extend();
     x = package_.part("step")(step_weights_[layer], {x, cos, sin, k, v}).front();

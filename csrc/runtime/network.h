@@ -95,7 +95,8 @@ class Network {
   int64_t num_layers_, context_, patches_, heads_, head_dim_, window_ = 0;
   bool keep_cls_;
   std::string thumbnail_, words_;
-  at::Tensor embeddings_, newline_, frequencies_;
+  at::Tensor embeddings_, newline_;
+  at::Tensor cos_, sin_;  // [1, 1, context, D / 2]
   std::vector<std::vector<at::Tensor>> layer_weights_, step_weights_, score_weights_;  // by layer
   std::vector<at::Tensor> picture_weights_, regions_weights_, last_weights_, head_weights_;
 };

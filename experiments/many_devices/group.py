@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from examples.command_line import Failed
+from minifocus.training.processes import Process
 
 
 def threads_of(count: int) -> int:
@@ -57,9 +58,10 @@ class Group:
             raise Failed(f"{self.name}: process {rank} ended with status {status}") from None
 
     def close(self) -> None:
-        for end, process in zip(self.ends, self.processes, strict=True):
+        for end in self.ends:  # all of them first: the processes wait for each other to leave
             with suppress(BrokenPipeError):
                 end.send(None)
+        for process in self.processes:
             process.join()
 
 
@@ -72,5 +74,4 @@ def serve(connection: Any, environment: dict[str, str], make: Callable[..., Any]
         while (call := connection.recv()) is not None:
             method, given = call
             connection.send(getattr(own, method)(*given))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    Process.current().leave()
