@@ -535,15 +535,21 @@ def quantized_rows() -> list[str]:
 def embedding_rows() -> list[str]:
     found = record("embedding.json")
     start, decode, disk = found["start"], found["decode"], found["disk"]
-    assert all(bar["met"] for bar in found["bars"].values())  # the page says so
+    missed = [name for name, bar in found["bars"].items() if not bar["met"]]
+    assert missed in ([], ["decode"])  # the page has words for no other
+    token = f"the one for a token, at most {found['bars']['decode']['at most']} of Python's, is missed"
     libraries = sum(disk[name] for name in ("program", "libraries_of_torch", "other_libraries"))
-    files = {"c++": (disk["package"], libraries), "python": (disk["model"], disk["python_packages"]), "transformers": None}
+    files = {
+        "c++": (disk["package"], libraries),
+        "python": (disk["model"], disk["python_packages"]),
+        "transformers": None,
+    }
 
     def row(label: str, side: str) -> str:
         one, need = start[side], files[side]
-        token = f"{1000 * decode[side]['seconds_per_token']:.2f} ms" if side in decode else ""
+        each = f"{1000 * decode[side]['seconds_per_token']:.2f} ms" if side in decode else ""
         size = f"{need[0] / 1e6:.0f} and {need[1] / 1e6:.0f} MB" if need else ""
-        cells = (label, f"{one['seconds']:.2f} s", f"{one['memory'] / 1e6:.0f} MB", token, size)
+        cells = (label, f"{one['seconds']:.2f} s", f"{one['memory'] / 1e6:.0f} MB", each, size)
         return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
 
     ratios = [start["c++"]["ratio_to_python"], start["c++"]["memory_ratio_to_python"], decode["c++"]["ratio_to_python"]]
@@ -554,6 +560,7 @@ def embedding_rows() -> list[str]:
         row("`transformers`", "transformers"),
         f"are {ratios[0]:.2f}, {ratios[1]:.2f} and {ratios[2]:.2f} of Python's",
         f"whole questions take {decode['c++']['questions_ratio_to_python']:.2f} of its time",
+        token if missed else "All of this project's bars for it are met",
     ]
 
 
