@@ -689,6 +689,14 @@ def llava_stf() -> list[str]:
         f"alone it is {mean['control'] - mean['mbtf']:.1f} ± {apart('control', 'mbtf'):.1f} below the control",
         f"STF is {mean['stf'] - mean['avgpool']:.1f} above it, both are {mean['both'] - mean['avgpool']:.1f}",
         f"lose {mean['control'] - max(mean['both'], mean['stf']):.1f} points of the control's or more",
+        "level ({:.1f}, {:.1f} and {:.1f} %, ± {:.1f} for a difference)".format(
+            mean["average"],
+            100 * of["both"][0]["accuracy"],
+            mean["convolution"],
+            apart("average", "convolution"),
+        ),
+        f"STF without MBTF reaches {mean['fresh-stf']:.1f} %",
+        f"TokenPacker, {mean['fresh-both']:.1f} and {mean['tokenpacker']:.1f} %",
     ]
 
 
