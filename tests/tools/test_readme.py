@@ -817,6 +817,16 @@ def method_figures() -> list[str]:
     ]
 
 
+def trained_compared() -> list[str]:
+    labels = {"focus": "`focus`", "AVG-LLaVA": "AVG-LLaVA", "STF": "LLaVA-STF", "avgpool": "`avgpool`"}
+    return [
+        f"| {labels[one['method']]} | {100 * one['accuracy']:.1f} % | {100 * one['tokens']['equivalent']:.1f} % | "
+        f"{one['prefill_ratio']:.2f} |"
+        for one in record("compare-trained.json")["results"]
+        if one["method"] in labels
+    ]
+
+
 def mutants_recorded() -> list[str]:
     return [f"{len(record('mutants.json')['mutants'])} lines, every barrier among them"]
 
@@ -824,7 +834,7 @@ def mutants_recorded() -> list[str]:
 FIGURES: dict[str, list[Callable[[], Iterable[str]]]] = {
     "README.md": [accuracy_rows, parameters, size, caveat],
     "weights/README.md": [parameters],
-    "docs/methods.md": [method_figures],
+    "docs/methods.md": [method_figures, trained_compared],
     "docs/notes.md": [tried],
     "docs/operators.md": [mutants_recorded],
     "docs/scale.md": [true_sizes, true_size_rows, many_devices],
