@@ -52,7 +52,7 @@ weights/small/NOTICE.txt: $(addprefix experiments/small/,decoder.py files.py mak
 
 # The C++ runtime: docs/embedding.md says what it needs.
 runtime: install
-	cmake -G Ninja -S csrc/runtime -B build/runtime -DTORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S csrc/runtime -B build/runtime -DTORCH=$$($(BIN)/python -c "import torch; print(torch.__path__[0])")
 	cmake --build build/runtime
 
 # lmms-eval has an environment of its own: 1 GB of packages besides torch, among them torchvision, whose wheel on PyPI needs
