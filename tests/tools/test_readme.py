@@ -510,6 +510,20 @@ def beside_transformers() -> list[str]:
     ]
 
 
+def beside_transformers_in_bfloat16() -> list[str]:
+    found = record("end_to_end_bfloat16.json")
+    assert not found["same_greedy_tokens"]  # the page says so
+    none, focus = (
+        [found["sides"][side][what]["ratio_to_transformers"] for what in ("prefill", "decode")]
+        for side in ("none", "focus")
+    )
+    load = found["load"]["none"]["ratio_to_transformers"]
+    return [
+        f"`none` takes {none[0]:.2f} of the prefill, {none[1]:.2f} of the time for a token and {load:.2f} of the time to load; "
+        f"`focus` {focus[0]:.2f} and {focus[1]:.2f}"
+    ]
+
+
 def quantized_rows() -> list[str]:
     found = record("quantized.json")
     times, asked, logits = found["times"], found["answers"], found["logits"]["trained"]
@@ -846,6 +860,7 @@ FIGURES: dict[str, list[Callable[[], Iterable[str]]]] = {
         paper_in_miniature,
         real_parts,
         beside_transformers,
+        beside_transformers_in_bfloat16,
         quantized_rows,
         embedding_rows,
         operator_rows,
