@@ -7,6 +7,7 @@ last or an answer's next, by torch's operator, and any other number by weights i
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from ..quantized import GROUP, ROWS, Int4Linear, Int8Linear, QuantizedLinear, op
 from .parts import Part
 
 
-class _Exported(nn.Module):
+class _Exported(nn.Module, ABC):
     """x [..., in] → [..., out], with the weights of `layer` under the same names."""
 
     weight: torch.Tensor
@@ -37,11 +38,13 @@ class _Exported(nn.Module):
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
+    @abstractmethod
     def operator(self, rows: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """One row [1, in] → [1, out], by torch's operator."""
 
+    @abstractmethod
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """rows [N, in] → [N, out], by weights in bfloat16."""
 
 
 class _ExportedInt8(_Exported):
