@@ -2,6 +2,7 @@
 
     python -m experiments.end_to_end --out experiments/results/end_to_end.json
     python -m experiments.end_to_end --quick      # a toy model and one round, to test the script
+    python -m experiments.end_to_end --folder DIR --device cuda --dtype bfloat16    # a LLaVA-NeXT of yours
 
 One random LLaVA-NeXT (CLIP ViT-L/14-336 as it is; a Llama decoder of 16 layers, 1024 wide, 16 heads over 4 key heads;
 552 M parameters) is made with transformers and saved as safetensors. Every side then reads that folder and the same
@@ -56,7 +57,7 @@ from typing import Any
 from examples.command_line import Refused, expect_file, expect_numbers, write_text
 
 from .clocks import Spent, read
-from .end_to_end_programs import FULL, QUICK, SAMPLERS, THEIRS, Settings, SideFailed, Worker
+from .end_to_end_programs import FULL, QUICK, SAMPLERS, THEIRS, Settings, SideFailed, Size, Worker
 from .record import ROOT, environment, relative
 from .timing import Rounds, columns, interleaved, ratio, remark
 
@@ -98,8 +99,8 @@ def summary(spent: dict[str, list[Spent]]) -> dict[str, Any]:
     }
 
 
-def prepare_checkpoint(settings: Settings) -> dict[str, Any]:
-    """Make the folder, or check that the one given is what would be made. → what the report says of the model"""
+def prepare_checkpoint(settings: Settings) -> None:
+    """Make the folder, or check that the one given is what would be made."""
     folder, recipe = settings.folder, settings.folder / "recipe.json"
     if not recipe.exists():
         if folder.exists() and any(folder.iterdir()):
@@ -113,8 +114,12 @@ def prepare_checkpoint(settings: Settings) -> dict[str, Any]:
             same = False
         if not same:
             raise Refused(f"--checkpoint: {folder} was made for other sizes, another dtype or another seed")
+
+
+def describe(settings: Settings) -> dict[str, Any]:
+    """What the report says of the model."""
     return settings.recipe() | {
-        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "bytes": sum(file.stat().st_size for file in settings.folder.glob("*.safetensors")),
         "visual_tokens": settings.size.visual_tokens,
         "new_tokens": settings.new_tokens,
     }
@@ -261,6 +266,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--checkpoint", type=Path, help="keep the random model in this folder, or use it again")
+    parser.add_argument("--folder", type=Path, help="a LLaVA-NeXT that is there, in place of the random model")
     parser.add_argument("--tiny", type=Path, default=ROOT / "weights/tiny", help="the model folder of the cold start")
     parser.add_argument("--picture", type=Path, default=ROOT / "examples/cards.png", help="the cold start's picture")
     parser.add_argument("--seed", type=int, default=0, help="of weights, pixels and text")
@@ -270,6 +276,9 @@ def parse_arguments() -> argparse.Namespace:
     for name, full, quick in (("rounds", 5, 1), ("new_tokens", 32, 4)):
         if getattr(arguments, name) is None:
             setattr(arguments, name, quick if arguments.quick else full)
+    for name in ("checkpoint", "quick") if arguments.folder is not None else ():
+        if getattr(arguments, name):
+            parser.error(f"--{name}: is of the random model, not to be combined with --folder")
     expect_numbers(arguments, 1, "rounds new_tokens")
     expect_numbers(arguments, 0, "seed")
     expect_file(arguments.out, "out")
@@ -277,11 +286,14 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    size = QUICK if arguments.quick else FULL
+    given = arguments.folder is not None
+    size = Size.of(folder) if given else QUICK if arguments.quick else FULL
     settings = Settings(size, folder, arguments.dtype, arguments.device, arguments.new_tokens, arguments.seed)
     report: dict[str, Any] = {"benchmark": "end_to_end", "quick": arguments.quick, "device": arguments.device}
     report |= environment(Path(__file__), "torch", "safetensors", THEIRS)
-    report["model"] = prepare_checkpoint(settings)
+    if not given:
+        prepare_checkpoint(settings)
+    report["model"] = describe(settings)
     report |= measure_sides(settings, arguments.rounds)
     report["load"] = measure_load(settings, arguments.rounds)
     report["cold_start"] = measure_cold_start(arguments.tiny, arguments.picture, arguments.rounds)
@@ -305,7 +317,8 @@ def main() -> int:
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", TRANSFORMERS_VERBOSITY="error")
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            report = measure(arguments, arguments.checkpoint or Path(temporary) / "checkpoint")
+            own = arguments.folder or arguments.checkpoint or Path(temporary) / "checkpoint"
+            report = measure(arguments, own.resolve())
     except SideFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -20,7 +20,6 @@ from .clocks import Reading, Spent, read
 
 THEIRS = "transformers"
 SAMPLERS = ("none", "vision", "text", "focus", "focus_reference", "half")
-IMAGE_TOKEN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +32,20 @@ class Size:
     vision: dict[str, Any]
     text: dict[str, Any]
     words: int
+    image_token: int = 3
+
+    @staticmethod
+    def of(folder: Path) -> Size:
+        """Those of a LLaVA-NeXT folder, of which the weights alone have the rest."""
+        from minifocus.errors import CheckpointError
+        from minifocus.loading.config import load_config
+
+        config = load_config(folder)
+        vision = {name: getattr(config.vision, name) for name in ("image_size", "patch_size")}
+        if (2 * vision["image_size"],) * 2 not in config.grid_pinpoints:
+            raise CheckpointError(f"{folder}: expected a LLaVA-NeXT that takes a picture of two by two tiles")
+        text = {name: getattr(config.text, name) for name in ("vocab_size", "num_hidden_layers")}
+        return Size(vision, text, FULL.words, config.image_token_id)
 
     @property
     def picture(self) -> tuple[int, int]:
@@ -100,7 +113,7 @@ def make_checkpoint(settings: Settings) -> None:
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**settings.size.vision),
         text_config=LlamaConfig(**settings.size.text),
-        image_token_index=IMAGE_TOKEN,
+        image_token_index=settings.size.image_token,
         image_grid_pinpoints=[[tile * h, tile * w] for h, w in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))],  # the default
     )
     model = LlavaNextForConditionalGeneration(config)
@@ -127,8 +140,9 @@ class Side(ABC):
 
         self.settings, self.torch, self.dtype = settings, torch, getattr(torch, settings.dtype)
         size, generator = settings.size, torch.Generator().manual_seed(settings.seed + 1)
-        words = torch.randint(IMAGE_TOKEN + 1, size.text["vocab_size"], (size.words,), generator=generator)
-        images = torch.full((size.visual_tokens,), IMAGE_TOKEN)
+        words = torch.randint(4, size.text["vocab_size"], (size.words,), generator=generator)
+        words[words == size.image_token] = 4
+        images = torch.full((size.visual_tokens,), size.image_token)
         self.ids = torch.cat([words[: size.words // 2], images, words[size.words // 2 :]])[None].to(settings.device)
         pixels = torch.randn(1, 5, 3, *[size.vision["image_size"]] * 2, generator=generator)
         self.pixels = pixels.to(settings.device, self.dtype)
@@ -141,7 +155,9 @@ class Side(ABC):
 
     def run(self) -> dict[str, Any]:
         """One prefill, then `new_tokens` greedy steps. → what they took, tokens, visual tokens per layer"""
-        large = self.settings.device == "cpu" and self.settings.size == FULL  # nearly all is products of large matrices
+        large = (
+            self.settings.device == "cpu" and self.settings.size != QUICK
+        )  # nearly all is products of large matrices
         threads = self.threads() if large else 1
         with self.torch.inference_mode():
             begun = self.now()

@@ -3,9 +3,9 @@
     python -m experiments.kernels.gpu_check --out DIR
 
 Each step has a time limit of its own, and all end within 10 minutes. First both halves are built for this GPU. Then side by
-side, in processes of their own: the tests of graphs, streams and the like; the operators' properties; 20 steps of training in
-bfloat16; compute-sanitizer's memcheck and racecheck on a few calls of every operator. Then by themselves, as they are timed:
-the benchmarks, with importance by the tensor cores and without.
+side, in processes of their own: the tests of graphs, streams and the like; the models and the programs beside the CPU's; the
+operators' properties; 20 steps of training in bfloat16; compute-sanitizer's memcheck and racecheck on a few calls of every
+operator. Then by themselves, as they are timed: the benchmarks, with importance by the tensor cores and without.
 DIR/gpu_check.json holds every step's result, the training's losses, the commit, the device and the versions;
 DIR/gpu_check.log what the steps printed. A step that fails does not keep another from running, but the build does.
 
@@ -86,6 +86,7 @@ def steps(capability: tuple[int, int], out: Path, scratch: Path) -> list[tuple[s
         ("build", [python, "-m", "csrc.build"], build, 120),
         # Apart from each other: an error of the device fails whatever comes after it in the same process.
         ("tests", [*pytest, "tests/ops/test_gpu.py"], {}, 90),
+        ("models", [*pytest, "-n", "4", "tests/model/test_on_gpu.py"], {}, 200),
         ("properties", [*pytest, "-n", "7", "tests/ops/test_operators.py"], {}, 150),
         ("benchmark", [*benchmark, str(out / RESULTS["benchmark"])], {}, 90),
         (

@@ -114,7 +114,7 @@ def model_folder(arguments: argparse.Namespace) -> Iterator[Path]:
         yield arguments.folder.resolve()
         return
     model = model_of(arguments)
-    with made_folder(model, arguments.runs.resolve() / model.name, arguments.keep) as folder:
+    with made_folder(model, arguments.runs.resolve() / model.name, arguments.keep, arguments.device) as folder:
         yield folder
 
 

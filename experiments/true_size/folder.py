@@ -31,9 +31,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @contextlib.contextmanager
-def made_folder(model: Model, folder: Path, keep: bool) -> Iterator[Path]:
+def made_folder(model: Model, folder: Path, keep: bool, device: str = "cpu") -> Iterator[Path]:
     """Write `folder`, which must not be there yet; it goes when the block is left, however that is, unless it is whole and
-    `keep`. Raises Refused where the disk has too little room."""
+    `keep`. `device` draws the numbers. Raises Refused where the disk has too little room."""
     config = model.config()
     shapes = shapes_of(without_values(lambda: LlavaNetwork(read_config(JsonFields(config, "config.json"), folder))))
     check_room(folder, sum(map(num_bytes, shapes.values())))
@@ -44,7 +44,7 @@ def made_folder(model: Model, folder: Path, keep: bool) -> Iterator[Path]:
     whole = False
     try:
         write_companions(folder, model, config)
-        write_weights(folder, shapes)
+        write_weights(folder, shapes, device)
         whole = True
         yield folder
     finally:
@@ -91,7 +91,7 @@ def write_companions(folder: Path, model: Model, config: dict[str, Any]) -> None
         shutil.copyfile(TINY / name, folder / name)
 
 
-def write_weights(folder: Path, shapes: Shapes) -> None:
+def write_weights(folder: Path, shapes: Shapes, device: str) -> None:
     """Shards of at most SHARD_BYTES with an index, in safetensors' format, which is written here for this reason: its
     library takes whole tensors in memory, a shard's all at once."""
     shards: list[Shapes] = [{}]
@@ -100,7 +100,7 @@ def write_weights(folder: Path, shapes: Shapes) -> None:
             shards.append({})
         shards[-1][name] = shape
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    generator, total = torch.Generator().manual_seed(0), sum(map(num_bytes, shapes.values()))
+    generator, total = torch.Generator(device).manual_seed(0), sum(map(num_bytes, shapes.values()))
     with tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=None) as bar:
         for file, shard in zip(files, shards, strict=True):
             write_shard(folder / file, shard, generator, bar)
@@ -137,7 +137,7 @@ def random_numbers(name: str, shape: tuple[int, ...], count: int, generator: tor
 
     Queries are larger, so that attention picks few tokens (experiments/end_to_end_programs.py says why).
     """
-    noise = torch.randn(count, generator=generator)
+    noise = torch.randn(count, generator=generator, device=generator.device)
     if "norm" in name or "layrnorm" in name:
         noise = noise.mul_(0.2).add_(1.0 if name.endswith("weight") else 0.0)
     elif len(shape) == 1 or "embed_tokens" in name or "position_embedding" in name:
@@ -145,4 +145,4 @@ def random_numbers(name: str, shape: tuple[int, ...], count: int, generator: tor
     else:
         gain = 4.0 if "lm_head" in name else 3.0 if "language_model" in name and "q_proj" in name else 1.0
         noise *= gain / math.prod(shape[1:]) ** 0.5
-    return noise.bfloat16()
+    return noise.bfloat16().cpu()

@@ -18,15 +18,20 @@ Made by `{command}` at `{commit}`, with torch {torch}, on {threads} threads of {
 used in {dtype}. {asked}
 
 {tables}
-- **first token**: from the question to the first token of the answer, in seconds of the clock and, in brackets, of all
-  processors; the vision tower's part of it beside. "÷ none" is the median over rounds of the ratio.
+{first}
 - **FLOPs ÷ none**: of the tower, the projector and the decoder, every layer in full. It is the limit of the column before: what
   would be left of the time if every operation took as long as without a sampler and choosing took nothing.
 - **a token**: seconds of each further token of the answer, the median of {new_tokens}, less the first.
-- **anonymous**: the most memory that the system could not take back by dropping pages of the model's files (RssAnon), from the
-  process's start. **resident**: all that was in memory at once (VmHWM), those pages included; they are taken back where
-  memory is short, and read again.
+{memory}
 """
+FIRST = """- **first token**: from the question to the first token of the answer, in seconds of the clock and, in brackets, of all
+  processors; the vision tower's part of it beside. "÷ none" is the median over rounds of the ratio."""
+FIRST_ON_GPU = """- **first token**: from the question to the first token of the answer; the vision tower's part of it beside.
+  "÷ none" is the median over rounds of the ratio."""
+MEMORY = """- **anonymous**: the most memory that the system could not take back by dropping pages of the model's files
+  (RssAnon), from the process's start. **resident**: all that was in memory at once (VmHWM), those pages included; they are taken
+  back where memory is short, and read again."""
+MEMORY_ON_GPU = "- **GPU memory**: the most that torch had allocated at once while it answered, weights included."
 MADE = """The folder was made for this run: random weights in the exact shapes of {name}, and the miniature's tokenizer, filled
 up with tokens that stand for nothing. Times and memory are those of the real one; answers are not, nor is the share of the
 tokens that `text` and `focus` keep."""
@@ -84,20 +89,27 @@ def rows(record: dict[str, Any]) -> list[list[str]]:
         tokens, memory = first["tokens"], [run["memory"] for run in one["rounds"]]
         cells = [f"{one['side']}²", f"`{one['sampler']}`", f"{tokens['after_vision']} of {tokens['full']}"]
         cells += [f"{tokens['equivalent']:.1%}"]
-        cells += [f"{middle(one, 'first_token'):.1f} s ({middle(one, 'first_token', 'processor'):.0f})"]
-        cells += [f"{middle(one, 'tower'):.1f} s", f"{time_ratio(one, record):.2f}"]
-        cells += [f"{flops_ratio(one, record):.2f}"]
-        token = "token" in first["seconds"]
-        cells += [f"{middle(one, 'token'):.2f} s" if token else ""]
-        cells += [f"{anonymous(one) / 1e9:.2f} GB", f"{max(use['resident'] for use in memory) / 1e9:.1f} GB"]
-        found.append(
-            cells + ([f"{max(use['device'] for use in memory) / 1e9:.1f} GB"] if "device" in memory[0] else [])
-        )
+        begin, tower = middle(one, "first_token"), middle(one, "tower")
+        token = middle(one, "token") if "token" in first["seconds"] else None
+        ratios = [f"{time_ratio(one, record):.2f}", f"{flops_ratio(one, record):.2f}"]
+        if on_gpu(record):
+            cells += [f"{begin * 1e3:.0f} ms", f"{tower * 1e3:.0f} ms", *ratios]
+            cells += ["" if token is None else f"{token * 1e3:.1f} ms"]
+            cells += [f"{max(use['device'] for use in memory) / 1e9:.1f} GB"]
+        else:
+            cells += [f"{begin:.1f} s ({middle(one, 'first_token', 'processor'):.0f})", f"{tower:.1f} s", *ratios]
+            cells += ["" if token is None else f"{token:.2f} s"]
+            cells += [f"{anonymous(one) / 1e9:.2f} GB", f"{max(use['resident'] for use in memory) / 1e9:.1f} GB"]
+        found.append(cells)
     return found
 
 
+def on_gpu(record: dict[str, Any]) -> bool:
+    return "device" in record["questions"][0]["rounds"][0]["memory"]
+
+
 HEADS = ["picture", "sampler", "tokens that enter", "§4.4", "first token", "tower", "÷ none", "FLOPs ÷ none", "a token"]
-HEADS += ["anonymous", "resident"]
+OF_CPU, OF_GPU = ["anonymous", "resident"], ["GPU memory"]
 
 
 def bar(record: dict[str, Any]) -> str:
@@ -110,14 +122,16 @@ def bar(record: dict[str, Any]) -> str:
 
 
 def tables(record: dict[str, Any]) -> str:
-    on_gpu = "device" in record["questions"][0]["rounds"][0]["memory"]
     loads = [run["seconds"]["load"] for one in record["questions"] for run in one["rounds"]]
     wall, processor = (median(load[clock] for load in loads) for clock in ("wall", "processor"))
-    loading = (
-        f"\nLoading took {wall:.1f} s ({processor:.1f} of the processors), the median of {len(loads)} processes. "
-        f"{remark(record['watched'])}\n"
-    )
-    return table(HEADS + (["GPU memory"] if on_gpu else []), rows(record)) + loading + bar(record)
+    loading = f"\nLoading took {wall:.1f} s ({processor:.1f} of the processors), the median of {len(loads)} processes. "
+    if on_gpu(record):
+        firsts = [run["seconds"]["first_question"]["wall"] for one in record["questions"] for run in one["rounds"]]
+        loading += (
+            f"A question before, not counted, had CUDA's libraries loaded: {median(firsts):.1f} s for two tokens. "
+        )
+    heads = HEADS + (OF_GPU if on_gpu(record) else OF_CPU)
+    return table(heads, rows(record)) + f"{loading}{remark(record['watched'])}\n" + bar(record)
 
 
 def page(record: dict[str, Any]) -> str:
@@ -144,4 +158,6 @@ def page(record: dict[str, Any]) -> str:
         asked=asked,
         tables=tables(record),
         new_tokens=record["new_tokens"],
+        first=FIRST_ON_GPU if on_gpu(record) else FIRST,
+        memory=MEMORY_ON_GPU if on_gpu(record) else MEMORY,
     )

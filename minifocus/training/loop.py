@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..files.writing import clear
 from .checkpoint import CHECKPOINT, resume, save_checkpoint
 from .log import LOG, Log
-from .memory import check_memory
+from .memory import check_memory, peak_memory
 from .processes import Process
 from .settings import Settings
 from .sharded_checkpoint import refuse_other, resume_shards, save_shards
@@ -160,7 +160,8 @@ def fit(
                         " ".join(f"{name} {value:.3g}" for name, value in averages.items()), refresh=False
                     )
                     if done % settings.log_every == 0 or done == settings.steps:
-                        log.write(step=done, seconds=round(time.perf_counter() - begun, 1), lr=factor, **averages)
+                        seconds = round(time.perf_counter() - begun, 1)
+                        log.write(step=done, seconds=seconds, lr=factor, **averages, **peak_memory(device))
                 if validate is not None and validate_every and (done % validate_every == 0 or done == settings.steps):
                     report() if sharded else process.first(report)
                 if done % settings.save_every == 0 or done == settings.steps:

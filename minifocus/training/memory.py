@@ -31,6 +31,11 @@ def check_memory(task: nn.Module, device: torch.device, bf16: bool) -> None:
         )
 
 
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory in GB that a GPU has had in use at once, for the log; nothing of a CPU."""
+    return {"gpu_memory": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep freed memory, for the next step on a CPU needs arrays of the same sizes again.
 
