@@ -58,7 +58,7 @@ from examples.command_line import Refused, expect_file, expect_numbers, write_te
 
 from .clocks import Spent, read
 from .end_to_end_programs import FULL, QUICK, SAMPLERS, THEIRS, Settings, SideFailed, Size, Worker
-from .record import ROOT, environment, relative
+from .record import ROOT, device_name, environment, relative
 from .timing import Rounds, columns, interleaved, ratio, remark
 
 BARS = {"prefill": 1.03, "decode": 1.03, "load": 0.5, "cold_start": 0.5}  # ratios to transformers: at most
@@ -261,7 +261,8 @@ def print_table(report: dict[str, Any]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = command_line.Parser(__doc__)
-    parser.add_argument("--rounds", type=int, help="of prefill and decoding, of loads and of cold starts (5; quick: 1)")
+    parser.add_argument("--rounds", type=int, help="of everything (5; quick: 1)")
+    parser.add_argument("--load-rounds", type=int, help="of loads and of cold starts, where it is another number")
     parser.add_argument("--new-tokens", type=int, help="greedy steps after each prefill (32; quick: 4)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -279,7 +280,7 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("checkpoint", "quick") if arguments.folder is not None else ():
         if getattr(arguments, name):
             parser.error(f"--{name}: is of the random model, not to be combined with --folder")
-    expect_numbers(arguments, 1, "rounds new_tokens")
+    expect_numbers(arguments, 1, "rounds load_rounds new_tokens")
     expect_numbers(arguments, 0, "seed")
     expect_file(arguments.out, "out")
     return arguments
@@ -289,14 +290,20 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     given = arguments.folder is not None
     size = Size.of(folder) if given else QUICK if arguments.quick else FULL
     settings = Settings(size, folder, arguments.dtype, arguments.device, arguments.new_tokens, arguments.seed)
-    report: dict[str, Any] = {"benchmark": "end_to_end", "quick": arguments.quick, "device": arguments.device}
+    report: dict[str, Any] = {
+        "benchmark": "end_to_end",
+        "quick": arguments.quick,
+        "device": device_name(arguments.device),
+    }
     report |= environment(Path(__file__), "torch", "safetensors", THEIRS)
     if not given:
         prepare_checkpoint(settings)
     report["model"] = describe(settings)
     report |= measure_sides(settings, arguments.rounds)
-    report["load"] = measure_load(settings, arguments.rounds)
-    report["cold_start"] = measure_cold_start(arguments.tiny, arguments.picture, arguments.rounds)
+    report["load"] = measure_load(settings, arguments.load_rounds or arguments.rounds)
+    report["cold_start"] = measure_cold_start(
+        arguments.tiny, arguments.picture, arguments.load_rounds or arguments.rounds
+    )
     ours = report["sides"]["none"]
     report["ratio_to_transformers"] = {
         "prefill": ours["prefill"]["ratio_to_transformers"],

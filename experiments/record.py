@@ -71,6 +71,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def device_name(device: str) -> str:
+    """ "cpu", or the name of the GPU."""
+    if device == "cpu":
+        return device
+    import torch  # only here: some programs measure what others import
+
+    return torch.cuda.get_device_name(device)
+
+
 def invoked(script: Path) -> list[str]:
     """How a program of this package is started: as a module, from the repository's root."""
     return ["-m", relative(script).removesuffix(".py").replace("/", ".")]

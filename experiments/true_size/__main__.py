@@ -48,7 +48,7 @@ from minifocus.loading.config import load_config
 from minifocus.loading.weights import read_headers
 
 from ..clocks import Spent
-from ..record import ROOT, environment
+from ..record import ROOT, device_name, environment
 from .folder import TINY, made_folder
 from .models import MODELS, QUICK, Model
 from .question import STATUS, add_arguments
@@ -199,7 +199,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     answers[name].append(run(number))
         unfinished.file.unlink()
     questions = [{"side": side, "sampler": sampler, "rounds": own} for (side, sampler), own in answers.items()]
-    asked = {"dtype": arguments.dtype, "device": arguments.device, "new_tokens": arguments.new_tokens}
+    asked = {"dtype": arguments.dtype, "device": device_name(arguments.device), "new_tokens": arguments.new_tokens}
     disturbed = sum(any(map(was_disturbed, of_round)) for of_round in zip(*answers.values(), strict=True))
     watched = {"rounds": arguments.rounds, "disturbed": disturbed, "repeated": 0}
     return record | {"model": model, **asked, "questions": questions, "watched": watched}
@@ -208,7 +208,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def was_disturbed(answer: dict[str, Any]) -> bool:
     """Whether other work had the processors while the prompt was read."""
     first = answer["seconds"]["first_token"]
-    return Spent(first["wall"], first["processor"], threads=answer["threads"]).disturbed
+    on_gpu = "first_question" in answer["seconds"]
+    threads = 1 if on_gpu else answer["threads"]  # a GPU is waited for by one
+    return Spent(first["wall"], first["processor"], threads=threads).disturbed
 
 
 @command_line.guarded
