@@ -40,6 +40,9 @@ STABLE_ABI = f"-DTORCH_TARGET_VERSION=0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000
 OPTIMISE = "-std=c++17 -O3"
 HOST = "-fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math"
 CXX_OPTIONS = f"{OPTIMISE} {HOST} -Wall -Wextra"
+# Where a compiler links libstdc++ statically, its symbols stay inside: another library's would be taken for some of them, and
+# what is written to a stream would crash.
+LINK_OPTIONS = "-shared -Wl,--no-undefined -Wl,--exclude-libs=ALL"
 NVCC_OPTIONS = f"{OPTIMISE} -lineinfo -Xcompiler {HOST.replace(' ', ',')}"
 
 # A CPU build of torch has no libtorch_cuda.so to link with; this stands in for it. It is not shipped: when the CUDA half is
@@ -119,7 +122,7 @@ def ninja_file(half: str, compiler: str, nvcc: str | None, torch: Path) -> str:
     if half == "cpu":
         sources = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), ROOT / "csrc/register.cpp"]
         compile_ = f"{quote(compiler)} {CXX_OPTIONS}"
-        link = f"{quote(compiler)} -shared -Wl,--no-undefined"
+        link = f"{quote(compiler)} {LINK_OPTIONS}"
         stub = ""
     else:
         assert nvcc is not None

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
@@ -96,13 +97,10 @@ inline void expect_tensor(const char* name, const Tensor& tensor, const std::vec
   expect_given(name, tensor);
   bool ok = device_of(tensor) == device && tensor.dim() == (int64_t)sizes.size();
   for (size_t i = 0; ok && i < sizes.size(); ++i) ok = sizes[i] == kAny || tensor.size(i) == sizes[i];
-  bool type_ok = false;
+  if (ok && std::find(types.begin(), types.end(), tensor.scalar_type()) != types.end()) return;
   std::string expected;
-  for (size_t i = 0; i < types.size(); ++i) {
-    type_ok |= tensor.scalar_type() == types[i];
+  for (size_t i = 0; i < types.size(); ++i)
     expected += std::string(i == 0 ? "" : i + 1 == types.size() ? " or " : ", ") + name_of(types[i]);
-  }
-  if (ok && type_ok) return;
   const auto came = tensor.sizes();
   expect(false, name, ": expected ", describe(expected, sizes, device), ", got ",
          describe(name_of(tensor.scalar_type()), {came.begin(), came.end()}, device_of(tensor)));

@@ -300,9 +300,9 @@ inline std::vector<Tensor> gather_tokens(std::vector<Tensor> columns, Tensor ind
     Tensor& column = columns[i];
     const auto came = column.sizes();
     std::vector<int64_t> sizes(came.begin(), came.end());
-    expect(!sizes.empty() && bytes_of(column.scalar_type()) > 0 && device_of(column) == device,
-           "columns: expected tensors of rank 1 or more where index is, got ",
-           describe(name_of(column.scalar_type()), sizes, device_of(column)));
+    if (sizes.empty() || bytes_of(column.scalar_type()) == 0 || device_of(column) != device)
+      expect(false, "columns: expected tensors of rank 1 or more where index is, got ",
+             describe(name_of(column.scalar_type()), sizes, device_of(column)));
     if (i == 0) args.rows = sizes[0];
     expect(sizes[0] == args.rows, "columns: expected ", args.rows, " rows in each, as the first has, got ", sizes[0]);
     column = as_contiguous(column);
