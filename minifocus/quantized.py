@@ -22,7 +22,7 @@ from torch import nn
 from .errors import InputError
 
 NAMES = ("int8", "int4")
-PART = 2**21  # weights that are floating-point at a time: 4 MB in bfloat16
+PART = 2**21  # weights that are floating-point at a time on a CPU: 4 MB in bfloat16, which its caches hold
 GROUP = 64  # inputs that share a scale and a zero in int4
 ROWS = 64  # outputs whose int4 weights are stored together
 _LARGEST = torch.finfo(torch.bfloat16).max
@@ -38,6 +38,7 @@ class QuantizedLinear(nn.Module, ABC):
     """
 
     most_rows: int  # for more, the operator takes longer than `multiply`
+    devices: tuple[str, ...]  # that the operator is for
     weight: torch.Tensor
     weight_scale: torch.Tensor
 
@@ -60,10 +61,10 @@ class QuantizedLinear(nn.Module, ABC):
         return (
             0 < len(rows) <= self.most_rows
             and rows.dtype == self.weight_scale.dtype == torch.bfloat16
-            and rows.device.type == "cpu"
+            and rows.device.type in self.devices
             and self.in_features % 16 == 0  # the operator reads so many at once, and would read past a row's end
             and self.in_features * self.out_features < 2**31  # it counts in 32 bits
-            and operator_works(type(self))
+            and operator_works(type(self), rows.device.type)
         )
 
     def train(self, mode: bool = True) -> QuantizedLinear:
@@ -104,6 +105,7 @@ class Int8Linear(QuantizedLinear):
     """
 
     most_rows = 10
+    devices = ("cpu", "cuda")
 
     @staticmethod
     def layout(in_features: int, out_features: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -131,7 +133,7 @@ class Int8Linear(QuantizedLinear):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         # bfloat16 holds each q exactly: the product is scaled, not the weights.
-        count = max(1, PART // self.in_features)
+        count = max(1, part_of(rows.device, self.weight.numel()) // self.in_features)
         weight, y = rows.new_empty(count, self.in_features), rows.new_empty(len(rows), self.out_features)
         for part, own in zip(self.weight[0].split(count), y.split(count, dim=1), strict=True):
             torch.mm(rows, weight[: len(part)].copy_(part).T, out=own)
@@ -146,6 +148,7 @@ class Int4Linear(QuantizedLinear):
     """
 
     most_rows = 64
+    devices = ("cpu",)
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, device: torch.device):
         super().__init__(in_features, out_features, bias, device)
@@ -197,7 +200,7 @@ class Int4Linear(QuantizedLinear):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         inputs, blocks, half = self.in_features, len(self.weight), ROWS // 2
-        most = max(1, PART // (ROWS * inputs))
+        most = max(1, part_of(rows.device, ROWS * inputs * blocks) // (ROWS * inputs))
         count = max(number for number in range(1, most + 1) if blocks % number == 0)
         # All parts use the same memory: new memory would cost as much time as the work.
         halves = self.weight.new_empty(2, count, inputs, half)
@@ -241,11 +244,16 @@ def aligned(value: torch.Tensor) -> torch.Tensor:
     return value if value.data_ptr() % 32 == 0 else value.clone()
 
 
+def part_of(device: torch.device, weights: int) -> int:
+    """How many of so many weights are floating-point at a time: on a GPU all, as a part is a dozen launches."""
+    return PART if device.type == "cpu" else weights
+
+
 @cache
-def operator_works(kind: type[QuantizedLinear]) -> bool:
-    """Whether torch's operator for such layers is there, and right. If not, the log says why, once."""
+def operator_works(kind: type[QuantizedLinear], device: str) -> bool:
+    """Whether torch's operator for such layers is there on a device, and right. If not, the log says why, once."""
     generator = torch.Generator().manual_seed(0)
-    weight, rows = (torch.randn(count, 128, generator=generator, device="cpu") for count in (192, 5))
+    weight, rows = (torch.randn(count, 128, generator=generator, device="cpu").to(device) for count in (192, 5))
     layer = kind(128, 192, None, weight.device)
     layer.weight, layer.weight_scale = kind.quantize(weight)
     expected = layer.multiply(rows.bfloat16().float())
@@ -256,7 +264,9 @@ def operator_works(kind: type[QuantizedLinear]) -> bool:
         found, reason = torch.full_like(expected, torch.nan), str(error).splitlines()[0][:200]
     if torch.allclose(found, expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max())):
         return True
-    _log.warning("%s: torch's operator is not used, which makes answers slower: %s", kind.__name__, reason)
+    _log.warning(
+        "%s: torch's operator is not used on %s, which makes answers slower: %s", kind.__name__, device, reason
+    )
     return False
 
 

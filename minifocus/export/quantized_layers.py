@@ -28,7 +28,7 @@ class _Exported(nn.Module, ABC):
         self.register_buffer("weight", layer.weight)
         self.register_buffer("weight_scale", layer.weight_scale)
         one = layer.weight_scale.new_empty(1, layer.in_features)
-        self.by_operator = layer.operator_takes(one) and operator_works(type(layer))
+        self.by_operator = layer.operator_takes(one) and operator_works(type(layer), "cpu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])

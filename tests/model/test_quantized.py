@@ -138,7 +138,7 @@ def test_few_rows_go_through_the_operator(kind: type[QuantizedLinear], monkeypat
         calls.append(len(rows))
         return original(self, rows)
 
-    assert operator_works(kind)
+    assert operator_works(kind, "cpu")
     monkeypatch.setattr(kind, "operator", counted)
     shifted = torch.randn(1 + 10 * 192).bfloat16()[1:].view(2, 5, 192)
     assert torch.allclose(layer(shifted), layer.multiply(shifted.view(-1, 192)).view(2, 5, 128), rtol=0.05, atol=0.2)
@@ -191,7 +191,7 @@ from minifocus import quantized
 from minifocus.quantized import Int4Linear, Int8Linear, operator_works
 print(torch.backends.cpu.get_cpu_capability(), quantized.stored_as_read())
 for kind in (Int8Linear, Int4Linear):
-    assert operator_works(kind)
+    assert operator_works(kind, "cpu")
     layer = kind(192, 320, None, torch.device("cpu"))
     layer.weight, layer.weight_scale = kind.quantize(torch.randn(320, 192))
     for count in (1, 5, 24):
