@@ -109,7 +109,11 @@ def on_gpu(record: dict[str, Any]) -> bool:
 
 
 HEADS = ["picture", "sampler", "tokens that enter", "§4.4", "first token", "tower", "÷ none", "FLOPs ÷ none", "a token"]
-OF_CPU, OF_GPU = ["anonymous", "resident"], ["GPU memory"]
+
+
+def whole_table(record: dict[str, Any]) -> str:
+    """Its heads, and a row for each question."""
+    return table(HEADS + (["GPU memory"] if on_gpu(record) else ["anonymous", "resident"]), rows(record))
 
 
 def bar(record: dict[str, Any]) -> str:
@@ -130,8 +134,7 @@ def tables(record: dict[str, Any]) -> str:
         loading += (
             f"A question before, not counted, had CUDA's libraries loaded: {median(firsts):.1f} s for two tokens. "
         )
-    heads = HEADS + (OF_GPU if on_gpu(record) else OF_CPU)
-    return table(heads, rows(record)) + f"{loading}{remark(record['watched'])}\n" + bar(record)
+    return whole_table(record) + f"{loading}{remark(record['watched'])}\n" + bar(record)
 
 
 def page(record: dict[str, Any]) -> str:

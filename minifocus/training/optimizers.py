@@ -43,5 +43,6 @@ def make_optimizers(
     if of_kind(True):
         optimizers.append(Muon(of_kind(True)))
     if of_kind(False):
-        optimizers.append(torch.optim.AdamW(of_kind(False), betas=settings.betas))
+        # One parameter at a time: on a GPU, torch would by default have one more copy of all of them for the time of a step.
+        optimizers.append(torch.optim.AdamW(of_kind(False), betas=settings.betas, foreach=False))
     return optimizers
