@@ -15,9 +15,9 @@ from sampler_options import sampler_options
 import minifocus
 from minifocus.answer_file import AnswerFile
 from minifocus.batch_inference import Lines, answer_all
+from minifocus.distributed.processes import Process, local_device
 from minifocus.inputs.questions import Question, read_questions
 from minifocus.training.model_digest import digest_of_model
-from minifocus.training.processes import Process, local_device
 
 LISTED = 3  # of the questions that could not be asked, so many are named at the end
 

@@ -31,11 +31,11 @@ from sampler_options import add_sampler_options, sampler_options
 
 import minifocus
 from minifocus import cards
+from minifocus.distributed.processes import Process, joined, local_device
 from minifocus.evaluate import Asked, evaluate, longest_answer, summarize
 from minifocus.inputs.conversations import asked_alone, read_conversations
 from minifocus.inputs.prompt import TEMPLATES
 from minifocus.inputs.questions import Question
-from minifocus.training.processes import Process, joined, local_device
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -30,10 +30,10 @@ from sampler_options import add_sampler_options, sampler_options
 from tqdm import tqdm
 
 import minifocus
+from minifocus.distributed.processes import Process, joined
 from minifocus.generation_options import Options
 from minifocus.inputs.open_image import open_image
 from minifocus.inputs.prompt import TEMPLATES
-from minifocus.training.processes import Process, joined
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,7 +69,7 @@ def load_model(arguments: argparse.Namespace) -> minifocus.Llava:
     """Load with a progress bar, of the first process, on a terminal only."""
     options, load = sampler_options(arguments), minifocus.load
     if arguments.tensor_parallel:
-        from minifocus.tensor_parallel import load
+        from minifocus.distributed.tensor_parallel import load
     hidden = True if Process.current().rank else None
     with tqdm(desc="loading", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
 
@@ -156,7 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.tensor_parallel:
         answer(arguments)
         return
-    from minifocus.tensor_parallel import device_of_process
+    from minifocus.distributed.tensor_parallel import device_of_process
 
     with joined(device_of_process(arguments.device), even_alone=True) as process:
         others = contextlib.redirect_stdout(None) if process.rank else contextlib.nullcontext()

@@ -44,6 +44,7 @@ from train_options import (
 import minifocus
 from minifocus import cards
 from minifocus.cards.preset import MINIATURE
+from minifocus.distributed.processes import Process, joined, local_device
 from minifocus.evaluate import evaluate, longest_answer
 from minifocus.files.reading import FILE, FOLDER, NOTHING, kind
 from minifocus.inputs.conversations import asked_alone, read_conversations
@@ -64,7 +65,6 @@ from minifocus.training.optimizers import make_optimizers
 from minifocus.training.parts import FRESH, PARTS, learning_rate, load_to_train, new_projector
 from minifocus.training.plot_log import draw_curve
 from minifocus.training.presets import LLAVA, Preset
-from minifocus.training.processes import Process, joined, local_device
 from minifocus.training.router import RouterObjective
 from minifocus.training.settings import Settings
 from minifocus.training.shard import ShardedObjective, gathered_rest, sampler_to_save, save_shared, shard, skeleton

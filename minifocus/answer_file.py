@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import shown
+from .distributed.processes import Process
 from .errors import CheckpointError, InputError
 from .files.reading import FILE, NOTHING, kind, named, opened, present, read_json
 from .files.writing import clear, replace
 from .training.checkpoint import same_run
-from .training.processes import Process
 
 _RUN, _PART, _NUMBER = "run.json", "part-{}.jsonl", "number"
 _ADVICE = "name another file or delete this one"

@@ -12,10 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .distributed.processes import Process, Tasks
 from .errors import InputError
 from .inputs.questions import Question
 from .load import Llava
-from .training.processes import Process, Tasks
 
 Lines = list[dict[str, Any]]
 

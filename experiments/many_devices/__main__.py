@@ -8,7 +8,7 @@ threads that torch would use, and at least one. So nothing can become faster: wh
 saves of memory.
 
     plain     minifocus.load, and examples/train.py without --shard, in one process
-    1, 2, 4   minifocus.tensor_parallel.load, and examples/train.py --shard, in so many
+    1, 2, 4   minifocus.distributed.tensor_parallel.load, and examples/train.py --shard, in so many
 
 Answers: in a round each side reads a prompt and writes so many tokens, one side after the other; all sides live through all
 rounds. A round in which `plain` had too little of the processors is run again (clocks.py); of others that cannot be told, as

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from examples.command_line import Failed
-from minifocus.training.processes import Process
+from minifocus.distributed.processes import Process
 
 
 def threads_of(count: int) -> int:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 import minifocus
-from minifocus import methods, tensor_parallel
+from minifocus import methods
+from minifocus.distributed import tensor_parallel
+from minifocus.distributed.processes import Process
 from minifocus.generate import Generation
 from minifocus.inputs.conversations import read_conversations
 from minifocus.training.examples import Batches
 from minifocus.training.objective import Objective
-from minifocus.training.processes import Process
 from minifocus.training.shard import ShardedObjective, shard, skeleton
 
 from ..clocks import Spent, read

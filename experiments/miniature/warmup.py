@@ -29,6 +29,7 @@ from torch import nn
 from examples.command_line import expect_numbers
 from minifocus import cards
 from minifocus.cards.feature_map import GRID, Places, locate
+from minifocus.distributed.processes import Process
 from minifocus.inputs.conversations import Conversation, Turn
 from minifocus.inputs.processor import Processor
 from minifocus.inputs.tokenizer import Tokenizer
@@ -43,7 +44,6 @@ from minifocus.training.loop import fit
 from minifocus.training.memory import keep_freed_memory
 from minifocus.training.optimizers import make_optimizers
 from minifocus.training.packed import Guidance, forward
-from minifocus.training.processes import Process
 from minifocus.training.settings import MOST, Settings
 
 FIRST_SCENE = 60_000_000  # place in the training split

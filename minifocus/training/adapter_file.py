@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save as serialise
 
 from ..arguments import brief
+from ..distributed.processes import Process, whole
 from ..errors import CheckpointError, InputError
 from ..files.reading import FILE, kind, named, open_safetensors
 from ..files.writing import replace
@@ -26,7 +27,6 @@ from ..model import LlavaNetwork
 from ..samplers.hooks import BeforeLLM
 from ..samplers.learned_file import save_learned
 from .lora import LoRA
-from .processes import Process, whole
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 # PEFT's names begin with this, and go on with those of transformers 5 in memory.

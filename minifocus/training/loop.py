@@ -18,12 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ..attention_kernels import no_plans
+from ..distributed.processes import Process
 from ..errors import InputError
 from ..files.writing import clear
 from .checkpoint import CHECKPOINT, resume, save_checkpoint
 from .log import LOG, Log
 from .memory import check_memory, peak_memory
-from .processes import Process
 from .settings import Settings
 from .sharded_checkpoint import refuse_other, resume_shards, save_shards
 

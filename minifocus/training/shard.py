@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..arguments import brief
+from ..distributed.processes import Process, whole
 from ..errors import CheckpointError, InputError
 from ..files.reading import named, open_safetensors
 from ..inputs.processor import Processor
@@ -44,7 +45,6 @@ from ..samplers.learned_file import save_learned
 from ..samplers.text_guided import TextGuidedSampler
 from .examples import Batch
 from .objective import AnswerObjective
-from .processes import Process, whole
 
 SMALL = ("multi_modal_projector.", "image_newline")  # what `skeleton` reads as a whole, as it may begin anew
 

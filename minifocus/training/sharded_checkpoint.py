@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..arguments import shown, whole
+from ..distributed.processes import Process
 from ..errors import CheckpointError, InputError
 from ..files.reading import FOLDER, kind, named, read_json
 from .checkpoint import CHECKPOINT, same_run
-from .processes import Process
 
 _NAME, _UNFINISHED, _RUN = "checkpoint-{:08d}", ".unfinished-checkpoint", "run.json"
 _FOLDER = re.compile(r"checkpoint-\d{8,}")

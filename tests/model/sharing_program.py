@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import minifocus
-from minifocus import tensor_parallel
+from minifocus.distributed import tensor_parallel
 from minifocus.generate import Generation
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,9 +13,9 @@ from unittest import mock
 import command_line
 import torch
 
+from minifocus.distributed import liveness, processes
+from minifocus.distributed.processes import Tasks, joined
 from minifocus.errors import InputError
-from minifocus.training import liveness, processes
-from minifocus.training.processes import Tasks, joined
 
 
 @command_line.guarded

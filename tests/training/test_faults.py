@@ -18,7 +18,7 @@ from test_shard import same_figures
 from training_runs import ROOT, figures, train
 
 import minifocus
-from minifocus.training import liveness, processes
+from minifocus.distributed import liveness, processes
 from minifocus.training.log import read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")

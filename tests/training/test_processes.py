@@ -29,10 +29,10 @@ from training_runs import (
 )
 
 import minifocus
+from minifocus.distributed.processes import Process
 from minifocus.inputs.conversations import read_conversations
 from minifocus.training.examples import Batches
 from minifocus.training.objective import Objective, draw_guidance
-from minifocus.training.processes import Process
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from minifocus.distributed.processes import Process
 from minifocus.training.loop import fit
-from minifocus.training.processes import Process
 from minifocus.training.settings import Settings
 
 

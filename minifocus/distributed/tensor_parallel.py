@@ -5,7 +5,7 @@ outputs, o and down by their inputs, so that their products are added up, twice 
 output head each has some of the words. All else is whole in every process, and computed by all: tower, projector, embeddings,
 norms and what samplers have learned. A cache holds the keys and values of a process's own heads.
 
-    model = minifocus.tensor_parallel.load("DIR", "text", device="cuda")  # in every process that torchrun started
+    model = minifocus.distributed.tensor_parallel.load("DIR", "text", device="cuda")  # in every process that torchrun started
     answer = model.generate("photo.jpg", "What does the sign say?")
 
 Methods inside the language model are shown every layer with the queries and keys of all heads: Eq. 7 has a maximum over heads,
@@ -29,26 +29,26 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from .arguments import brief
-from .errors import CheckpointError, InputError
-from .inputs.processor import Images, Processor
-from .llama import DecoderLayer, LayerCache
-from .load import Llava, open_model, usable_device
-from .loading.config import Config
-from .loading.model_folder import Origin
-from .loading.weights import HEAD, LAYERS, Places, Progress
-from .methods import SamplerOptions
-from .model import LlavaNetwork, Prefill
-from .rows import Rows
-from .samplers.hooks import Context, InsideLLM, Samplers, Selection, VisualTokens
-from .stream import Stream
-from .trace import Answer
-from .training.processes import Process
+from ..arguments import brief
+from ..errors import CheckpointError, InputError
+from ..inputs.processor import Images, Processor
+from ..llama import DecoderLayer, LayerCache
+from ..load import Llava, open_model, usable_device
+from ..loading.config import Config
+from ..loading.model_folder import Origin
+from ..loading.weights import HEAD, LAYERS, Places, Progress
+from ..methods import SamplerOptions
+from ..model import LlavaNetwork, Prefill
+from ..rows import Rows
+from ..samplers.hooks import Context, InsideLLM, Samplers, Selection, VisualTokens
+from ..stream import Stream
+from ..trace import Answer
+from .processes import Process
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .generation_options import GenerationOptions
+    from ..generation_options import GenerationOptions
 
 BY_OUTPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 BY_INPUTS = ("self_attn.o_proj", "mlp.down_proj")
