@@ -31,6 +31,7 @@ from sampler_options import add_sampler_options, sampler_options
 
 import minifocus
 from minifocus import cards
+from minifocus.cpu_memory import give_back_freed_memory
 from minifocus.distributed.processes import Process, joined, local_device
 from minifocus.evaluate import Asked, evaluate, longest_answer, summarize
 from minifocus.inputs.conversations import asked_alone, read_conversations
@@ -94,6 +95,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
+    give_back_freed_memory()
     with joined(torch.device("cpu")) as process:
         arguments.device = local_device(arguments.device)
         result = evaluated(arguments, process)

@@ -30,6 +30,7 @@ from sampler_options import add_sampler_options, sampler_options
 from tqdm import tqdm
 
 import minifocus
+from minifocus.cpu_memory import give_back_freed_memory
 from minifocus.distributed.processes import Process, joined
 from minifocus.generation_options import Options
 from minifocus.inputs.open_image import open_image
@@ -147,6 +148,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     check(arguments)
+    give_back_freed_memory()
     if arguments.file is not None:
         with joined(torch.device("cpu")) as process:
             wrong = batch_questions.run(process, arguments, load_model, generation_options(arguments))

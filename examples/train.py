@@ -44,6 +44,7 @@ from train_options import (
 import minifocus
 from minifocus import cards
 from minifocus.cards.preset import MINIATURE
+from minifocus.cpu_memory import keep_freed_memory
 from minifocus.distributed.processes import Process, joined, local_device
 from minifocus.evaluate import evaluate, longest_answer
 from minifocus.files.reading import FILE, FOLDER, NOTHING, kind
@@ -58,7 +59,6 @@ from minifocus.training.granularities import GranularityObjective, granular
 from minifocus.training.log import LOG
 from minifocus.training.loop import fit
 from minifocus.training.lora import LoRA, add_lora, widen
-from minifocus.training.memory import keep_freed_memory
 from minifocus.training.model_digest import digest_of_model
 from minifocus.training.objective import AnswerObjective, Objective
 from minifocus.training.optimizers import make_optimizers

@@ -43,9 +43,9 @@ import torch
 
 from examples.command_line import expect_file, expect_numbers, write_text
 from minifocus import ops
+from minifocus.cpu_memory import keep_freed_memory
 from minifocus.ops import reference
 from minifocus.samplers.vision_guided import pools_for
-from minifocus.training.memory import keep_freed_memory
 
 from .clocks import Spent, read
 from .memory import extra_memory

@@ -1,6 +1,7 @@
 """FocusLLaVA in plain PyTorch: a compact LLaVA / LLaVA-NeXT with vision-guided and text-guided token sampling."""
 
 from . import methods, samplers
+from .cpu_memory import want_huge_pages
 from .errors import CheckpointError, InputError
 from .load import Llava, load
 from .trace import Answer, TokenCounts
@@ -17,3 +18,5 @@ __all__ = [
     "methods",
     "samplers",
 ]
+
+want_huge_pages()

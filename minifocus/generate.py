@@ -62,7 +62,8 @@ class Generation:
         pictures = network.encode_pictures(tiles, sizes, network.before_llm)
         rows, visual = network.embed(ids, pictures, mask, instruction, network.before_llm)
         del pictures
-        self.caches = [LayerCache() for _ in range(network.config.text.num_hidden_layers)]
+        room = min(128, max(row.longest for row in self.rows))
+        self.caches = [LayerCache(room) for _ in range(network.config.text.num_hidden_layers)]
         self.read = network.prefill(rows, visual, self.caches, last=1)
         self.positions = self.read.rows.positions[:, -1]
         for row, last in zip(self.rows, self.positions.tolist(), strict=True):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .activations import ACTIVATIONS
+from .activations import ACTIVATIONS, times
 from .attention_kernels import no_plans
 from .loading.config import RopeConfig, TextConfig
 from .rows import Rows
@@ -84,8 +84,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
 class LayerCache:
     """Keys and values of one layer, [B, Hkv, T, D], with room to grow; rows may be padded on the left."""
 
-    def __init__(self) -> None:
-        self.length = 0
+    def __init__(self, room: int = 128) -> None:
+        self.length, self._room = 0, room
         self._keys = self._values = torch.empty(0)
         self._valid: torch.Tensor | None = None
 
@@ -94,7 +94,7 @@ class LayerCache:
         end = self.length + k.shape[2]
         if self.length == 0 or end > self._keys.shape[2]:
             # Behind a prompt little: an eighth of a long one would be more than most answers take.
-            room = 128 if self.length == 0 else max(128, end // 8)
+            room = self._room if self.length == 0 else max(128, end // 8)
             shape = (*k.shape[:2], end + room, k.shape[3])
             keys, values = k.new_empty(shape), v.new_empty(shape)
             if self.length:
@@ -186,7 +186,7 @@ class MLP(nn.Module):
         self.act = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(times(self.act(self.gate_proj(x)), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):

@@ -29,11 +29,11 @@ from examples.command_line import expect_numbers
 from minifocus import cards
 from minifocus.cards.feature_map import GRID, PATCH, View, patch_cover, scene_geometry
 from minifocus.cards.plan import BAR_STEP
+from minifocus.cpu_memory import keep_freed_memory
 from minifocus.distributed.processes import Process
 from minifocus.inputs.image_processor import CLIP_MEAN, CLIP_STD
 from minifocus.loading.config import Config, load_config
 from minifocus.training.loop import fit
-from minifocus.training.memory import keep_freed_memory
 from minifocus.training.optimizers import make_optimizers
 from minifocus.training.settings import MOST, Settings
 from minifocus.vision import VisionTower

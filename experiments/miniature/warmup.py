@@ -29,6 +29,7 @@ from torch import nn
 from examples.command_line import expect_numbers
 from minifocus import cards
 from minifocus.cards.feature_map import GRID, Places, locate
+from minifocus.cpu_memory import keep_freed_memory
 from minifocus.distributed.processes import Process
 from minifocus.inputs.conversations import Conversation, Turn
 from minifocus.inputs.processor import Processor
@@ -41,7 +42,6 @@ from minifocus.rows import Rows
 from minifocus.samplers.hooks import BeforeLLM, Context, PictureFeatures, VisualTokens, Words, uncompressed
 from minifocus.training.examples import Batch, Batches, collate, encode
 from minifocus.training.loop import fit
-from minifocus.training.memory import keep_freed_memory
 from minifocus.training.optimizers import make_optimizers
 from minifocus.training.packed import Guidance, forward
 from minifocus.training.settings import MOST, Settings

@@ -27,6 +27,7 @@ import torch
 
 import minifocus
 from examples.command_line import Failed, Refused
+from minifocus.cpu_memory import give_back_freed_memory
 from minifocus.generate import Generation
 from minifocus.inputs.open_image import open_image
 from minifocus.load import usable_device
@@ -91,6 +92,7 @@ def options_of(sampler: str, folder: Path) -> dict[str, Any]:
 
 
 def ask(arguments: argparse.Namespace) -> dict[str, Any]:
+    give_back_freed_memory()  # as examples/generate.py has it
     watch = Watch()
     memory = {"imports": watch.peak()}
     side, device = arguments.side, usable_device(arguments.device)

@@ -1,8 +1,6 @@
-"""The memory of a run: refuse what a GPU has no room for, and keep what a CPU has freed."""
+"""The memory of a run: what a GPU has no room for is refused."""
 
 from __future__ import annotations
-
-import ctypes
 
 import torch
 from torch import nn
@@ -34,18 +32,3 @@ def check_memory(task: nn.Module, device: torch.device, bf16: bool) -> None:
 def peak_memory(device: torch.device) -> dict[str, float]:
     """The most memory in GB that a GPU has had in use at once, for the log; nothing of a CPU."""
     return {"gpu_memory": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory, for the next step on a CPU needs arrays of the same sizes again.
-
-    By default every large array is a new mapping, whose pages the system has to clear. With another C library this does
-    nothing.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1
-    mallopt(trim_threshold, largest)
-    mallopt(mmap_threshold, largest)
