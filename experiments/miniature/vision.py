@@ -289,12 +289,13 @@ def main() -> None:
         log_every=50,
     )
     optimizers = make_optimizers(task, lambda name: arguments.lr, settings)
-    held_out = draw_views(range(arguments.scenes, arguments.scenes + 200)) if process.rank == 0 else None
+    held_out = range(arguments.scenes, arguments.scenes + min(200, arguments.scenes))
+    views = draw_views(held_out) if process.rank == 0 else None
     with process.alone(arguments.out):
         fit(
             task, optimizers, ViewBatches(arguments.scenes, settings.micro_batch, arguments.seed), settings, arguments.out,
             torch.device("cpu"), {"scenes": arguments.scenes, "lr": arguments.lr, "seed": arguments.seed},
-            validate=lambda: validate(task, held_out) if held_out is not None else {}, validate_every=500, title="vision",
+            validate=lambda: validate(task, views) if views is not None else {}, validate_every=500, title="vision",
         )  # fmt: skip
         if process.rank == 0:
             save_file(task.pretraining.tower.state_dict(), arguments.out / "tower.safetensors")

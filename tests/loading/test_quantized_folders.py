@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import add_tokenizer, build, make_inputs, save
+from forked import python
 from safetensors.torch import load_file, save_file
 
 import minifocus
@@ -316,9 +317,7 @@ def test_weights_are_quantised_one_by_one(dense: Path, tmp_path: Path) -> None:
 
 
 def quantize(*words: str | Path) -> tuple[int, str]:
-    command = [sys.executable, "examples/quantize.py", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+    done = python("examples/quantize.py", *words, timeout=120)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -6,7 +6,6 @@ import gc
 import io
 import json
 import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import add_tokenizer, build, save
+from forked import python
 from PIL import Image
 
 import minifocus
@@ -475,12 +475,7 @@ def test_tensors_as_transformers_takes_them(folder: Path) -> None:
 
 
 def command(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "examples/generate.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return python("examples/generate.py", *arguments, timeout=120)
 
 
 def test_command_line_json_and_figure(folder: Path, tmp_path: Path) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import python
 from safetensors.torch import load_file, save_file
-from sharing_program import CARDS, QUESTION, ROOT, TINY, ask_all, logits_of
+from several import Several
+from sharing_program import CARDS, QUESTION, TINY, ask_all, logits_of
 
 import minifocus
 from minifocus.loading.config import load_config
@@ -41,27 +39,10 @@ def random_folder(folder: Path, tied: bool = False, **text: Any) -> None:
     save_file(values, folder / "model.safetensors", {"format": "pt"})
 
 
-def run(count: int, command: list[str], **environment: str) -> list[tuple[int, str, str]]:
+def run(count: int, script: str | Path, *arguments: Any) -> list[tuple[int, str, str]]:
     """Status, output and errors of so many processes with what torchrun would tell them."""
-    with socket.create_server(("localhost", 0)) as free:
-        place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    place |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    try:
-        said = [process.communicate(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(process.returncode, *own) for process, own in zip(processes, said, strict=True)]
+    with Several(count, script, *arguments) as processes:
+        return [(code, processes.out(rank), processes.err(rank)) for rank, code in enumerate(processes.wait())]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +56,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(TINY / "model.safetensors")
     tensors["language_model.model.layers.1.mlp.down_proj.weight"][0, -1] = torch.nan  # of the second process alone
     save_file(tensors, folders / "nan/model.safetensors", {"format": "pt"})
-    for code, _, errors in run(2, [str(Path(__file__).with_name("sharing_program.py")), str(folders)]):
+    for code, _, errors in run(2, Path(__file__).with_name("sharing_program.py"), folders):
         assert code == 0, errors
     return folders
 
@@ -137,16 +118,14 @@ def test_all_refuse_together(found: list[dict[str, Any]], folders: Path) -> None
 
 def test_the_command(tmp_path: Path) -> None:
     """The first process prints, and writes the figure; by itself the command says who should start it."""
-    script = [str(ROOT / "examples/generate.py"), "--json", "--prompt", QUESTION, "--sampler", "focus"]
-    first, second = run(2, [*script, "--tensor-parallel", "--figure", str(tmp_path / "a.png")])
+    options = ["--json", "--prompt", QUESTION, "--sampler", "focus", "--tensor-parallel"]
+    first, second = run(2, "generate", *options, "--figure", tmp_path / "a.png")
     assert (first[0], second[0]) == (0, 0) and second[1] == "", first[2] + second[2]
     told = json.loads(first[1])
     expected = minifocus.load(TINY).generate(CARDS, QUESTION)
     assert told["token_ids"] == expected.token_ids and told["visual_tokens"] == vars(expected.tokens)
     assert (tmp_path / "a.png").is_file()
 
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, *script, "--tensor-parallel"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    done = python("examples/generate.py", *options)
     assert done.returncode == 2 and "--tensor-parallel: expected to be started by torchrun" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from forked import python
 from PIL import Image
 
 import minifocus
@@ -50,8 +49,7 @@ def test_transformers_loads_the_folder_and_gives_the_same_answers() -> None:
 
 
 def evaluate(*arguments: Any) -> dict[str, Any]:
-    command = [sys.executable, str(ROOT / "examples/evaluate.py"), "--json", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = python("examples/evaluate.py", "--json", *arguments, timeout=900)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
@@ -89,7 +87,5 @@ def test_size() -> None:
 
 @pytest.mark.parametrize("arguments", [["--count", "0"], ["--model", "nowhere"], ["--gamma", "3"]])
 def test_evaluate_refuses_bad_arguments(arguments: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples/evaluate.py"), *arguments], capture_output=True, text=True, timeout=120
-    )
+    done = python("examples/evaluate.py", *arguments, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and not done.stdout

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import python
 from PIL import Image
 from scipy.stats import spearmanr
 
@@ -94,8 +93,7 @@ def test_drawn_layers() -> None:
     ],
 )
 def test_a_mistyped_argument_is_named(tmp_path: Path, arguments: str, said: str) -> None:
-    command = [sys.executable, "-m", "experiments.small.figures", "--out", str(tmp_path), *arguments.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = python("-m", "experiments.small.figures", "--out", tmp_path, *arguments.split())
     assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
 
 
@@ -113,8 +111,7 @@ def test_the_recorded_page_is_its_record_s() -> None:
 
 
 def test_quick_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.small.figures", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = python("-m", "experiments.small.figures", "--quick", "--out", tmp_path, timeout=600)
     assert done.returncode == 0, done.stderr
     assert {file.name for file in tmp_path.iterdir()} == {"results.json", "README.md", "importance-by-layer.png"}
     record = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import python
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -78,8 +78,7 @@ def test_every_training_free_method_is_compared() -> None:
     ],
 )
 def test_a_mistyped_argument_is_named(arguments: str, said: str) -> None:
-    command = [sys.executable, "-m", "experiments.compare", *arguments.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = python("-m", "experiments.compare", *arguments.split(), timeout=120)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
@@ -124,16 +123,16 @@ def test_memory_of_a_call_does_not_depend_on_the_call_before() -> None:
 def test_quick_run(of_one_s_own: bool, tmp_path: Path) -> None:
     """On the embedded model; on another one, which has no selector, beside two that are trained."""
     file = tmp_path / "compare.json"
-    command = [sys.executable, "-m", "experiments.compare", "--quick", "--out", str(file)]
+    command = ["-m", "experiments.compare", "--quick", "--out", file]
     if of_one_s_own:
         folder = shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("selector.safetensors"))
-        command += ["--model", str(folder), "--count", "16"]
+        command += ["--model", folder, "--count", 16]
         routed = minifocus.load(TINY, "none")
         routed.begin_sampler("avg-llava")
         routed.save(tmp_path / "a:b")
         command += ["--trained", f"same={TINY}", "--trained", f"routed={tmp_path / 'a:b'}:avg-llava"]
         command += ["--methods", "focus,random"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = python(*command, timeout=600)
     assert done.returncode == 0, done.stderr
     record = json.loads(file.read_text(encoding="utf-8"))
     results = {one["method"]: one for one in record["results"]}

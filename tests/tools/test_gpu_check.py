@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from threading import Timer, main_thread
 
+import forked
 import pytest
 import torch
 
@@ -26,8 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("program", ["kernels.gpu_check --out", "attention_lengths"])
 def test_it_says_that_there_is_no_gpu(program: str, tmp_path: Path) -> None:
     name, *flag = program.split()
-    command = [sys.executable, "-m", f"experiments.{name}", *flag, *([str(tmp_path / "out")] if flag else [])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = forked.python("-m", f"experiments.{name}", *flag, *([tmp_path / "out"] if flag else []))
     assert done.returncode == 3
     assert "torch sees no GPU" in done.stderr and not (tmp_path / "out").exists()
 

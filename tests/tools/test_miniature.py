@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from forked import python
+
 import minifocus
-from experiments.miniature import vision, warmup
+from examples import command_line
+from experiments.miniature import make, vision, warmup
 from minifocus import cards
 from minifocus.cards.feature_map import GRID, PATCH
 from minifocus.inputs.conversations import Turn
@@ -20,11 +24,21 @@ TRAINING = ROOT / "weights/training"
 STAGES = ("vision", "warmup", "full", "focus", "router")
 
 
-def test_every_stage_runs_and_leaves_what_the_next_one_takes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.miniature.make", "--quick", "--processes", "1"]
-    command += [f"--{name}={tmp_path / name}" for name in ("runs", "output", "record")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
+def test_every_stage_runs_and_leaves_what_the_next_one_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each stage is a program, as in a long run, but forked after the imports."""
+
+    def stage(command: list[str], cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+        assert command[0] == sys.executable
+        done = python(*command[1:], cwd=cwd)
+        print(done.stderr, file=sys.stderr)
+        return done
+
+    places = [f"--{name}={tmp_path / name}" for name in ("runs", "output", "record")]
+    monkeypatch.setattr(sys, "argv", ["make", "--quick", "--processes", "1", *places])
+    monkeypatch.setattr(command_line, "call", stage)
+    assert make.main() == 0, capsys.readouterr().err
     made = {file.name for file in (tmp_path / "output").iterdir()}
     assert made == {file.name for file in (ROOT / "weights/tiny").iterdir()}
     for name in ("tokenizer.json", "tokenizer.model", "config.json"):  # which no training changes

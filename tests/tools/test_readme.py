@@ -8,8 +8,6 @@ import json
 import math
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked import python
 from safetensors.torch import load_file
 
 import minifocus
@@ -178,13 +177,14 @@ def test_commands_on_the_embedded_model(tmp_path: Path) -> None:
     for folder in ("examples", "weights"):  # what the commands write goes elsewhere
         (tmp_path / folder).symlink_to(ROOT / folder)
     for arguments in ours:
-        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = python(*arguments, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
 
 
 def shown_by_help(program: tuple[str, ...]) -> str:
-    command = [sys.executable, *program, "--help"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120).stdout
+    done = python(*program, "--help")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_options_of_the_commands_that_take_long_or_a_model_of_yours() -> None:
@@ -216,9 +216,8 @@ def test_options_of_the_commands_that_take_long_or_a_model_of_yours() -> None:
 
 def test_the_demo_s_output() -> None:
     """All but the times, which are another run's."""
-    done = subprocess.run(
-        [sys.executable, "examples/generate.py"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
-    )
+    done = python("examples/generate.py")
+    assert done.returncode == 0, done.stderr
     (block,) = blocks("README.md", "console")
     command, block = block.split("\n", 1)
     assert command == "$ python examples/generate.py"
@@ -967,8 +966,7 @@ def test_no_kernel_spills() -> None:
 
 
 def test_the_operators_benchmark() -> None:
-    command = [sys.executable, "-m", "experiments.operators", "--quick"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = python("-m", "experiments.operators", "--quick")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     recorded = record("operators_cpu.json")

@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import re
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -20,6 +19,7 @@ from unittest import mock
 
 import pytest
 from example_scripts import example
+from forked import python
 
 from examples.command_line import Refused
 from experiments import record as record_of
@@ -243,9 +243,8 @@ def test_what_was_run_is_not_run_again_unless_it_is_another_command(tmp_path: Pa
 
 def test_results_of_other_steps_are_not_added_to(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"steps": 400, "batch": 12, "questions": 4000, "arms": {}}))
-    command = [sys.executable, "-m", "experiments.paper.reproduce", "--quick", "--table", "5", "--out", str(tmp_path)]
-    command += ["--runs", str(tmp_path / "runs")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    places = ["--out", tmp_path, "--runs", tmp_path / "runs"]
+    done = python("-m", "experiments.paper.reproduce", "--quick", "--table", 5, *places)
     assert done.returncode == 2 and not (tmp_path / "runs").exists()
     assert (
         "expected arms of 2 steps of 4 conversations and 16 questions, as these, got 400 of 12 and 4000" in done.stderr
@@ -279,18 +278,7 @@ def test_weights_of_other_numbers_of_scales() -> None:
     "option, said", [("--arms", "--arms: expected some of alpha-0, alpha-0.01, "), ("--seeds", "--seeds")]
 )
 def test_a_mistyped_argument_is_named(tmp_path: Path, option: str, said: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "experiments.paper.reproduce",
-        "--table",
-        "5",
-        "--runs",
-        str(tmp_path / "runs"),
-        option,
-        "0",
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = python("-m", "experiments.paper.reproduce", "--table", 5, "--runs", tmp_path / "runs", option, 0)
     assert done.returncode != 0 and said in done.stderr and not (tmp_path / "runs").exists()
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import python
 
 from experiments.scales_by_content import asked_thing, covered, region_kinds
 from minifocus import cards
@@ -76,8 +75,7 @@ def test_covered(kept: list[int], places: list[int], expected: bool) -> None:
 
 
 def test_the_recorded_accuracy_is_written_by_its_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.accuracy", "--count", "6", "--dense-count", "8"]
-    done = subprocess.run([*command, "--out", str(tmp_path / "a.json")], cwd=ROOT, capture_output=True, timeout=300)
+    done = python("-m", "experiments.accuracy", "--count", 6, "--dense-count", 8, "--out", tmp_path / "a.json")
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "a.json").read_text())
     recorded = json.loads((ROOT / "experiments/results/accuracy.json").read_text())
@@ -86,8 +84,7 @@ def test_the_recorded_accuracy_is_written_by_its_command(tmp_path: Path) -> None
 
 
 def test_command() -> None:
-    command = [sys.executable, "-m", "experiments.scales_by_content", "--count", "3", "--line"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = python("-m", "experiments.scales_by_content", "--count", 3, "--line")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["questions"] == 3 and set(result["scales"]) == {"empty", "things", "text"}

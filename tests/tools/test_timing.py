@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked import python
 
 from experiments import clocks, record
 from experiments.clocks import Spent, read
@@ -172,8 +173,8 @@ def test_a_record_names_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_quick_run_of_quantized_weights(tmp_path: Path) -> None:
     """Decode's times are of the longest prompt alone; every kind of weights is compared with bfloat16."""
     file = tmp_path / "quantized.json"
-    command = [sys.executable, "-m", "experiments.quantized", "--quick", "--rounds", "2", "--out", str(file)]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    done = python("-m", "experiments.quantized", "--quick", "--rounds", 2, "--out", file)
+    assert done.returncode == 0, done.stderr
     record = json.loads(file.read_text())
     assert record["rounds"]["rounds"] == 2
     assert set(record["times"]) == {"prefill_32", "prefill_200", "decode"}

@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from forked import python
 
 import minifocus
 from examples.command_line import Refused
@@ -61,8 +62,7 @@ def test_the_shapes_are_the_published_ones(name: str) -> None:
 
 
 def run(*arguments: str | Path, module: str = "experiments.true_size") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return python("-m", module, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,14 @@ from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
-import command_line
 import torch
 
 from minifocus.distributed import liveness, processes
 from minifocus.distributed.processes import Tasks, joined
 from minifocus.errors import InputError
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+from examples import command_line
 
 
 @command_line.guarded
@@ -46,3 +48,7 @@ def main() -> None:
         if process.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         process.first(lambda: time.sleep(600))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -16,17 +16,16 @@ from unittest import mock
 
 import pytest
 import torch
+from forked import Forked
 from random_examples import SIZES, at_answers, close, plain_inputs, random_example, turn_alone
 from training_runs import (
-    ENVIRONMENT,
     ROOT,
     TINY,
+    by_two,
     changed,
-    command,
     figures,
     largest_difference,
     part_of,
-    run,
     train,
     trainer,
     weights,
@@ -567,16 +566,11 @@ def test_stage_4_lowers_its_loss(routed: Path, tmp_path: Path) -> None:
 
 def killed_after(out: Path, arguments: list[Any], marks: str) -> None:
     """Start a run and kill it as soon as a file of this name has been written into its folder."""
-    process = subprocess.Popen(
-        command(ROOT / "examples/train.py", "--out", out, *arguments),
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT,
-    )  # fmt: skip
-    try:
+    with Forked([ROOT / "examples/train.py", "--out", out, *arguments], [{}]) as process:
         while not any(file.stat().st_size for file in out.glob(marks)):
-            assert process.poll() is None
-    finally:
-        process.send_signal(signal.SIGKILL)
-    assert process.wait(60) == -signal.SIGKILL
+            assert process.running(), process.err()
+        os.kill(process.pids[0], signal.SIGKILL)
+        assert process.wait(60) == [-signal.SIGKILL]
 
 
 @pytest.mark.slow
@@ -649,7 +643,7 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path, stage: str) -> None
     arguments += ["--seed", 20] if stage == "router" else ["--lr-projector", 1e-4, "--lr-llm", 1e-4]
     done = train("--out", tmp_path / "one", *arguments)
     assert done.code == 0, done.err
-    run(ROOT / "examples/train.py", "--out", tmp_path / "two", *arguments, processes=2)
+    by_two("--out", tmp_path / "two", *arguments)
     one, two = (weights(tmp_path / name / "model") for name in ("one", "two"))
     assert largest_difference(one, two) <= 1e-5
     for ours, theirs in zip(figures(tmp_path / "one"), figures(tmp_path / "two"), strict=True):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import socket
-import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,15 @@ from typing import Any
 import pytest
 import torch
 import toy_task as toy
+from several import Several
 from training_runs import (
-    ENVIRONMENT,
-    ROOT,
     TINY,
+    by_torchrun,
+    by_two,
     changed,
-    command,
     figures,
     largest_difference,
     part_of,
-    run,
     train,
     weights,
     write_data,
@@ -55,7 +52,7 @@ def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
 
     done = train("--out", tmp_path / "one", *arguments)
     assert done.code == 0, done.err
-    run(ROOT / "examples/train.py", "--out", tmp_path / "two", *arguments, processes=2)
+    by_torchrun("--out", tmp_path / "two", *arguments)
     one, two = (weights(tmp_path / name / "model") for name in ("one", "two"))
     assert largest_difference(one, two) <= 1e-5
     assert {part_of(name) for name in changed(weights(TINY), two)} == {"projector", "llm", "selector"}
@@ -71,7 +68,7 @@ def test_text_alone_behind_a_frozen_decoder(tmp_path: Path) -> None:
     arguments += ["--log-every", 1, "--device", "cpu"]
     done = train("--out", tmp_path / "one", *arguments)
     assert done.code == 0, done.err
-    run(ROOT / "examples/train.py", "--out", tmp_path / "two", *arguments, processes=2)
+    by_two("--out", tmp_path / "two", *arguments)
     one, two = (weights(tmp_path / name / "model") for name in ("one", "two"))
     assert largest_difference(one, two) <= 1e-5
     start = {name: value for name, value in weights(TINY).items() if part_of(name) != "selector"}
@@ -100,13 +97,8 @@ def test_gradients_of_accumulated_and_shared_micro_batches(tmp_path: Path) -> No
     task = toy.train(tmp_path / "one", 4)
     assert [p.tolist() for p in task.parameters()] == [pytest.approx(value, rel=1e-12) for value in expected]
     assert task.seen == [(number, toy_targets(number // 4), 4) for number in range(12)]
-    with socket.create_server(("localhost", 0)) as free:
-        port = str(free.getsockname()[1])
-    places = [
-        {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port} for rank in (0, 1)
-    ]
-    both = [subprocess.Popen(command(toy.__file__, tmp_path / "two"), env={**ENVIRONMENT, **own}) for own in places]
-    assert [process.wait(300) for process in both] == [0, 0]
+    with Several(2, Path(toy.__file__), tmp_path / "two") as both:
+        assert both.wait() == [0, 0], both.all_said()
     result = json.loads((tmp_path / "two/result.json").read_text())
     assert result["weights"] == [pytest.approx(value, rel=1e-12) for value in expected]
     assert result["seen"] == [[[n, toy_targets(n // 4), 4] for n in range(rank, 12, 2)] for rank in (0, 1)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from unittest import mock
@@ -14,16 +13,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from forked import Forked, python
 from safetensors.torch import safe_open, save_file
 from training_runs import (
-    ENVIRONMENT,
     ROOT,
     SHORT,
     TINY,
     changed,
-    command,
     figures,
-    run,
     short,
     train,
     trainer,
@@ -45,23 +42,22 @@ RESUMED += ["--sampler-dropout", 0.3, "--device", "cpu"]
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps that nothing interrupted."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run(ROOT / "examples/train.py", "--out", out, *RESUMED)
+    done = python("examples/train.py", "--out", out, *RESUMED)
+    assert done.returncode == 0, done.stderr
     return out
 
 
 def test_a_killed_run_goes_on_where_its_checkpoint_is(whole: Path, tmp_path: Path) -> None:
     """In the end, weights and log are those of the run that was not interrupted: bit for bit."""
     out = tmp_path / "killed"
-    arguments = command(ROOT / "examples/train.py", "--out", out, *RESUMED)
-    killed = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
-    try:
+    arguments = [ROOT / "examples/train.py", "--out", out, *RESUMED]
+    with Forked(arguments, [{}]) as killed:
         deadline = time.monotonic() + 300
         while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
-            assert killed.poll() is None
+            assert killed.running(), killed.err()
             time.sleep(0.005)
-    finally:
-        killed.send_signal(signal.SIGKILL)
-    assert killed.wait(60) == -signal.SIGKILL
+        os.kill(killed.pids[0], signal.SIGKILL)
+        assert killed.wait(60) == [-signal.SIGKILL]
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     assert checkpoint["steps"] in (2, 4) and not (out / "model").exists()
     assert len(figures(out)) < 6
@@ -69,7 +65,8 @@ def test_a_killed_run_goes_on_where_its_checkpoint_is(whole: Path, tmp_path: Pat
     # Whatever had been written when the process died: a line that is cut off, and one of a step that will be repeated.
     with (out / "log.jsonl").open("a") as log:
         log.write('{"step": 5, "loss": 0.1}\n{"step": 6, "lo')
-    subprocess.run(arguments, check=True, capture_output=True, env=ENVIRONMENT, timeout=500)
+    done = python(*arguments, timeout=500)
+    assert done.returncode == 0, done.stderr
     assert (out / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
     assert (out / "model/selector.safetensors").read_bytes() == (whole / "model/selector.safetensors").read_bytes()
     assert [line["step"] for line in figures(out)] == [1, 2, 3, 4, 5, 6]

@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from checkpoints import build, save
 from PIL import Image
 from training_runs import (
-    ROOT,
     SHORT,
     TINY,
+    by_two,
     changed,
     figures,
     largest_difference,
     part_of,
-    run,
     short,
     train,
     trainer,
@@ -316,7 +315,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     arguments += ["--projector", "stf", "--optimizer", "adamw", "--lr-projector", 1e-4, "--lr-llm", 1e-4]
     done = train("--out", tmp_path / "one", *arguments)
     assert done.code == 0, done.err
-    run(ROOT / "examples/train.py", "--out", tmp_path / "two", *arguments, processes=2)
+    by_two("--out", tmp_path / "two", *arguments)
     assert largest_difference(*(weights(tmp_path / name / "model") for name in ("one", "two"))) <= 1e-5
 
 

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from example_scripts import example
 from safetensors.torch import load_file
+from several import Several
 
 from minifocus.training.log import read_log
 
@@ -55,11 +56,17 @@ def command(*arguments: Any, processes: int = 1) -> list[str]:
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(*arguments: Any, processes: int = 1) -> None:
-    done = subprocess.run(
-        command(*arguments, processes=processes), capture_output=True, text=True, timeout=500, env=ENVIRONMENT
-    )
+def by_torchrun(*arguments: Any) -> None:
+    """Two processes of the command, started as a user does."""
+    words = command(ROOT / "examples/train.py", *arguments, processes=2)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=500, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
+
+
+def by_two(*arguments: Any) -> None:
+    """The same, forked after the imports."""
+    with Several(2, "train", *arguments) as two:
+        assert two.wait(500) == [0, 0], two.all_said()
 
 
 def weights(folder: Path) -> Tensors:
