@@ -422,6 +422,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
 
     quick = arguments.quick
+    arguments.tuning = 8 if quick else 64  # questions with which options for a budget are searched for
     defaults = {"count": 16 if quick else 800, "timed": 2 if quick else 24}
     defaults |= {"methods": "focus,fastv,random" if quick else ",".join(methods_for(arguments.model or TINY))}
     defaults |= {"budgets": "0.39" if quick else ",".join(map(str, BUDGETS))}
@@ -472,7 +473,7 @@ def compare(arguments: argparse.Namespace, folder: Path | None) -> dict[str, Any
     learned = (folder or TINY) / "selector.safetensors"
     selector: dict[str, Any] = {} if learned.is_file() else {"selector": "variance"}
     if arguments.scenes:
-        scenes = islice(cards.scenes("test", TUNING, dense=True), 64)
+        scenes = islice(cards.scenes("test", TUNING, dense=True), arguments.tuning)
         tuning = [(scene.image, scene.questions[0].question) for scene in scenes]
         timed = [(image, q) for image, q, _, _ in cards.questions("test", arguments.timed, TUNING + 1000, True)]
     else:
