@@ -9,8 +9,6 @@
 namespace minifocus {
 namespace {
 
-double divide(int64_t a, int64_t b) { return static_cast<double>(a) / static_cast<double>(b); }
-
 // Python's a // b, for a positive b.
 int64_t floor_divide(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 

@@ -11,6 +11,9 @@ struct Size {
   int64_t height, width;
 };
 
+// Python's a / b.
+inline double divide(int64_t a, int64_t b) { return static_cast<double>(a) / static_cast<double>(b); }
+
 // The tokens of a view, in raster order.
 struct Grid {
   int64_t rows, columns;

@@ -12,8 +12,6 @@
 namespace minifocus {
 namespace {
 
-double divide(int64_t a, int64_t b) { return static_cast<double>(a) / static_cast<double>(b); }
-
 // A sliver of millions of rows is shortened before it is widened, lest each of its rows be.
 Picture resize_sliver_safe(const Picture& picture, int64_t height, int64_t width, Filter filter) {
   if (width > picture.width && width * picture.height > kMaxPixels) {

@@ -9,7 +9,7 @@ namespace minifocus {
 namespace {
 
 constexpr char32_t kSpace = U'▁';
-constexpr size_t kMostBytes = size_t(1) << 28;  // of a text: no context is nearly as long
+constexpr size_t kLongestText = size_t(1) << 28;  // of a text: no context is nearly as long
 
 // GPT-2's: what can be seen in Latin-1 stands for itself, the rest for the characters from 256 on, in order.
 std::array<char32_t, 256> visible_characters() {
@@ -62,7 +62,7 @@ Tokenizer::Tokenizer(TokenTable table)
       visible_(visible_characters()) {}
 
 Tokenizer::Encoding Tokenizer::encode(std::string_view text, bool special) const {
-  expect(text.size() <= kMostBytes, "text: expected at most ", kMostBytes, " bytes, got ", text.size());
+  expect(text.size() <= kLongestText, "text: expected at most ", kLongestText, " bytes, got ", text.size());
   Piece whole{characters_of(text, "text"), {}};
   whole.origin.resize(whole.text.size());
   for (uint32_t i = 0; i < whole.text.size(); ++i) whole.origin[i] = {i, i + 1};
