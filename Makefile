@@ -22,11 +22,13 @@ check: install lint
 
 install: .venv/operators
 
-# torch first and by itself: an unpinned requirement of another package must not choose the version.
+# torch first and by itself: an unpinned requirement of another package must not choose the version. pip would compile the
+# packages' Python with one process; some of their files are for other versions and do not compile.
 .venv/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 # C++ and CUDA that changed since. The script's own head says what it needs and takes.
