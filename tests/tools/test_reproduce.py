@@ -247,7 +247,7 @@ def test_results_of_other_steps_are_not_added_to(tmp_path: Path) -> None:
     done = python("-m", "experiments.paper.reproduce", "--quick", "--table", 5, *places)
     assert done.returncode == 2 and not (tmp_path / "runs").exists()
     assert (
-        "expected arms of 2 steps of 4 conversations and 16 questions, as these, got 400 of 12 and 4000" in done.stderr
+        "expected arms of 2 steps of 2 conversations and 8 questions, as these, got 400 of 12 and 4000" in done.stderr
     )
 
 
