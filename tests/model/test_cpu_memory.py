@@ -12,8 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import minifocus
 from minifocus.activations import ACTIVATIONS, quick_gelu, silu, times
+from minifocus.generate import Generation
 
+TINY = Path(__file__).resolve().parents[2] / "weights/tiny"
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 HUGE = """
 import minifocus, torch
@@ -92,3 +95,17 @@ def test_what_learns_is_not_written_over() -> None:
         times(x, torch.ones(6))
         times(before, x)
     assert torch.equal(x, before) and not torch.equal(silu(before.clone()), before)
+
+
+def test_a_product_takes_the_place_of_its_first_factor() -> None:
+    x, y = torch.randn(2, 4, 6)
+    assert times(x, y).data_ptr() == x.data_ptr() and silu(x).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("wanted, room", [(3, 3), (500, 128)])
+def test_a_cache_has_room_for_the_answer_and_little_more(wanted: int, room: int) -> None:
+    model = minifocus.load(TINY, "none")
+    generation = Generation(model, model.processor, [None], ["What?"], {"max_new_tokens": wanted})
+    generation.prefill()
+    for cache in generation.caches:
+        assert cache._keys.shape[2] == cache._values.shape[2] == cache.length + room
