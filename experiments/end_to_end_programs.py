@@ -155,9 +155,8 @@ class Side(ABC):
 
     def run(self) -> dict[str, Any]:
         """One prefill, then `new_tokens` greedy steps. → what they took, tokens, visual tokens per layer"""
-        large = (
-            self.settings.device == "cpu" and self.settings.size != QUICK
-        )  # nearly all is products of large matrices
+        # Of a large model nearly all is products of large matrices.
+        large = self.settings.device == "cpu" and self.settings.size != QUICK
         threads = self.threads() if large else 1
         with self.torch.inference_mode():
             begun = self.now()
