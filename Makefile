@@ -22,13 +22,16 @@ check: install lint
 
 install: .venv/operators
 
-# torch first and by itself: an unpinned requirement of another package must not choose the version. pip would compile the
-# packages' Python with one process; some of their files are for other versions and do not compile.
+# pip would compile every module of these packages. Python compiles those that are used, if the environment lets it.
+unexport PYTHONDONTWRITEBYTECODE
+
+# The pip that comes with Python may be old, and take minutes to choose versions. torch by itself: an unpinned requirement of
+# another package must not choose its version. The last is quieter, for a warning about editable installs that says nothing.
 .venv/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
-	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+	$(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable '.[test]'
 	touch $@
 
 # C++ and CUDA that changed since. The script's own head says what it needs and takes.
@@ -66,6 +69,7 @@ test_lmms_eval: .venv/lmms-eval/installed
 
 .venv/lmms-eval/installed: constraints.txt
 	$(PYTHON) -m venv .venv/lmms-eval
+	$(LMMS) -m pip install --quiet --upgrade pip
 	$(LMMS) -m pip install --quiet --constraint constraints.txt torch
 	$(LMMS) -m pip install --quiet --constraint constraints.txt lmms-eval==0.7.3 'filelock<4' pytest pytest-timeout hypothesis
 	$(LMMS) -m pip install --quiet --constraint constraints.txt matplotlib scikit-image font-caladea font-fredoka-one \
@@ -80,6 +84,7 @@ test_peft: .venv/peft/installed
 
 .venv/peft/installed: constraints.txt
 	$(PYTHON) -m venv .venv/peft
+	$(PEFT) -m pip install --quiet --upgrade pip
 	$(PEFT) -m pip install --quiet --constraint constraints.txt torch
 	$(PEFT) -m pip install --quiet --constraint constraints.txt --editable '.[train]' transformers peft==0.21.2 \
 		pytest pytest-timeout hypothesis

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import sysconfig
 from importlib.metadata import distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +79,14 @@ def find_compiler() -> str | None:
 def find_nvcc() -> str | None:
     folders = [f"{os.environ['CUDA_HOME']}/bin"] if os.environ.get("CUDA_HOME") else [None, "/usr/local/cuda/bin"]
     return next(filter(None, (shutil.which("nvcc", path=folder) for folder in folders)), None)
+
+
+def find_ninja() -> list[str] | None:
+    """The package first, which pip brings to where it builds: another version on the PATH would not read its logs, and would
+    build everything again."""
+    if find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    return ["ninja"] if shutil.which("ninja") else None
 
 
 def requested() -> tuple[str, ...] | None:
@@ -164,11 +173,9 @@ def library(half: str) -> str:
     return f"_{half}.abi3.so"
 
 
-def run_ninja(file: Path) -> None:
+def run_ninja(ninja: list[str], file: Path) -> None:
     """Runs ninja, showing what it and the compilers say; raises Failed with the first error."""
-    ninja = shutil.which("ninja")
-    command = [*([ninja] if ninja else [sys.executable, "-m", "ninja"]), "-f", str(file)]
-    said = []
+    command, said = [*ninja, "-f", str(file)], []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
         assert running.stdout is not None
         for line in running.stdout:
@@ -182,20 +189,22 @@ def build_half(half: str) -> str:
     """Builds one half below BUILD and says with what."""
     if sys.platform != "linux":
         raise Missing("only Linux is supported")
-    compiler, nvcc, torch = find_compiler(), find_nvcc(), find_torch()
+    compiler, nvcc, torch, ninja = find_compiler(), find_nvcc(), find_torch(), find_ninja()
     if compiler is None:
         raise Missing("no C++ compiler was found (CXX, or c++, g++ or clang++ on the PATH)")
     if half == "cuda" and nvcc is None:
         raise Missing("nvcc was not found (in CUDA_HOME, on the PATH, in /usr/local/cuda)")
     if torch is None:
         raise Missing(f"torch >= {TORCH[0]}.{TORCH[1]}, for its headers, was not found")
+    if ninja is None:
+        raise Missing("ninja was not found (as a package or on the PATH)")
     folder = ROOT / BUILD / half
     folder.mkdir(parents=True, exist_ok=True)
     stub = folder / "libtorch_cuda.cpp"
     if half == "cuda" and not (stub.exists() and stub.read_text() == LIBTORCH_CUDA):
         stub.write_text(LIBTORCH_CUDA)
     (folder / "build.ninja").write_text(ninja_file(half, compiler, nvcc, torch[0]))
-    run_ninja(BUILD / half / "build.ninja")
+    run_ninja(ninja, BUILD / half / "build.ninja")
     return f"{version(nvcc if half == 'cuda' and nvcc else compiler)}, headers of torch {torch[1]}"
 
 

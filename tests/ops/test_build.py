@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,21 @@ try:
 except RuntimeError as error:
     print(error)
 """
+
+
+def test_the_packages_ninja_is_taken_before_one_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip builds with the package's. With two versions in turn, `make install` built everything twice."""
+    other = tmp_path / "ninja"
+    other.write_text("#!/bin/sh\nexit 1\n")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    ninja = build.find_ninja()
+    assert ninja is not None
+    assert subprocess.run([*ninja, "--version"], capture_output=True).returncode == 0
+    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    assert build.find_ninja() == ["ninja"]
+    monkeypatch.setenv("PATH", "")
+    assert build.find_ninja() is None
 
 
 def test_a_libstdcxx_of_its_own_does_not_meet_that_of_torch(tmp_path: Path) -> None:

@@ -9,13 +9,20 @@ if (($#)); then # it takes none, and --help is no reason to build a wheel
 fi
 cd "$(dirname "$0")/../.."
 export MINIFOCUS_BUILD=${MINIFOCUS_BUILD:-all} MINIFOCUS_BACKEND=native
+export PIP_COMPILE=0 # pip would compile every module of torch; Python compiles those that are used
+unset PYTHONDONTWRITEBYTECODE
 sources=$PWD
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-python3 -m venv "$scratch/developed-with"
+environment() { # with a pip of today: the one that comes with Python may take minutes to choose versions
+  python3 -m venv "$1"
+  "$1/bin/python" -m pip install --quiet --upgrade pip
+}
+
+environment "$scratch/developed-with"
 pip=$scratch/developed-with/bin/pip
-PIP_COMPILE=0 "$pip" wheel --quiet --no-deps --wheel-dir "$scratch" .
+"$pip" wheel --quiet --no-deps --wheel-dir "$scratch" .
 wheel=$(echo "$scratch"/minifocus-*.whl)
 [[ $wheel == *-cp310-abi3-linux_*.whl ]] || { echo "not one wheel for every Python >= 3.10: $wheel"; exit 1; }
 echo "built ${wheel##*/}" # .ci/run waits for this line
@@ -34,6 +41,6 @@ if ((free < 10)); then
   exit 0
 fi
 rm -rf developed-with
-python3 -m venv older
-older/bin/pip install --quiet --no-cache-dir --no-compile torch==2.11.0 "$wheel"
+environment older
+older/bin/pip install --quiet --no-cache-dir torch==2.11.0 "$wheel"
 older/bin/python "$sources/tests/wheel/check_installed.py" "$sources"
