@@ -23,11 +23,12 @@ from minifocus.inputs.model_inputs import split_pixels
 from minifocus.llama import LayerCache
 
 ABSENT = object()
-LAYERS = 4
+LAYERS = 2
 FULL = ["full_attention"] * LAYERS
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 PER_LAYER = [{"0": {"rms_norm_eps": 0.5}}]
+SOME_ACTIVATIONS = ["gelu", "quick_gelu", "tanh", "mish"]  # of those that Llama's decoder is given
 WRONG: list[Any] = [None, ABSENT, "word", -1, [], {}, True, 1.5, float("nan"), float("inf"), 10**30, 10**400]
 
 # Section by section, the keys that decide about logits, and what each is set to beside the WRONG values.
@@ -36,7 +37,7 @@ TEXT: dict[str, list[Any]] = {
     "vocab_size": [95, 96],
     "hidden_size": [32, 40],
     "intermediate_size": [48, 49],
-    "num_hidden_layers": [3, LAYERS],
+    "num_hidden_layers": [1, 3, LAYERS],
     "num_attention_heads": [2, 8, 3],
     "num_key_value_heads": [1, 2, 3],
     "head_dim": [8, 16, 0],
@@ -77,7 +78,7 @@ VISION: dict[str, list[Any]] = {
     "num_channels": [1, 3],
     "image_size": [28, 29, 35, [28, 28]],
     "patch_size": [7, 6, [7, 7]],
-    "hidden_act": TEXT["hidden_act"],
+    "hidden_act": SOME_ACTIVATIONS,
     "layer_norm_eps": [1e-2, 0.0],
     "is_causal": [False, True],
     "per_layer_config": PER_LAYER,
@@ -88,7 +89,7 @@ TOP: dict[str, list[Any]] = {
     "vision_config": [[]],
     "image_token_index": [5, IMAGE_TOKEN, 96],
     "image_token_id": [5, IMAGE_TOKEN, 96],
-    "projector_hidden_act": TEXT["hidden_act"],
+    "projector_hidden_act": SOME_ACTIVATIONS,
     "vision_feature_select_strategy": ["default", "full"],
     "vision_feature_layer": [1, 3, -4, [-2], [0], [1, 2], [-2, "x"], 4],
     "multimodal_projector_bias": [False, True],
@@ -122,7 +123,7 @@ SECTIONS: dict[str, tuple[str, dict[str, list[Any]], type]] = {
     "llama": ("text_config", TEXT, transformers.LlamaConfig),
     "clip": ("vision_config", VISION, transformers.CLIPVisionConfig),
     "llava_next": ("", TOP, transformers.LlavaNextConfig),
-    "mistral": ("text_config", TEXT, transformers.MistralConfig),
+    "mistral": ("text_config", {**TEXT, "hidden_act": SOME_ACTIVATIONS}, transformers.MistralConfig),
 }
 # Where a key takes effect only together with others, or one wins over another: keys of sections are written section/key.
 ROPE, OLDER = "text_config/rope_parameters", "text_config/rope_scaling"
@@ -158,12 +159,16 @@ TOO_LARGE: list[dict[str, Any]] = [
 
 @dataclasses.dataclass
 class Model:
-    """A folder, its config.json as transformers wrote it, and a batch of one row with a picture."""
+    """A folder, its config.json as transformers wrote it, and a batch of one row with a picture.
+
+    `known` has transformers' logits by what it reads in a config.json: many values are read as the same.
+    """
 
     folder: Path
     written: dict[str, Any]
-    oracle: type
+    oracle: Any
     inputs: Inputs
+    known: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
     def change(self, changes: dict[str, Any]) -> None:
         config = copy.deepcopy(self.written)
@@ -193,7 +198,13 @@ class Model:
             return "config.json"
 
     def theirs(self) -> torch.Tensor:
-        oracle = self.oracle.from_pretrained(self.folder).eval()  # type: ignore[attr-defined]
+        read = self.oracle.config_class.from_pretrained(self.folder).to_json_string(use_diff=False)
+        if read not in self.known:
+            self.known[read] = self.logits_of_theirs()
+        return self.known[read]
+
+    def logits_of_theirs(self) -> torch.Tensor:
+        oracle = self.oracle.from_pretrained(self.folder).eval()
         arguments = self.inputs.arguments()
         arguments["pixel_values"] = arguments["pixel_values"].to(oracle.dtype)
         more = torch.ones(1, arguments["input_ids"].shape[1] + 1, dtype=torch.int64)
@@ -226,7 +237,7 @@ class Model:
 def models(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[dict[str, Model]]:
     made = {}
     for kind, decoder in (("llava", {}), ("llava_next", {"text_model_type": "mistral", "text_sliding_window": None})):
-        oracle = build(kind, **decoder)
+        oracle = build(kind, text_num_hidden_layers=LAYERS, **decoder)
         folder = save(oracle, tmp_path_factory.mktemp(kind))
         inputs = make_inputs(minifocus.load(folder, "none"), [[(57, 91)]])
         made[kind] = Model(folder, json.loads((folder / "config.json").read_text()), type(oracle), inputs)
