@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -147,6 +148,11 @@ def test_the_log_and_its_picture(whole: Path, tmp_path: Path) -> None:
 
     (tmp_path / "log.jsonl").write_text("")
     draw_curve(tmp_path / "log.jsonl", tmp_path / "empty.png")  # a log without lines is no error
+    validated = {"step": 6, "accuracy": 0.5, "families": {"sum": [1, 2]}}  # what no run of this file has
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines[:-1], validated]))
+    draw_curve(tmp_path / "log.jsonl", tmp_path / "more.png")
+    with Image.open(tmp_path / "more.png") as more:
+        assert more.width == pytest.approx(curve.width * 4 / 3, abs=2)
 
 
 def test_a_run_is_known_by_what_it_began_from_wherever_that_is(tmp_path: Path) -> None:
