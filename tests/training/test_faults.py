@@ -58,8 +58,8 @@ def test_a_process_is_killed_at_a_random_moment(data: Path, tmp_path: Path, seed
     """One of two, and one or three bring the run to its end. A save is under way for a good part of the time."""
     draw = random.Random(seed)
     victim, step, moment, after = draw.randrange(2), draw.randint(1, 2), draw.uniform(0, 0.2), draw.choice((1, 3))
-    arguments = ["--data", data, "--steps", 5, "--batch", 6, "--micro-batch", 1, "--max-turns", 1, "--log-every", 1]
-    arguments += ["--warmup", 0, "--seed", 20, "--device", "cpu", "--save-every", 1]
+    arguments = ["--data", data, "--steps", 4, "--batch", 6, "--micro-batch", 1, "--max-turns", 1, "--log-every", 1]
+    arguments += ["--warmup", 0, "--seed", 20, "--device", "cpu", "--save-every", 1, "--freeze", "vision"]
     done = train("--out", tmp_path / "plain", *arguments)
     assert done.code == 0, done.err
 
@@ -80,9 +80,9 @@ def test_a_process_is_killed_at_a_random_moment(data: Path, tmp_path: Path, seed
 
     with Several(after, "train", "--out", out, "--shard", *arguments) as others:
         assert others.wait() == [0] * after, others.all_said()
-    assert [line["step"] for line in figures(out)] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in figures(out)] == [1, 2, 3, 4]
     same_figures(tmp_path / "plain", out)
-    assert [file.name for file in out.glob("*checkpoint*")] == ["checkpoint-00000005"]
+    assert [file.name for file in out.glob("*checkpoint*")] == ["checkpoint-00000004"]
 
 
 @pytest.mark.parametrize(

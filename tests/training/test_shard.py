@@ -105,8 +105,11 @@ def test_a_killed_run_of_four_goes_on_as_two(data: Path, tmp_path: Path) -> None
     ids=["LoRA in bfloat16", "a projector alone"],
 )
 def test_frozen_parts(data: Path, tmp_path: Path, arguments: list[Any]) -> None:
-    """Of text alone nothing would reach the layers that all have to gather: both runs would wait for ever."""
-    arguments = ["--data", data, *STEPS, "--optimizer", "adamw", *arguments]
+    """Of text alone nothing would reach the layers that all have to gather: both runs would wait for ever.
+
+    The second step ends with a micro-batch of text alone beside one with a picture.
+    """
+    arguments = ["--data", data, *STEPS, "--steps", 2, "--optimizer", "adamw", *arguments]
     done = train("--out", tmp_path / "plain", *arguments)
     assert done.code == 0, done.err
     run(2, "--out", tmp_path / "shared", *arguments)
