@@ -7,17 +7,18 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import killed_saves
 import pytest
 import torch
 from checkpoints import add_tokenizer, build, make_inputs, save
+from forked import python
+from killed_saves import OTHERS, contents, with_others
 from safetensors.torch import load_file
 
 import minifocus
@@ -25,10 +26,6 @@ from minifocus.samplers.selector_file import load_selector, save_selector
 from minifocus.samplers.vision_guided import LinearSelector, VisionGuidedOptions, VisionGuidedSampler
 
 HEAD, EMBEDDINGS = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def make(folder: Path, seed: int, shards: int = 1, **changes: Any) -> Path:
@@ -68,76 +65,10 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-OTHERS = {
-    "README.md": b"mine", ".gitattributes": b"*", "LICENSE": b"free", "notes.json": b"{}", "log.jsonl": b"",
-    "model_ema.safetensors": b"another's", "trainer_state.json": b"{}", ".git/config": b"[core]",
-    "checkpoint-1/config.json": b"{}", "additional_chat_templates/notes.txt": b"mine",
-}  # fmt: skip
-
-
-def with_others(folder: Path, target: Path) -> Path:
-    shutil.copytree(folder, target)
-    for name, content in OTHERS.items():
-        (target / name).parent.mkdir(exist_ok=True)
-        (target / name).write_bytes(content)
-    return target
-
-
-# Kills itself before the system is asked for the N-th change of, or look into, a file or folder.
-KILLED = """
-import os, shutil, sys
-from pathlib import Path
-import minifocus
-from test_saving import OTHERS, contents, with_others
-old, new, work = map(Path, sys.argv[1:])
-model, target = minifocus.load(new), work / "target"
-of_old, of_new = contents(old), contents(new)
-seen = {"untouched": 0, "between": 0, "replaced": 0}
-number = code = 1
-while code:
-    if not target.exists():
-        with_others(old, target)
-    child = os.fork()
-    if not child:
-        left = number
-        def hook(event, arguments):
-            global left
-            if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "fcntl.flock"):
-                left -= 1
-                if not left:
-                    os._exit(9)
-        sys.addaudithook(hook)
-        os.fsync = lambda descriptor: None  # of no use to a process that is killed
-        model.save(target)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9), code
-    found = {name: content for name, content in contents(target).items() if not name.startswith(".minifocus-save")}
-    for name, content in OTHERS.items():
-        assert found.pop(name) == content, name
-    assert found.items() <= of_old.items() or found.items() <= of_new.items(), sorted(found)  # what transformers sees
-    assert "config.json" not in found or found in (of_old, of_new), sorted(found)
-    seen["untouched" if found == of_old else "replaced" if found == of_new else "between"] += 1
-    if "config.json" not in found and number % 2:
-        minifocus.load(target)
-        assert contents(target) == of_new | OTHERS
-    elif code and number % 4 == 0:
-        model.save(target)
-        assert contents(target) == of_new | OTHERS and not (target / ".minifocus-save").exists()
-    shutil.rmtree(target / ".minifocus-save" if found == of_old else target, ignore_errors=True)
-    number += 1 if "config.json" not in found else 3
-print(number, seen)
-assert min(seen.values()) > 5
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_save_killed_anywhere_leaves_one_model(old: Path, new: Path, tmp_path: Path) -> None:
     """Of another, what it found; between the two nothing loads in transformers, and `load` finishes it."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", KILLED, str(old), str(new), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = python(killed_saves.__file__, old, new, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
