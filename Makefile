@@ -11,8 +11,9 @@ demo: install
 	$(BIN)/python examples/generate.py --prompt "What number is on the red card?" \
 		--prompt "What word is on the purple sign?" --layer 2 --gamma 0.4 --figure $(FIGURE)
 
+# Each process begins with a part of its own, so that few fixtures are made twice.
 test: install lint small runtime
-	$(BIN)/python -m pytest -n logical --maxprocesses 4
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 # The fast part, in a minute and a half: lint, types, and the unit tests of the core with a tenth of the drawn examples. It leaves
 # out the emulated kernels, loading and saving, training, the programs of experiments/, and what is marked slow.

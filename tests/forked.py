@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -120,7 +121,9 @@ def serve(requests: socket.socket) -> tuple[list[str], str] | None:
     """Fork whatever is asked for. Returns in the processes that are to run a program, with its arguments and folder, or at the
     end."""
 
-    import minifocus  # noqa: F401
+    # Each takes a second or so: figures, torch's optimisers, and tensors that several processes share.
+    for name in ("matplotlib.pyplot", "torch._dynamo", "torch.distributed.tensor", "minifocus.training.loop"):
+        importlib.import_module(name)
 
     gc.collect()
     gc.freeze()  # at its end a process would else look at all that was imported: half a second
