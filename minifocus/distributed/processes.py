@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 
 from ..errors import InputError
 from ..files.locks import hold
@@ -265,4 +264,5 @@ def local_device(device: str | torch.device) -> str | torch.device:
 
 def whole(value: torch.Tensor) -> torch.Tensor:
     """A tensor of which each process has a share, gathered on the CPU, by all of them at once; any other as it is."""
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+    # DTensor, the class of such a tensor, takes half a second to import.
+    return value.full_tensor().cpu() if hasattr(value, "full_tensor") else value
