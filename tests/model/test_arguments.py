@@ -78,7 +78,10 @@ ODD: list[Any] = [
 
 @pytest.fixture(scope="module", params=["llava", "llava_next"])
 def model(request: Any, tmp_path_factory: pytest.TempPathFactory) -> minifocus.Llava:
-    folder = save(build(request.param, seed=5), tmp_path_factory.mktemp(request.param))
+    # A number of tokens that is odd is taken, and ends with the context.
+    folder = save(
+        build(request.param, seed=5, text_max_position_embeddings=512), tmp_path_factory.mktemp(request.param)
+    )
     add_tokenizer(folder)
     return minifocus.load(folder, "none")
 
