@@ -63,7 +63,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     if arguments.quick:
         tiny = ROOT / "weights/tiny"
         stages = {"full": tiny, "warmup": tiny}
-        return Recipe(runs / "quick", stages, steps=2, batch=2, earlier=2, count=8, jobs=arguments.jobs)
+        return Recipe(runs / "quick", stages, steps=2, batch=2, earlier=2, count=4, jobs=arguments.jobs)
     stages = {stage: runs / "tiny" / stage / "model" for stage in ("full", "warmup")}
     arms = runs / f"paper/{arguments.steps} steps of {arguments.batch}"
     earlier = miniature.STEPS["full"] * miniature.BATCH // arguments.batch

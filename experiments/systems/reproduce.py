@@ -74,7 +74,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """With --quick the embedded weights stand for the stage that arms begin from."""
     runs, system = arguments.runs.resolve(), arguments.system
     if arguments.quick:
-        return Recipe(runs / f"quick-{system}", {"full": ROOT / "weights/tiny"}, 2, 4, 0, 16, arguments.jobs)
+        return Recipe(runs / f"quick-{system}", {"full": ROOT / "weights/tiny"}, 2, 2, 0, 8, arguments.jobs)
     arms = runs / f"{system}/{arguments.steps} steps of {arguments.batch}"
     stages = {"full": runs / "tiny/full/model"}
     return Recipe(arms, stages, arguments.steps, arguments.batch, 0, arguments.count, arguments.jobs)

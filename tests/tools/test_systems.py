@@ -147,7 +147,7 @@ def test_a_table_is_made_and_gone_on_with(tmp_path: Path) -> None:
         return found
 
     record = run()
-    assert record["arms"].keys() == {"stf", "avgpool"} and record["steps"] == 2 and record["questions"] == 16
+    assert record["arms"].keys() == {"stf", "avgpool"} and record["steps"] == 2 and record["questions"] == 8
     for own in record["arms"].values():
         assert 0.2 < own["1"]["tokens"]["equivalent"] < 0.32
     page = (tmp_path / "quick-llava-stf/results/README.md").read_text(encoding="utf-8")
@@ -158,7 +158,7 @@ def test_a_table_is_made_and_gone_on_with(tmp_path: Path) -> None:
     known = tmp_path / "quick-llava-stf/results/results.json"
     record["arms"]["other"], record["tables"] = record["arms"]["stf"], ["9"]
     known.write_text(json.dumps(record), encoding="utf-8")
-    recipe = reproduction.Recipe(tmp_path, {}, 2, 4, 0, 16, 1)
+    recipe = reproduction.Recipe(tmp_path, {}, 2, 2, 0, 8, 1)
     assert reproduction.known_results(known, recipe) == record
     for content in (json.dumps({**record, "steps": 3}), "{}", "["):
         known.write_text(content, encoding="utf-8")
