@@ -38,6 +38,7 @@ def test_every_stage_runs_and_leaves_what_the_next_one_takes(
     places = [f"--{name}={tmp_path / name}" for name in ("runs", "output", "record")]
     monkeypatch.setattr(sys, "argv", ["make", "--quick", "--processes", "1", *places])
     monkeypatch.setattr(command_line, "call", stage)
+    monkeypatch.setattr(make, "BATCH", 6)  # as many as are learned from at once
     assert make.main() == 0, capsys.readouterr().err
     made = {file.name for file in (tmp_path / "output").iterdir()}
     assert made == {file.name for file in (ROOT / "weights/tiny").iterdir()}
