@@ -32,8 +32,10 @@ __all__ = ["BACKENDS", "gather_tokens", "importance", "region_pool", "region_rou
 
 
 def _cut(rows: torch.Tensor, count: int) -> torch.Tensor:
-    torch._check(count >= 0)  # for torch.compile, which cannot know
-    torch._check(count <= rows.shape[0])
+    # For torch.compile and torch.export, which cannot know. At other times the first check would import all of sympy.
+    if torch.compiler.is_compiling() or not isinstance(count, int):
+        torch._check(count >= 0)
+        torch._check(count <= rows.shape[0])
     return rows.narrow(0, 0, count)
 
 
