@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageOps
+from test_methods_on_photographs import first_layers
 
 import minifocus
 
@@ -56,14 +58,19 @@ def test_inputs_are_those_of_transformers_processor(
 def test_logits(
     load: Load, oracle: Oracle, processor: Callable[[str], Any], photographs: list[Image.Image], name: str
 ) -> None:
-    """In float32, of up to 40: equal, and in a batch within 9e-5, where sums are added up in another order."""
+    """In float32, of up to 75: equal, and in a batch within 9e-5, where sums are added up in another order.
+
+    The decoder is the same in all three: the longer rows pass through its first layers alone.
+    """
     rows = [([photographs[2]], QUESTIONS[0])]
     if name == "llava":  # a batch of rows of different lengths, one without a picture
         rows.append(([], "What is the capital of France?"))
     inputs = batch_of(processor(name), rows)
-    expected, got = oracle(name)(**inputs).logits, load(name)(**inputs)
+    theirs, ours = oracle(name), load(name)
+    with nullcontext() if name == "llava" else first_layers(ours, theirs.model.language_model):
+        expected, got = theirs(**inputs).logits, ours(**inputs)
     present = inputs["attention_mask"].bool()
-    assert 10 < expected[present].abs().max() < 50  # the tolerance is for logits of this size
+    assert 10 < expected[present].abs().max() < 100  # the tolerance is for logits of this size
     assert (got - expected)[present].abs().max() < 2e-4
 
 
