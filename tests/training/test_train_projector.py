@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,6 +51,19 @@ def pooled(outputs: torch.Tensor, side: int, k: int) -> torch.Tensor:
     return F.avg_pool2d(planes, k).flatten(2).transpose(1, 2)
 
 
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[int, ...], bool], Path]:
+    """A random model by the layers that its projector reads and whether that has a bias; built once."""
+
+    @cache
+    def folder(layers: tuple[int, ...], bias: bool) -> Path:
+        sizes = {"text_hidden_size": 16, "vision_intermediate_size": 8}
+        model = build(vision_feature_layer=list(layers), multimodal_projector_bias=bias, seed=4, **sizes)
+        return save(model, tmp_path_factory.mktemp("pooled"))
+
+    return folder
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize(
@@ -66,20 +80,16 @@ def pooled(outputs: torch.Tensor, side: int, k: int) -> torch.Tensor:
     ],
 )
 def test_it_begins_as_pooling(
-    tmp_path: Path, fusion: str, mbtf: bool, before: list[int], after: tuple[int, ...], k: int, bias: bool
+    folder_of: Callable[[tuple[int, ...], bool], Path],
+    fusion: str,
+    mbtf: bool,
+    before: list[int],
+    after: tuple[int, ...],
+    k: int,
+    bias: bool,
 ) -> None:
     """Of the model's own tokens, within rounding. With fusion "average", of what its projector reads instead."""
-    save(
-        build(
-            text_hidden_size=16,
-            vision_feature_layer=before,
-            vision_intermediate_size=8,
-            multimodal_projector_bias=bias,
-            seed=4,
-        ),
-        tmp_path,
-    )
-    model = minifocus.load(tmp_path, "none")
+    model = minifocus.load(folder_of(tuple(before), bias), "none")
     newline = model.image_newline.clone()
     pixels = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
