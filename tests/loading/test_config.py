@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -243,7 +244,9 @@ def models(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterat
         made[kind] = Model(folder, json.loads((folder / "config.json").read_text()), type(oracle), inputs)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    yield made
+    # Of each file that it reads, transformers writes a text for a log that nobody asked for.
+    with mock.patch.object(transformers.PreTrainedConfig, "__repr__", object.__repr__):
+        yield made
     transformers.logging.set_verbosity(verbosity)
 
 
