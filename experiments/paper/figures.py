@@ -77,7 +77,7 @@ def share_of_scales(recipe: Recipe, file: Path) -> dict[str, Any]:
     model = load("vision", recipe)
     pools = model.before_llm.pools  # type: ignore[union-attr]
     shares = []
-    for scene in islice(cards.scenes("test", FIRST_SCENE), 40):
+    for scene in islice(cards.scenes("test", FIRST_SCENE), min(recipe.count, 40)):
         choice = model.generate(scene.image, "Is there a red card?", max_new_tokens=1).pictures[0].choice
         assert choice is not None
         shares.append(np.bincount(choice.flatten().numpy(), minlength=len(pools)) / choice.numel())

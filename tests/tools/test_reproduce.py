@@ -310,9 +310,11 @@ def test_quick_run_of_everything_goes_on_where_it_was(
         return json.loads((tmp_path / "out/results.json").read_text())
 
     record = reproduce("--table", "6", "--arms", "text")  # each command of it in a process of its own, as users have it
-    assert set(record["arms"]) == {"text"} and (tmp_path / "runs/quick/text-1/progress.txt").exists()
+    assert set(record["arms"]) == {"text"}
+    assert {"progress.txt", "curve.png"} <= {file.name for file in (tmp_path / "runs/quick/text-1").iterdir()}
     monkeypatch.setattr(trained, "run", in_this_process)
-    monkeypatch.setattr(speed, "BATCH", 4)  # the times are not looked at
+    monkeypatch.setattr(script("train"), "draw_curve", mock.Mock())  # one was drawn above
+    monkeypatch.setattr(speed, "BATCH", 2)  # the times are not looked at
     record = reproduce("--table", "5", "--figure", "3")
     assert set(record["arms"]) == {"text", "vision", "alpha-0", "alpha-0.01", "alpha-0.5"}
     assert list(record["figures"]) == ["3"] and record["tables"] == [5, 6]
