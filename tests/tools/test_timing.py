@@ -9,12 +9,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from forked import python
 
-from experiments import clocks, record
+from examples import command_line
+from experiments import clocks, quantized, record
 from experiments.clocks import Spent, read
+from experiments.end_to_end_programs import Settings, make_checkpoint
 from experiments.timing import columns, interleaved, ratio, remark
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,11 +174,27 @@ def test_a_record_names_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert record.machine()["flags"] == [] and record.machine()["cpu"]
 
 
-def test_quick_run_of_quantized_weights(tmp_path: Path) -> None:
+def test_quick_run_of_quantized_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Decode's times are of the longest prompt alone; every kind of weights is compared with bfloat16."""
+
+    def load(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        """The program that loads a folder, forked after the imports."""
+        assert command[:2] == [sys.executable, "-c"] and options["cwd"] == ROOT
+        (tmp_path / "load.py").write_text(command[2])
+        return python(tmp_path / "load.py", *command[3:])
+
+    def make(settings: Settings, name: str) -> SimpleNamespace:
+        """In this process, which has transformers for other tests."""
+        assert name == "checkpoint"
+        return SimpleNamespace(answer=lambda: make_checkpoint(settings))
+
     file = tmp_path / "quantized.json"
-    done = python("-m", "experiments.quantized", "--quick", "--rounds", 2, "--out", file)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(command_line, "call", load)
+    monkeypatch.setattr(quantized, "Worker", make)
+    monkeypatch.setattr(sys, "argv", ["quantized", "--quick", "--rounds", "2", "--out", str(file)])
+    assert quantized.main() == 0, capsys.readouterr().err
     record = json.loads(file.read_text())
     assert record["rounds"]["rounds"] == 2
     assert set(record["times"]) == {"prefill_32", "prefill_200", "decode"}
