@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
-from forked import python
+from forked import Forked, python
 
 import minifocus
 from examples.command_line import Refused
@@ -117,15 +117,14 @@ def test_memory_beside_the_weights(quick: Path) -> None:
 
 
 def test_a_killed_run_leaves_no_folder(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "experiments.true_size", "--quick", "--rounds", "1000", "--runs", str(tmp_path)]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    begun = time.monotonic()
-    while not (tmp_path / "quick/model.safetensors.index.json").exists():
-        assert running.poll() is None and time.monotonic() - begun < 300
-        time.sleep(0.05)
-    running.send_signal(signal.SIGTERM)
-    _, errors = running.communicate(timeout=120)
-    assert running.returncode == 130 and b"Traceback" not in errors
+    command = ["-m", "experiments.true_size", "--quick", "--rounds", "1000", "--runs", tmp_path]
+    with Forked(command, [{}], [ROOT]) as running:
+        begun = time.monotonic()
+        while not (tmp_path / "quick/model.safetensors.index.json").exists():
+            assert running.running() and time.monotonic() - begun < 300
+            time.sleep(0.05)
+        os.kill(running.pids[0], signal.SIGTERM)
+        assert running.wait(120) == [130] and "Traceback" not in running.err()
     assert not (tmp_path / "quick").exists()
 
 
