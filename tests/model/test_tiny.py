@@ -63,7 +63,7 @@ def test_at_least_90_percent_of_200_unseen_questions() -> None:
 
 
 def test_both_samplers_answer_with_fewer_tokens() -> None:
-    result = evaluate("--sampler", "focus", "--count", 100)
+    result = evaluate("--sampler", "focus", "--count", 200)
     assert result["accuracy"] >= 0.85, result
     assert result["tokens"]["equivalent"] < 0.6, result
     assert result["tokens"]["after_text"] < result["tokens"]["after_vision"] < result["tokens"]["full"]
