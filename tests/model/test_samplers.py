@@ -58,11 +58,22 @@ def random_selector(folder: Path, **options: Any) -> Path:
     return file
 
 
-def load(folder: Path, **options: Any) -> minifocus.Llava:
+def with_selector(folder: Path, sampler: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, and a random selector where the sampler has one."""
+    if sampler not in ("focus", "vision"):
+        return options
     vision = {k: v for k, v in options.items() if k in ("window", "branches", "score_pool", "score_norm")}
-    if options.get("sampler", "focus") in ("focus", "vision"):
-        options["selector"] = random_selector(folder, **vision)
-    return minifocus.load(folder, **options)
+    return {**options, "selector": random_selector(folder, **vision)}
+
+
+def load(folder: Path, sampler: str = "focus", **options: Any) -> minifocus.Llava:
+    return minifocus.load(folder, sampler, **with_selector(folder, sampler, options))
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path) -> minifocus.Llava:
+    """A model for tests that set a sampler first."""
+    return minifocus.load(folder, "none")
 
 
 # ---- the vision-guided sampler ----
@@ -362,13 +373,16 @@ BOTH = [
 
 @pytest.mark.parametrize(("sampler", "options"), BOTH)
 @torch.inference_mode()
-def test_cache_equals_recomputation(folder: Path, sampler: str, options: dict[str, Any]) -> None:
+def test_cache_equals_recomputation(
+    folder: Path, shared: minifocus.Llava, sampler: str, options: dict[str, Any]
+) -> None:
     """Decode eight given tokens one by one; then run prompt and tokens at once, with the same question guiding."""
     if "thumbnail" in options and "llava_next" not in folder.name:
         with pytest.raises(minifocus.InputError, match="thumbnail: LLaVA-1.5 has no thumbnail"):
-            load(folder, sampler=sampler, **options)
+            shared.set_sampler(sampler, **options)
         return
-    model = load(folder, sampler=sampler, **options)
+    model = shared
+    model.set_sampler(sampler, **with_selector(folder, sampler, options))
     inputs = make_inputs(model, SIZES, seed=7)
     rows, columns = inputs.input_ids.shape
     instruction = torch.zeros_like(inputs.input_ids)
@@ -424,12 +438,13 @@ class PromptVotes:
 
 @pytest.mark.parametrize(("sampler", "options"), BOTH)
 @torch.inference_mode()
-def test_batch_equals_single_rows(folder: Path, sampler: str, options: dict[str, Any]) -> None:
+def test_batch_equals_single_rows(folder: Path, shared: minifocus.Llava, sampler: str, options: dict[str, Any]) -> None:
     if "thumbnail" in options and "llava_next" not in folder.name:
         with pytest.raises(minifocus.InputError, match="thumbnail: LLaVA-1.5 has no thumbnail"):
-            load(folder, sampler=sampler, **options)
+            shared.set_sampler(sampler, **options)
         return
-    model = load(folder, sampler=sampler, **options)
+    model = shared
+    model.set_sampler(sampler, **with_selector(folder, sampler, options))
     inputs = make_inputs(model, SIZES, seed=9, side="right")
     batch = model(**inputs.arguments())
     picture = 0
