@@ -15,23 +15,21 @@ sources=$PWD
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-environment() { # with a pip of today: the one that comes with Python may take minutes to choose versions
-  python3 -m venv "$1"
-  "$1/bin/python" -m pip install --quiet --upgrade pip
-}
+# An environment without a pip of its own: that of .venv, which `make install` brings up to date, installs into it.
+environment() { python3 -m venv --without-pip "$1"; }
+pip() { "$sources/.venv/bin/python" -m pip --python "$1/bin/python" "${@:2}"; }
 
 environment "$scratch/developed-with"
-pip=$scratch/developed-with/bin/pip
-"$pip" wheel --quiet --no-deps --wheel-dir "$scratch" .
+pip "$scratch/developed-with" wheel --quiet --no-deps --wheel-dir "$scratch" .
 wheel=$(echo "$scratch"/minifocus-*.whl)
 [[ $wheel == *-cp310-abi3-linux_*.whl ]] || { echo "not one wheel for every Python >= 3.10: $wheel"; exit 1; }
 echo "built ${wheel##*/}" # .ci/run waits for this line
-"$pip" install --quiet --constraint constraints.txt "$wheel"
+pip "$scratch/developed-with" install --quiet --constraint constraints.txt "$wheel"
 cd "$scratch" # away from the sources, so that the installed package is the one that is used
 developed-with/bin/python "$sources/tests/wheel/check_installed.py" "$sources"
 others=$(developed-with/bin/python -m zipfile -l "$wheel" | awk 'NR > 1 {print $1}' | grep -Ev '^minifocus(/|-[0-9.]+\.dist-info/)' || true)
 [[ -z $others ]] || { echo "in the wheel, and not of the library: $others"; exit 1; }
-"$pip" uninstall --quiet --yes sentencepiece tqdm jinja2
+pip developed-with uninstall --quiet --yes sentencepiece tqdm jinja2
 developed-with/bin/python "$sources/tests/wheel/check_bare.py" "$sources"
 
 [[ $MINIFOCUS_BUILD == all ]] || exit 0
@@ -42,5 +40,5 @@ if ((free < 10)); then
 fi
 rm -rf developed-with
 environment older
-older/bin/pip install --quiet --no-cache-dir torch==2.11.0 "$wheel"
+pip older install --quiet --no-cache-dir torch==2.11.0 "$wheel"
 older/bin/python "$sources/tests/wheel/check_installed.py" "$sources"
