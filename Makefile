@@ -1,6 +1,8 @@
 # `make demo` and `make test` do all the set-up that they need, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Each process begins with a part of the tests of its own, so that few fixtures are made twice.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test check test_lmms_eval test_peft install lint weights small runtime clean
 
@@ -11,14 +13,13 @@ demo: install
 	$(BIN)/python examples/generate.py --prompt "What number is on the red card?" \
 		--prompt "What word is on the purple sign?" --layer 2 --gamma 0.4 --figure $(FIGURE)
 
-# Each process begins with a part of its own, so that few fixtures are made twice.
 test: install lint small runtime
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(PYTEST)
 
 # The fast part, in a minute and a half: lint, types, and the unit tests of the core with a tenth of the drawn examples. It leaves
 # out the emulated kernels, loading and saving, training, the programs of experiments/, and what is marked slow.
 check: install lint
-	MINIFOCUS_HYPOTHESIS=quick $(BIN)/python -m pytest -q -n logical --maxprocesses 4 -m "not slow" -k "not emulated" \
+	MINIFOCUS_HYPOTHESIS=quick $(PYTEST) -q -m "not slow" -k "not emulated" \
 		tests/inputs tests/methods tests/model tests/ops/test_reference.py tests/ops/test_operators.py
 
 install: .venv/operators
