@@ -20,10 +20,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -177,12 +179,31 @@ def main() -> None:
     if asked is None:
         return
     (first, *rest), folder = asked
-    if first == "-m":
-        sys.path[0], sys.argv = folder, rest
-        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0], sys.argv = str(Path(first).resolve().parent), [first, *rest]
-        runpy.run_path(first, run_name="__main__")
+    try:
+        if first == "-m":
+            sys.path[0], sys.argv = folder, rest
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0], sys.argv = str(Path(first).resolve().parent), [first, *rest]
+            runpy.run_path(first, run_name="__main__")
+    except SystemExit as leaving:
+        end(leaving.code)
+    except Exception:
+        traceback.print_exc()
+        end(1)
+    end(0)
+
+
+def end(code: object) -> NoReturn:
+    """Leave as an interpreter does, but for taking apart all that was imported, which takes longer than most programs here."""
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit((code or 0) & 0xFF)
 
 
 if __name__ == "__main__":
