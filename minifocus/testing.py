@@ -21,6 +21,7 @@ have to be as exact as their number type lets them be: each check says what it a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -166,11 +167,15 @@ def _offsets(lengths: Sequence[int], layout: str, device: torch.device | str) ->
     return lay_out(offsets, "sliced" if layout == "expanded" else layout)  # expanded: all would be 0
 
 
-def _common(dtypes: Sequence[torch.dtype]) -> st.SearchStrategy[dict[str, Any]]:
+# Strategies that depend on little are made once each: hypothesis looks at every new one before it draws from it.
+
+
+@functools.cache
+def _common(dtypes: tuple[torch.dtype, ...]) -> st.SearchStrategy[dict[str, Any]]:
     """The fields that most descriptions have."""
     return st.fixed_dictionaries(
         {
-            "dtype": st.sampled_from(list(dtypes)),
+            "dtype": st.sampled_from(dtypes),
             "pattern": st.sampled_from(PATTERNS),
             "layout": st.sampled_from(LAYOUTS),
             "seed": st.integers(0, 2**31),
@@ -250,12 +255,21 @@ class Regions:
         return *self._maps(device), context, bias, self.window, self._flat
 
 
+@functools.cache
 def _branch_sets(window: int) -> st.SearchStrategy[tuple[Pool, ...]]:
     sides = [side for side in range(1, window + 1) if window % side == 0]
     pool = st.one_of(st.tuples(st.sampled_from(sides), st.sampled_from(sides)), st.just(DROP))
     own = st.lists(pool, min_size=1, max_size=checks.MAX_BRANCHES).map(tuple)
     paper = [tuple(pools_for(window, branches)) for branches in (3, 7)] if window in WINDOWS else []
     return st.one_of(st.sampled_from(paper), own) if paper else own
+
+
+@functools.cache
+def _grids(window: int, most_regions: int) -> st.SearchStrategy[list[tuple[int, int]]]:
+    side = st.integers(0, max(2 * window + 3, 9))
+    several = st.lists(st.tuples(side, side), max_size=3)
+    many = st.integers(1, most_regions).map(lambda n: [(n, 1)] if n % 2 else [(1, n)])
+    return st.one_of(several, several, several, many)
 
 
 @st.composite
@@ -266,10 +280,7 @@ def regions(
     `most_regions` long. The windows and branches of the paper, and any others that are allowed.
     """
     window = draw(st.sampled_from([1, 2, 4, 8, 12, 3, 5, 6]))
-    side = st.integers(0, max(2 * window + 3, 9))
-    several = st.lists(st.tuples(side, side), max_size=3)
-    many = st.integers(1, most_regions).map(lambda n: [(n, 1)] if n % 2 else [(1, n)])
-    grids = draw(st.one_of(several, several, several, many))
+    grids = draw(_grids(window, most_regions))
     room = most // max(1, sum(height * width for height, width in grids))
     usual = [1, 2, 3, 4, 5, 8, 0, 7, 16, 17, 31, 32, 33, 64, 65, 128, 130, 256, 257, 520, 1030, 2056]
     channels = draw(st.sampled_from([c for c in usual if c <= max(1, room)]))
@@ -279,7 +290,7 @@ def regions(
         window,
         draw(_branch_sets(window)),
         weighted=draw(st.booleans()),
-        **draw(_common(dtypes)),
+        **draw(_common(tuple(dtypes))),
     )
 
 
@@ -305,6 +316,10 @@ class Attention:
         return q, k, _offsets(text, self.layout, device), _offsets(visual, self.layout, device), self.scale
 
 
+_TEXTS = st.one_of(st.integers(0, 6), st.sampled_from([16, 17, 33, 65, 130]))
+_VISUALS = st.one_of(st.integers(0, 12), st.sampled_from([31, 32, 33, 64, 65, 130, 257, 1030]))
+
+
 @st.composite
 def attentions(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES, most: int = 60_000) -> Attention:
     """Up to three items, some without text or without visual tokens; at most about `most` multiplications."""
@@ -312,14 +327,13 @@ def attentions(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES, most: in
     dim = draw(st.sampled_from([1, 2, 3, 4, 8, 12, 16, 17, 32, 33, 64, 80, 128, 130]))
     room, lengths = most // (kv_heads * per_kv_head * dim), []
     for _ in range(draw(st.integers(0, 3))):
-        text = draw(st.one_of(st.integers(0, 6), st.sampled_from([16, 17, 33, 65, 130])))
-        visual = draw(st.one_of(st.integers(0, 12), st.sampled_from([31, 32, 33, 64, 65, 130, 257, 1030])))
+        text, visual = draw(_TEXTS), draw(_VISUALS)
         while text * visual > room:
             text, visual = (text // 2, visual) if text > visual else (text, visual // 2)
         lengths.append((text, visual))
         room -= text * visual
     scale = draw(st.sampled_from([1 / math.sqrt(dim), 1.0, 0.1, -1.0, 0.0]))
-    return Attention(tuple(lengths), kv_heads * per_kv_head, kv_heads, dim, scale, **draw(_common(dtypes)))
+    return Attention(tuple(lengths), kv_heads * per_kv_head, kv_heads, dim, scale, **draw(_common(tuple(dtypes))))
 
 
 @dataclass(frozen=True)
@@ -339,18 +353,21 @@ class Selection:
         return lay_out(scores, self.layout), _offsets(self.lengths, self.layout, device), self.gamma, self.keep
 
 
+_EXACT = st.sampled_from([0.5, 0.25, 0.75, 0.85, 0.0, -1.0, 1.0, 1.5, 5e-324, 1 - 2**-53, math.inf, math.nan])
+_GAMMAS = st.one_of(_EXACT, st.floats(0, 1))
+_KEEPS = st.one_of(st.none(), st.none(), st.integers(0, 40), st.sampled_from([1024, 2**31, 2**62]))
+_SHORT = st.lists(st.integers(0, 24), max_size=3)
+
+
 @st.composite
 def selections(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES, most: int = 5000) -> Selection:
     """Up to four items of at most `most` scores each; every kind of gamma and of keep."""
     # One long item at most: blocks of 128, 256, 512 or 1024 threads, and more than fits into their fast memory.
     long = [n for n in (31, 32, 33, 64, 65, 127, 128, 129, 257, 513, 1025, 2305, 4097) if n <= most]
-    lengths = draw(st.lists(st.integers(0, 24), max_size=3))
+    lengths = list(draw(_SHORT))
     if long and draw(st.sampled_from([False, False, True])):
         lengths.insert(draw(st.integers(0, len(lengths))), draw(st.sampled_from(long)))
-    exact = st.sampled_from([0.5, 0.25, 0.75, 0.85, 0.0, -1.0, 1.0, 1.5, 5e-324, 1 - 2**-53, math.inf, math.nan])
-    gamma = draw(st.one_of(exact, st.floats(0, 1)))
-    keep = draw(st.one_of(st.none(), st.none(), st.integers(0, 40), st.sampled_from([1024, 2**31, 2**62])))
-    return Selection(tuple(lengths), gamma, keep, **draw(_common(dtypes)))
+    return Selection(tuple(lengths), draw(_GAMMAS), draw(_KEEPS), **draw(_common(tuple(dtypes))))
 
 
 @dataclass(frozen=True)
@@ -374,21 +391,25 @@ class Gather:
         return columns, lay_out(index.to(device), self.layout)
 
 
+_ALL_DTYPES = st.sampled_from([*DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool])
+_SHAPES: st.SearchStrategy[tuple[int, ...]] = st.sampled_from(
+    [(), (1,), (3,), (4,), (7,), (8,), (2, 3), (0,), (16,), (33,), (4, 16), (1030,), (2, 1024)]
+)
+_ROWS_AND_COUNTS = st.tuples(st.integers(0, 20), st.integers(0, 40))
+
+
 @st.composite
 def gathers(draw: st.DrawFn, most: int = 30_000) -> Gather:
     """Up to eight columns of any dtype and of rows of up to some kilobytes, at most about `most` numbers in all."""
-    rows, count = draw(st.tuples(st.integers(0, 20), st.integers(0, 40)))
+    rows, count = draw(_ROWS_AND_COUNTS)
     if draw(st.sampled_from([False, False, False, True])):
         rows, count = draw(st.tuples(st.integers(1, 700), st.integers(0, 1100)))
-    dtypes = [*DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
     columns: list[tuple[torch.dtype, tuple[int, ...]]] = []
     room = most // max(1, rows, count)
     for _ in range(draw(st.integers(1, checks.MAX_COLUMNS))):
-        shape = draw(
-            st.sampled_from([(), (1,), (3,), (4,), (7,), (8,), (2, 3), (0,), (16,), (33,), (4, 16), (1030,), (2, 1024)])
-        )
+        shape = draw(_SHAPES)
         if math.prod(shape) <= room or not columns:
-            columns.append((draw(st.sampled_from(dtypes)), shape))
+            columns.append((draw(_ALL_DTYPES), shape))
             room -= math.prod(shape)
     return Gather(rows, tuple(columns), count, draw(st.sampled_from(LAYOUTS)), draw(st.integers(0, 2**31)))
 
