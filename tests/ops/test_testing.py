@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from forked import python
 from hypothesis import Phase, find, given, settings
 
 from minifocus import ops
@@ -36,14 +33,13 @@ from minifocus.testing import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ROOT = Path(__file__).resolve().parents[2]
 RIGHT = SimpleNamespace(**ops.backend.REFERENCE)  # plain PyTorch
 
 
 def test_the_example_passes() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/test_your_kernel.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # see the fixture one_thread
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    # For OMP_NUM_THREADS see the fixture one_thread.
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "examples/test_your_kernel.py"]
+    done = python(*arguments, environment={"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout
 
@@ -88,7 +84,7 @@ def test_patterns_are_what_they_say(dtype: torch.dtype) -> None:
     "strategy, wanted",
     [
         (regions(), lambda d: not d.grids),
-        (regions(), lambda d: len(d.grids) == 3 and (0, 5) in d.grids),
+        (regions(), lambda d: len(d.grids) == 3 and any(h == 0 < w for h, w in d.grids)),
         (regions(), lambda d: d.regions > 64),
         (regions(), lambda d: d.channels > 1024 and d.cells > 1),
         (regions(), lambda d: d.channels == 0 and d.cells > 1),
