@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch._inductor.config
@@ -21,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build/runtime"
 PACKAGES = ROOT / "build/packages"
 PAGE = ROOT / "docs/embedding.md"
-# What calls the kernels, of which half of an export's time is, is not optimised.
-FAST = ("AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL", "O0")
+# What calls the kernels, of which most of an export's time is, is not optimised, and compiled without std::regex.
+QUICK = Path(__file__).with_name("quick")
+FAST = {"AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL": "O0", "CPLUS_INCLUDE_PATH": str(QUICK)}
 COMMANDS = PAGE.read_text(encoding="utf-8").partition("```bash\n")[2].partition("```")[0].splitlines()
 
 
@@ -35,10 +37,10 @@ def _alone(name: str) -> Iterator[None]:
         yield
 
 
-def _run(command: str) -> str:
+def _run(command: str, **environment: str) -> str:
     """What a line of docs/embedding.md prints."""
-    environment = {**os.environ, FAST[0]: FAST[1]}
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, env=environment)
+    variables = {**os.environ, **environment}
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, env=variables)
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
     return done.stdout
 
@@ -61,20 +63,22 @@ def said(package: Path) -> list[str]:
 def tiny_package() -> Path:
     """weights/tiny with both samplers in float32, as the page exports it."""
     (command,) = (command for command in COMMANDS if "export.py" in command)
-    return _kept("tiny", lambda target: _run(command.replace("runs/package", str(target))))
+    return _kept("tiny", lambda target: _run(command.replace("runs/package", str(target)), **FAST))
 
 
 def packaged(name: str, load: Callable[[], minifocus.Llava], sampler: str) -> Path:
     """The package of what `load` gives."""
     pictures = [ROOT / "examples/cards.png", Image.new("RGB", (50, 301), "red")]
-    with torch._inductor.config.patch({"aot_inductor.compile_wrapper_opt_level": FAST[1]}):
+    level = {"aot_inductor.compile_wrapper_opt_level": "O0"}  # the variable was read when torch was imported
+    with torch._inductor.config.patch(level), patch.dict(os.environ, FAST):
         return _kept(name, lambda target: export(load(), sampler, target, pictures))
 
 
 def _kept(name: str, make: Callable[[Path], object]) -> Path:
     """What `make` wrote, until some file of minifocus or of weights/tiny changes."""
     digest = hashlib.sha256(repr((torch.__version__, torch.backends.cpu.get_cpu_capability())).encode())
-    for file in sorted([*(ROOT / "minifocus").rglob("*.py"), *(ROOT / "weights/tiny").iterdir(), Path(__file__), PAGE]):
+    own = [Path(__file__), QUICK / "regex", PAGE]
+    for file in sorted([*(ROOT / "minifocus").rglob("*.py"), *(ROOT / "weights/tiny").iterdir(), *own]):
         digest.update(file.read_bytes())
     target = PACKAGES / f"{name}-{digest.hexdigest()[:16]}"
     with _alone(name):
