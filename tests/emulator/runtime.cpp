@@ -39,7 +39,7 @@ void* kernel_arguments;
 
 // ---- The __shared__ variables: this module's thread-local memory (cuda_on_cpu.h) -----------------------------------
 
-thread_local char thread_local_anchor;  // finds that memory
+thread_local volatile char thread_local_anchor;  // finds that memory; nobody reads it: else it might be left out
 unsigned char* static_shared = nullptr;
 size_t static_shared_bytes = 0;
 Block* static_shared_owner = nullptr;  // whose contents are in place; other blocks keep a copy

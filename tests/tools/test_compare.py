@@ -127,9 +127,7 @@ def test_quick_run(of_one_s_own: bool, tmp_path: Path) -> None:
     if of_one_s_own:
         folder = shutil.copytree(TINY, tmp_path / "model", ignore=shutil.ignore_patterns("selector.safetensors"))
         command += ["--model", folder, "--count", 16, "--jobs", 1]
-        routed = minifocus.load(TINY, "none")
-        routed.begin_sampler("avg-llava")
-        routed.save(tmp_path / "a:b")
+        minifocus.load(TINY, "avg-llava").save(tmp_path / "a:b")
         command += ["--trained", f"same={TINY}", "--trained", f"routed={tmp_path / 'a:b'}:avg-llava"]
         command += ["--methods", "focus,random"]
     done = python(*command, timeout=600)
