@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 from collections import Counter
 from pathlib import Path
@@ -41,9 +40,6 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     def by_one(model: Path, data: Path, count: int | None, steps: int) -> dict[str, Any]:
         return real(model, data, None, steps) if count is None else {"step": 2.0, "peak": 10**6}
 
-    forking = multiprocessing.get_context("forkserver")  # the groups' processes import once
-    forking.set_forkserver_preload(["experiments.many_devices.sides"])
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forking)
     real = training.train  # in shares it is test_shard.py's
     monkeypatch.setattr(program, "train", by_one)
     words = ("--quick", "--processes", "2", "--runs", tmp_path / "runs", "--out", tmp_path / "out")
