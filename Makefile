@@ -16,7 +16,7 @@ demo: install
 test: install lint small runtime
 	$(PYTEST)
 
-# The fast part, in a minute and a half: lint, types, and the unit tests of the core with a tenth of the drawn examples. It leaves
+# The fast part, in about a minute: lint, types, and the unit tests of the core with a tenth of the drawn examples. It leaves
 # out the emulated kernels, loading and saving, training, the programs of experiments/, and what is marked slow.
 check: install lint
 	MINIFOCUS_HYPOTHESIS=quick $(PYTEST) -q -m "not slow" -k "not emulated" \

@@ -116,6 +116,13 @@ def python(
         return subprocess.CompletedProcess([sys.executable, *map(str, arguments)], status, one.out(), one.err())
 
 
+def last_line(command: Sequence[Any], *_: object) -> str:
+    """What a program that must succeed says last: for commands that start others, in the place of what starts them."""
+    done = python(*command)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
 # ------------------------------------------------------------------------------------------------------ the other side
 
 

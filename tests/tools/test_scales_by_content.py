@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import python
+from forked import last_line, python
 
 from experiments import accuracy
 from experiments.scales_by_content import asked_thing, covered, region_kinds
@@ -76,17 +76,10 @@ def test_covered(kept: list[int], places: list[int], expected: bool) -> None:
     assert covered(trace, np.array(places)) is expected
 
 
-def forked(command: list[str]) -> str:
-    """What `record.last_line` does, but for the imports of each command, which take longer than the rest."""
-    done = python(*command)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
-
-
 def test_the_recorded_accuracy_is_written_by_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["accuracy", "--count", "6", "--dense-count", "8", "--out", str(tmp_path / "a.json")]
     monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr(accuracy, "last_line", forked)
+    monkeypatch.setattr(accuracy, "last_line", last_line)
     assert accuracy.main() == 0
     made = json.loads((tmp_path / "a.json").read_text())
     recorded = json.loads((ROOT / "experiments/results/accuracy.json").read_text())

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from example_scripts import example
-from forked import python
+from forked import last_line
 
 import minifocus
 from examples.command_line import Refused
@@ -126,13 +126,6 @@ def test_choices_of_a_router_are_those_of_its_answers(tmp_path: Path) -> None:
     assert sum(found["pairs"].values()) <= 3 and found["regret"] >= 0
 
 
-def forked(command: list[str], out: Path) -> str:
-    """What `arms.run` does, but for the imports of each command, which take longer than the rest."""
-    done = python(*command)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
-
-
 def test_a_table_is_made_and_gone_on_with(tmp_path: Path) -> None:
     table = TABLES["llava-stf"]["3"]
     rows = tuple(row for row in table.rows if row.arm in ("stf", "avgpool"))
@@ -141,7 +134,7 @@ def test_a_table_is_made_and_gone_on_with(tmp_path: Path) -> None:
 
     def run() -> dict[str, Any]:
         asked = mock.patch.dict(TABLES, {"llava-stf": few}), mock.patch.object(sys, "argv", command)
-        with asked[0], asked[1], mock.patch.object(arms, "run", forked):
+        with asked[0], asked[1], mock.patch.object(arms, "run", last_line):
             reproduction.reproduce(reproduction.parse_arguments())
         found: dict[str, Any] = json.loads((tmp_path / "quick-llava-stf/results/results.json").read_text("utf-8"))
         return found
